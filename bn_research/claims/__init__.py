@@ -1,0 +1,5 @@
+"""Evidence: claims with their criteria, verdicts from intervals, figures and reports.
+
+Nothing here knows what batch normalization is or how a number came about; it needs NumPy, SciPy
+and Matplotlib, and no JAX.
+"""

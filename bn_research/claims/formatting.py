@@ -1,0 +1,133 @@
+"""Numbers and text for people: on a page, and on a terminal that may know ASCII only."""
+
+import math
+import unicodedata
+
+MINUS = "\N{MINUS SIGN}"
+
+# What NFKD does not take apart, in the words a reader of formulas would use.
+_ASCII = str.maketrans(
+    {
+        MINUS: "-",
+        "–": "-",
+        "—": "-",
+        "×": "x",
+        "·": "*",
+        "±": "+-",
+        "≤": "<=",
+        "≥": ">=",
+        "≈": "~",
+        "→": "->",
+        "√": "sqrt ",
+        "∞": "inf",
+        "“": '"',
+        "”": '"',
+        "‘": "'",
+        "’": "'",
+        "α": "alpha",
+        "β": "beta",
+        "γ": "gamma",
+        "ε": "epsilon",
+        "η": "eta",
+        "κ": "kappa",
+        "λ": "lambda",
+        "μ": "mu",
+        "π": "pi",
+        "σ": "sigma",
+    }
+)
+
+
+def format_number(value: float | None) -> str:
+    """Four significant digits: ``0.5``, ``−12.35``, ``50000``, ``3.2e-12``.
+
+    Whole numbers below a million keep all their digits, for steps and counts. None stands for a
+    number that was not finite when it was stored.
+    """
+    if value is None:
+        return "not finite"
+    value = float(value)
+    if math.isnan(value):
+        return "nan"
+    size = abs(value)
+    if math.isinf(value):
+        text = "inf"
+    elif 1e3 <= size < 1e6:
+        text = f"{size:.0f}"  # %.4g would turn 12345 steps into 1.234e+04
+    elif size < 1e-3 or size >= 1e6:
+        mantissa, _, exponent = f"{size:.3e}".partition("e")
+        text = f"{mantissa.rstrip('0').rstrip('.')}e{int(exponent)}" if size else "0"
+    else:
+        text = f"{size:.4g}"
+    return f"{MINUS}{text}" if value < 0 and text != "0" else text
+
+
+def format_interval(interval: tuple[float, float] | list[float] | None) -> str:
+    """``[0.45, 0.53]``, or ``none``."""
+    if interval is None:
+        return "none"
+    low, high = interval
+    return f"[{format_number(low)}, {format_number(high)}]"
+
+
+def format_duration(seconds: float) -> str:
+    """``0.8 s``, ``75 s``, ``12 min``, ``2 h 5 min``."""
+    if seconds < 120:
+        return f"{format_number(seconds if seconds < 10 else round(seconds))} s"
+    minutes = round(seconds / 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min"
+
+
+def display_width(text: str) -> int:
+    """Terminal columns that ``text`` takes: 0 for a combining accent, 2 for a wide character."""
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
+
+
+def printable(text: str, encoding: str) -> str:
+    """One line that a terminal can show: no control characters, nothing it cannot encode.
+
+    What the encoding lacks is spelled out where there is a usual way (``σ`` becomes ``sigma``) and
+    becomes ``?`` elsewhere.
+    """
+    text = "".join(c if c.isprintable() else " " for c in text)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:
+        plain = unicodedata.normalize("NFKD", text.translate(_ASCII)).translate(_ASCII)
+        plain = "".join(c for c in plain if not unicodedata.combining(c))
+        text = plain.encode(encoding, "replace").decode(encoding)
+    return " ".join(text.split())
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """Lines of at most ``width`` columns; a word too long is broken, after a hyphen if it can be.
+
+    Unlike :mod:`textwrap` this counts columns, not code points.
+    """
+    lines = [""]
+    for word in text.split():
+        joined = f"{lines[-1]} {word}" if lines[-1] else word
+        if display_width(joined) <= width:
+            lines[-1] = joined
+            continue
+        if lines[-1]:
+            lines.append("")
+        while display_width(word) > width:
+            head = _fitting(word, width)
+            lines[-1], word = head, word[len(head) :]
+            lines.append("")
+        lines[-1] = word
+    return lines if lines[-1] or len(lines) == 1 else lines[:-1]
+
+
+def _fitting(word: str, width: int) -> str:
+    """Return the longest head that fits, cut after a hyphen, ``_`` or ``/`` if one is there."""
+    end = 1  # at least one character, or a wide one in a column of width 1 would never end
+    while end < len(word) and display_width(word[: end + 1]) <= width:
+        end += 1
+    breaks = [i + 1 for i, c in enumerate(word[:end]) if c in "-_/"]
+    return word[: breaks[-1]] if breaks else word[:end]

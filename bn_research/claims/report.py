@@ -1,0 +1,234 @@
+"""What a run leaves behind: ``results.json``, a table for the terminal, and ``report.html``."""
+
+import json
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from bn_research.claims import atomic, page
+from bn_research.claims.figures import Figure
+from bn_research.claims.formatting import (
+    display_width,
+    format_interval,
+    format_number,
+    printable,
+    wrap,
+)
+from bn_research.claims.registry import check_unique
+from bn_research.claims.verdict import VERDICTS, Finding
+
+SCHEMA = 1
+
+_HEADINGS = ("claim", "expected", "measured", "interval", "verdict")
+_MEASURED_SHOWN = 6  # a terminal is for a first look; results.json has them all
+_NARROWEST = 60  # below it no column has room for a word
+
+
+def results_document(
+    *,
+    experiment: str,
+    preset: str,
+    dataset: str,
+    seeds: Iterable[int],
+    wall_seconds: float,
+    findings: Sequence[Finding],
+) -> dict[str, Any]:
+    """Return the content of ``results.json``.
+
+    JSON has no infinity and no NaN: such a number becomes None, an interval with such an end
+    becomes None as a whole, and the claim's note says which and what they were.
+
+    Args:
+        experiment: Name of the experiment's module.
+        preset: Name of the preset.
+        dataset: Name of the data, or ``""`` where none is used.
+        seeds: The seeds that were run.
+        wall_seconds: How long it took.
+        findings: One for each claim.
+
+    Returns:
+        Plain dicts, lists, strings and numbers, in the order of schema 1.
+
+    Raises:
+        ValueError: Two findings share a claim id, or ``wall_seconds`` is negative or not finite.
+    """
+    if not 0 <= wall_seconds < math.inf:
+        raise ValueError(f"wall_seconds must be finite and not negative, got {wall_seconds}")
+    check_unique(finding.claim for finding in findings)
+    return {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "preset": preset,
+        "dataset": dataset,
+        "seeds": [int(seed) for seed in seeds],
+        "wall_seconds": float(wall_seconds),
+        "claims": [_claim_entry(finding) for finding in findings],
+    }
+
+
+def write_json(path: str | os.PathLike[str], document: Any) -> None:
+    """Write strict JSON atomically: equal documents in equal key order give equal bytes.
+
+    Keys keep the order of the document, which is the order a reader expects.
+
+    Raises:
+        ValueError: The document holds a number that is not finite; nothing is written.
+        TypeError: It holds something JSON does not know; nothing is written.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic.write_bytes(path, f"{text}\n".encode())
+
+
+def verdict_table(
+    findings: Sequence[Finding], *, width: int | None = None, encoding: str | None = None
+) -> str:
+    """Lay the findings out as a table for the terminal, with the notes below it.
+
+    Args:
+        findings: One for each claim.
+        width: Columns it may take, at least 60; by default the terminal's, between 80 and 120.
+        encoding: What the terminal can show; by default that of standard output. ``"ascii"``
+            spells Greek letters and mathematical signs out.
+
+    Returns:
+        Lines joined by newlines, without one at the end.
+
+    Raises:
+        ValueError: ``width`` is too small.
+    """
+    width = width or min(max(shutil.get_terminal_size().columns, 80), 120)
+    if width < _NARROWEST:
+        raise ValueError(f"width must be at least {_NARROWEST}, got {width}")
+    encoding = encoding or getattr(sys.stdout, "encoding", None) or "utf-8"
+    rows = [
+        [[printable(paragraph, encoding) for paragraph in cell] for cell in row]
+        for row in ([[heading] for heading in _HEADINGS], *map(_table_row, findings))
+    ]
+    widths = _column_widths(rows, width)
+    rule = "-" * (sum(widths) + 2 * (len(widths) - 1))
+    lines = [rule]
+    for row in rows:
+        lines += [*_table_lines(row, widths), rule]
+    for finding in findings:
+        if finding.note:
+            note = printable(f"{finding.claim.id}: {finding.note}", encoding)
+            lines += wrap(note, width)
+    counts = [(sum(f.verdict == verdict for f in findings), verdict) for verdict in VERDICTS]
+    lines.append(", ".join(f"{count} {verdict}" for count, verdict in counts))
+    return "\n".join(lines)
+
+
+def write_report(
+    path: str | os.PathLike[str],
+    *,
+    title: str,
+    question: str,
+    results: Mapping[str, Any],
+    figures: Sequence[Figure],
+    config: Mapping[str, Any],
+    environment: Mapping[str, Any],
+    command: str,
+) -> None:
+    """Write one HTML file that needs no other file, no network and no script.
+
+    Args:
+        path: Where to write.
+        title: Of the page.
+        question: What the experiment asks, in a sentence or two.
+        results: What :func:`results_document` returned, or the same read back from JSON.
+        figures: In the order of the page; their files must exist.
+        config: The resolved configuration; nested mappings become dotted names.
+        environment: Versions, devices, commit.
+        command: The exact command line that gives these results.
+
+    Raises:
+        OSError: A figure cannot be read, or the report cannot be written.
+        ValueError: A figure is not a PNG.
+    """
+    text = page.render(
+        title=title,
+        question=question,
+        results=results,
+        figures=figures,
+        config=config,
+        environment=environment,
+        command=command,
+    )
+    atomic.write_bytes(path, text.encode())
+
+
+def _claim_entry(finding: Finding) -> dict[str, Any]:
+    claim = finding.claim
+    measured = {name: float(value) for name, value in finding.measured.items()}
+    lost = [
+        f"{name} ({format_number(value)})"
+        for name, value in measured.items()
+        if not math.isfinite(value)
+    ]
+    interval = None if finding.interval is None else [float(end) for end in finding.interval]
+    if interval is not None and not all(map(math.isfinite, interval)):
+        lost.append(f"interval {format_interval(finding.interval)}")
+        interval = None
+    note = finding.note
+    if lost:
+        if note and not note.rstrip().endswith((".", "!", "?")):
+            note = f"{note.rstrip()}."
+        note = f"{note} Not finite, stored as null: {', '.join(lost)}.".lstrip()
+    return {
+        "id": claim.id,
+        "statement": claim.statement,
+        "source": claim.source,
+        "criterion": claim.criterion,
+        "expected": claim.expected,
+        "measured": {n: v if math.isfinite(v) else None for n, v in measured.items()},
+        "interval": interval,
+        "verdict": finding.verdict,
+        "note": note,
+    }
+
+
+def _table_row(finding: Finding) -> list[list[str]]:
+    """Return the five cells, each a list of paragraphs."""
+    measured = [f"{name} = {format_number(value)}" for name, value in finding.measured.items()]
+    if len(measured) > _MEASURED_SHOWN:
+        more = len(measured) - _MEASURED_SHOWN
+        measured = [*measured[:_MEASURED_SHOWN], f"({more} more in results.json)"]
+    return [
+        [finding.claim.id],
+        [finding.claim.expected],
+        measured or ["none"],
+        [format_interval(finding.interval)],
+        [finding.verdict],
+    ]
+
+
+def _column_widths(rows: list[list[list[str]]], width: int) -> list[int]:
+    """Each column as wide as its text, then the widest ones cut back until the table fits."""
+    widths = [
+        max(display_width(paragraph) for row in rows for paragraph in row[column])
+        for column in range(len(_HEADINGS))
+    ]
+    while sum(widths) + 2 * (len(widths) - 1) > width:
+        # The last column, the verdict, is short and the one that must not be broken.
+        widest = max(range(len(widths) - 1), key=lambda column: widths[column])
+        widths[widest] -= 1
+    return widths
+
+
+def _table_lines(row: list[list[str]], widths: list[int]) -> list[str]:
+    cells = [
+        [line for paragraph in cell for line in wrap(paragraph, size)]
+        for cell, size in zip(row, widths, strict=True)
+    ]
+    lines = []
+    for index in range(max(map(len, cells))):
+        parts = [cell[index] if index < len(cell) else "" for cell in cells]
+        padded = (
+            part + " " * (size - display_width(part))
+            for part, size in zip(parts, widths, strict=True)
+        )
+        lines.append("  ".join(padded).rstrip())
+    return lines

@@ -1,0 +1,1 @@
+"""Thin Flax layers over the pure functions."""

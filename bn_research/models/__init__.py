@@ -1,0 +1,1 @@
+"""Networks that are handed their norm layer."""

@@ -1,0 +1,28 @@
+"""Multilayer perceptrons: dense layers only, on flattened inputs."""
+
+from jaxtyping import Array, Float
+
+from bn_research.models.cnn import CNN
+from bn_research.models.spec import Dense, parse_spec
+
+
+class MLP(CNN):
+    """A `CNN` whose spec has dense layers only; inputs of any rank are flattened.
+
+    The network of Ioffe & Szegedy's section 4.1 is
+    `MLP(spec="f100 f100 f100 f10", activation=jax.nn.sigmoid)`.
+    """
+
+    spec: str = "f100 f100 f100 f10"
+
+    def __call__(
+        self, x: Float[Array, "batch ..."], *, train: bool
+    ) -> Float[Array, "batch classes"]:
+        """Logits of x.
+
+        Raises:
+          ValueError: a spec with convolutions or pooling, or as `CNN`.
+        """
+        if not all(isinstance(layer, Dense) for layer in parse_spec(self.spec)):
+            raise ValueError(f"network {self.spec!r} has more than dense layers: use CNN for it")
+        return super().__call__(x, train=train)

@@ -1,0 +1,288 @@
+r"""The batch-normalizing transform, with its closed-form gradient.
+
+    x̂ = (x − μ)·r,    r = 1/√(σ² + ε),    y = γ·x̂ + β
+
+with μ and σ² the mean and the biased variance of each feature over the elements that share
+statistics. A change ẋ of the input moves x̂ by
+
+    x̂' = r·(ẋ − ⟨ẋ⟩ − x̂·⟨x̂·ẋ⟩)        r' = −r²·⟨x̂·ẋ⟩
+
+with ⟨·⟩ the mean over the same elements. Nothing in it is larger than r², so float32 carries it
+for standard deviations from 1e-18 to 1e15 and for ε = 0, where autodiff through rsqrt would form
+σ⁻³ and overflow below 1e-13. The rule is linear in ẋ, so JAX derives forward mode, reverse mode
+and Hessian-vector products from it.
+
+Source: S. Ioffe, C. Szegedy, "Batch normalization: accelerating deep network training by reducing
+internal covariate shift", ICML 2015, arXiv 1502.03167, algorithm 1 and section 3.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+from numpy.typing import DTypeLike
+
+from bn_research.normalization.moments import (
+    Moments,
+    check_input,
+    group_psum,
+    shifted_moments,
+    squeeze_moments,
+    sync_shifted_moments,
+)
+
+
+class _Sharing(NamedTuple):
+    """Which elements share statistics; hashable, so that it can be static."""
+
+    axes: tuple[int, ...]  # reduced axes
+    axis_name: str | None  # merged over this axis of devices
+    axis_index_groups: tuple[tuple[int, ...], ...] | None  # within these groups of devices
+
+
+def normalize(
+    x: Float[Array, "..."],
+    mean: Float[Array, "*features"],
+    var: Float[Array, "*features"],
+    scale: Float[Array, "*features"] | None = None,
+    bias: Float[Array, "*features"] | None = None,
+    *,
+    feature_axes: int | Sequence[int] = -1,
+    epsilon: float | Float[Array, ""] = 1e-5,
+    dtype: DTypeLike | None = None,
+) -> Float[Array, "..."]:
+    """Normalizes by given statistics: y = scale·(x − mean)/√(var + epsilon) + bias.
+
+    This is inference (mean and var are then running or population statistics). Where
+    var + epsilon is 0, the result is `bias`.
+
+    Args:
+      x: floating-point array.
+      mean: means, shape of the feature axes in ascending order.
+      var: variances, shape as mean.
+      scale: γ, shape as mean; None is 1.
+      bias: β, shape as mean; None is 0.
+      feature_axes: axes of x that mean and var belong to.
+      epsilon: added to the variance; ≥ 0.
+      dtype: dtype of the result; None promotes the dtypes of x, scale and bias.
+
+    Raises:
+      ValueError: a bad axis, shape, dtype or epsilon.
+    """
+    x, _, axes = check_input(x, feature_axes, None)
+    _check_epsilon(epsilon)
+    kept = tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
+    mean, var = _per_feature("mean", mean, x, axes), _per_feature("var", var, x, axes)
+    result = _result_dtype(x, scale, bias, dtype)
+    scale, bias = _scale_and_bias(scale, bias, x, axes)
+    rstd = _rsqrt_or_zero(var + jnp.asarray(epsilon, var.dtype)).reshape(kept)
+    x_hat = (x - mean.reshape(kept)) * rstd
+    return _scale_and_shift(x_hat, scale, bias, kept, result)
+
+
+def batch_norm(
+    x: Float[Array, "..."],
+    scale: Float[Array, "*features"] | None = None,
+    bias: Float[Array, "*features"] | None = None,
+    *,
+    feature_axes: int | Sequence[int] = -1,
+    epsilon: float | Float[Array, ""] = 1e-5,
+    where: Bool[Array, "..."] | None = None,
+    axis_name: str | None = None,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+    group_size: int | None = None,
+    dtype: DTypeLike | None = None,
+) -> tuple[Float[Array, "..."], Moments]:
+    """Normalizes x by its own statistics: algorithm 1 of Ioffe & Szegedy (2015).
+
+    Differentiable in x, scale and bias to any order, forwards and backwards; epsilon, the mask
+    and the returned moments carry no gradient.
+
+    Args:
+      x: floating-point array; statistics are computed in float32, or float64 when x is float64.
+      scale: γ, shape of the feature axes in ascending order; None is 1.
+      bias: β, shape as scale; None is 0.
+      feature_axes: axes that keep statistics of their own; all others are reduced.
+      epsilon: added to the variance; ≥ 0. With 0 a constant feature gives `bias` and no gradient.
+      where: mask, broadcastable to x. Masked elements take no part in the statistics, come out as
+        `bias` and receive no gradient, even when they hold NaN.
+      axis_name: axis of `pmap`, `shard_map` or `vmap` over whose devices statistics are shared.
+      axis_index_groups: share within these groups of devices only; a partition of the axis.
+      group_size: number of examples (entries of axis 0) that share statistics, whatever the
+        number of devices that hold them; None is the whole batch, of all devices of axis_name.
+        Groups within one device need no collective, larger ones need axis_name.
+      dtype: dtype of y; None promotes the dtypes of x, scale and bias.
+
+    Returns:
+      y, of the shape of x, and the moments to update running statistics with. With a group_size
+      these pool the groups on this device: the mean of their means and the sum of squared
+      deviations each from its own group's mean.
+
+    Raises:
+      ValueError: a bad axis, shape, dtype, epsilon, mask or group size.
+    """
+    x, where, axes = check_input(x, feature_axes, where)
+    _check_epsilon(epsilon)
+    if axis_index_groups is not None and axis_name is None:
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups!r} needs axis_name: name the axis of devices"
+        )
+    result = _result_dtype(x, scale, bias, dtype)
+    kept = tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
+    scale, bias = _scale_and_bias(scale, bias, x, axes)
+    reduced = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
+
+    if group_size is None:
+        x_hat, _, shifted = _standardize(
+            x, where, jnp.asarray(epsilon), _Sharing(reduced, axis_name, groups)
+        )
+        moments = squeeze_moments(shifted, reduced)
+    else:
+        x_hat, moments = _standardize_groups(
+            x, where, epsilon, axes, reduced, group_size, axis_name, groups
+        )
+    return _scale_and_shift(x_hat, scale, bias, kept, result), jax.lax.stop_gradient(moments)
+
+
+def _standardize_groups(x, where, epsilon, axes, reduced, group_size, axis_name, groups):
+    """Standardizes groups of consecutive examples; the moments are pooled over local groups."""
+    if 0 in axes:
+        raise ValueError(
+            f"group_size={group_size} groups the examples of axis 0, which feature_axes names too"
+        )
+    if groups is not None:
+        raise ValueError(
+            f"group_size={group_size} and axis_index_groups={groups} exclude each other: give one"
+        )
+    batch = x.shape[0]
+    if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
+        raise ValueError(f"group_size={group_size!r} must be a positive number of examples")
+    if group_size <= batch:
+        if batch % group_size:
+            raise ValueError(
+                f"group_size={group_size} does not divide the batch of {batch} examples on a device"
+            )
+        shape = (batch // group_size, group_size, *x.shape[1:])
+        mask = None if where is None else jnp.broadcast_to(where, x.shape).reshape(shape)
+        inner = tuple(axis + 1 for axis in reduced)
+        x_hat, _, shifted = _standardize(
+            x.reshape(shape), mask, jnp.asarray(epsilon), _Sharing(inner, None, None)
+        )
+        return x_hat.reshape(x.shape), _pool(squeeze_moments(shifted, inner))
+    if axis_name is None:
+        raise ValueError(
+            f"group_size={group_size} is larger than the batch of {batch} examples: allowed are "
+            "its divisors, or give the axis_name of the devices that share a group"
+        )
+    devices, size = group_size // batch, jax.lax.axis_size(axis_name)
+    if group_size % batch or size % devices:
+        raise ValueError(
+            f"group_size={group_size} does not divide the batch: {size} devices with {batch} "
+            "examples each must split into equal groups of whole devices"
+        )
+    groups = tuple(tuple(range(i, i + devices)) for i in range(0, size, devices))
+    sharing = _Sharing(reduced, axis_name, None if devices == size else groups)
+    x_hat, _, shifted = _standardize(x, where, jnp.asarray(epsilon), sharing)
+    return x_hat, squeeze_moments(shifted, reduced)
+
+
+def _pool(moments: Moments) -> Moments:
+    """Pools groups, axis 0: weighted mean of means, sum of m2, each about its group's mean."""
+    count = jnp.sum(moments.count, 0)
+    share = moments.count / jnp.maximum(count, 1)
+    # Relative to one of them, so that equal means stay exactly what they are.
+    reference = jnp.max(moments.mean, 0)
+    mean = reference + jnp.sum(share * (moments.mean - reference), 0)
+    return Moments(count, jnp.where(count > 0, mean, 0), jnp.sum(moments.m2, 0))
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
+def _standardize(x, where, epsilon, sharing):
+    """x̂, r and the shifted moments (axes kept) of the elements that share statistics."""
+    deviation, local = shifted_moments(x, sharing.axes, where)
+    if sharing.axis_name is None:
+        shared, centred = local, deviation - local.mean
+    else:
+        shared = sync_shifted_moments(local, sharing.axis_name, sharing.axis_index_groups)
+        centred = deviation + ((local.shift - shared.shift) - shared.mean)
+    var = shared.m2 / jnp.maximum(shared.count, 1).astype(shared.m2.dtype)
+    rstd = _rsqrt_or_zero(var + epsilon.astype(var.dtype))
+    x_hat = centred * rstd
+    if where is not None:
+        x_hat = jnp.where(where, x_hat, 0)
+    return x_hat, rstd, shared
+
+
+@_standardize.defjvp
+def _standardize_jvp(sharing, primals, tangents):
+    x, where, epsilon = primals
+    x_hat, rstd, shared = _standardize(x, where, epsilon, sharing)
+    t = tangents[0].astype(x_hat.dtype)
+    if where is not None:
+        t = jnp.where(where, t, 0)
+    divisor = jnp.maximum(shared.count, 1).astype(x_hat.dtype)
+    sums = jnp.stack(
+        [
+            jnp.sum(t, sharing.axes, keepdims=True),
+            jnp.sum(x_hat * t, sharing.axes, keepdims=True),
+        ]
+    )
+    if sharing.axis_name is not None:
+        sums = group_psum(sums, sharing.axis_name, sharing.axis_index_groups)
+    mean_t, mean_xt = sums / divisor
+    x_hat_dot = rstd * (t - mean_t - x_hat * mean_xt)
+    if where is not None:
+        x_hat_dot = jnp.where(where, x_hat_dot, 0)
+    rstd_dot = -jnp.square(rstd) * mean_xt
+    still = jax.tree.map(jnp.zeros_like, shared)
+    return (x_hat, rstd, shared), (x_hat_dot, rstd_dot, still)
+
+
+def _rsqrt_or_zero(v: Array) -> Array:
+    """1/√v, and 0 for v = 0: a feature without spread is not divided by it."""
+    positive = v > 0
+    return jnp.where(positive, jax.lax.rsqrt(jnp.where(positive, v, 1)), 0)
+
+
+def _scale_and_shift(x_hat, scale, bias, kept, dtype):
+    y = x_hat
+    if scale is not None:
+        y = y * scale.reshape(kept)
+    if bias is not None:
+        y = y + bias.reshape(kept)
+    return y.astype(dtype)
+
+
+def _result_dtype(x, scale, bias, dtype):
+    if dtype is not None:
+        return jnp.dtype(dtype)
+    return jnp.result_type(*(v for v in (x, scale, bias) if v is not None))
+
+
+def _scale_and_bias(scale, bias, x, axes):
+    return (
+        None if value is None else _per_feature(name, value, x, axes)
+        for name, value in (("scale", scale), ("bias", bias))
+    )
+
+
+def _per_feature(name: str, value, x: Array, axes: tuple[int, ...]) -> Array:
+    value = jnp.asarray(value)
+    expected = tuple(x.shape[axis] for axis in axes)
+    if value.shape != expected:
+        raise ValueError(
+            f"{name} has shape {value.shape}: it must be {expected}, the feature axes of x, "
+            f"whose shape is {x.shape}"
+        )
+    return value
+
+
+def _check_epsilon(epsilon) -> None:
+    if isinstance(epsilon, jax.core.Tracer):
+        return
+    if not epsilon >= 0:
+        raise ValueError(f"epsilon={epsilon!r} is not allowed: it must be ≥ 0")

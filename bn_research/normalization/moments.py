@@ -1,0 +1,278 @@
+r"""Count, mean and sum of squared deviations of a batch: accurate, masked, mergeable, synced.
+
+The variance is never computed as E[x²] − E[x]²: with a mean of 1e4 standard deviations float32
+loses it entirely. Two passes are made. The first finds a rough mean c, from differences to one
+sample of each feature, so that a constant feature gives c exactly. The second sums d = x − c and
+d², from which
+
+    mean = c + Σd/n        m2 = Σd² − (Σd)²/n
+
+where the correction is a rounding error's size, so nothing cancels.
+
+Source: T. F. Chan, G. H. Golub, R. J. LeVeque, "Algorithms for computing the sample variance:
+analysis and recommendations", The American Statistician 37 (1983) 242-247.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+# Squares of float32 span 1e-38 to 1e38. Scaling deviations by a power of two (exact) before they
+# are squared centres that window on the range promised for features, standard deviations of
+# 1e-18 to 1e15: without it the smaller deviations of a feature at 1e-18 are flushed to zero.
+_SQUARE_SCALE = 16.0
+
+
+class Moments(NamedTuple):
+    """Moments of the elements reduced, one entry per feature; merge with `merge_moments`."""
+
+    count: Array  # type: ignore[assignment]  # shape=(*features), dtype=float32: number of unmasked elements
+    mean: Array  # shape=(*features), dtype=float32 (float64 for float64 input)
+    m2: Array  # shape=(*features), dtype as mean: sum of squared deviations from the mean
+
+
+class ShiftedMoments(NamedTuple):
+    """Moments about a reference value; axes are kept, so every leaf broadcasts against x.
+
+    `shift` + `mean` is the mean. Keeping the two apart saves the digits that their sum rounds
+    away: at a mean of 1e4 standard deviations float32 resolves the mean to 1e-3 of one only.
+    """
+
+    count: Array  # type: ignore[assignment]  # number of unmasked elements
+    shift: Array  # reference value, near the mean; carries no gradient
+    mean: Array  # mean of x − shift
+    m2: Array  # sum of squared deviations from the mean
+
+
+def batch_moments(
+    x: Float[Array, "..."],
+    *,
+    feature_axes: int | Sequence[int] = -1,
+    where: Bool[Array, "..."] | None = None,
+) -> Moments:
+    """Moments of x over every axis that is not a feature axis.
+
+    Args:
+      x: floating-point array; reduced in float32, or in float64 when x is float64.
+      feature_axes: axes that keep their own statistics; results have the shape of these axes in
+        ascending order.
+      where: mask, broadcastable to x. Elements where it is False are left out before any
+        arithmetic: a NaN there reaches neither values nor gradients.
+
+    Returns:
+      Moments, differentiable in x. A feature without elements has count, mean and m2 of zero.
+
+    Raises:
+      ValueError: x is not floating point, an axis is out of range or repeated, or where does not
+        broadcast to x.
+    """
+    x, where, axes = check_input(x, feature_axes, where)
+    reduction_axes = tuple(axis for axis in range(x.ndim) if axis not in axes)
+    _, shifted = shifted_moments(x, reduction_axes, where)
+    return squeeze_moments(shifted, reduction_axes)
+
+
+def merge_moments(a: Moments, b: Moments) -> Moments:
+    """Moments of the union of two disjoint sets of elements (Chan, Golub & LeVeque 1983, eq. 1.5).
+
+    n = n_a + n_b,  mean = mean_a + δ·n_b/n,  m2 = m2_a + m2_b + δ²·n_a·n_b/n,
+    δ = mean_b − mean_a.
+    """
+    count = a.count + b.count
+    share = b.count / jnp.maximum(count, 1)
+    delta = b.mean - a.mean
+    return Moments(
+        count=count,
+        mean=a.mean + delta * share,
+        m2=a.m2 + b.m2 + jnp.square(delta) * a.count * share,
+    )
+
+
+def sync_moments(
+    moments: Moments,
+    axis_name: str,
+    *,
+    axis_index_groups: Sequence[Sequence[int]] | None = None,
+) -> Moments:
+    """Moments of the elements of every device along a named axis, by one collective.
+
+    Args:
+      moments: this device's moments; counts may differ between devices, and be zero on some.
+      axis_name: the axis of `pmap`, `shard_map` or `vmap`.
+      axis_index_groups: merge within these groups of indices only; a partition of the axis.
+    """
+    zero = jnp.zeros_like(moments.mean)
+    shifted = sync_shifted_moments(
+        ShiftedMoments(moments.count, zero, moments.mean, moments.m2),
+        axis_name,
+        axis_index_groups,
+    )
+    return Moments(shifted.count, shifted.shift + shifted.mean, shifted.m2)
+
+
+def variance(moments: Moments, *, unbiased: bool = False) -> Float[Array, "*features"]:
+    """Variance, m2/n, or m2/(n − 1) when unbiased; 0 where there are too few elements."""
+    return moments.m2 / jnp.maximum(moments.count - unbiased, 1)
+
+
+def shifted_moments(
+    x: Float[Array, "..."], axes: tuple[int, ...], where: Bool[Array, "..."] | None
+) -> tuple[Float[Array, "..."], ShiftedMoments]:
+    """Deviations d = x − shift (zero where masked) and the moments of x, axes kept."""
+    x = x.astype(accumulator_dtype(x.dtype))
+    if where is not None:
+        x = jnp.where(where, x, 0)
+        valid = jnp.broadcast_to(where, x.shape)
+        count = jnp.sum(valid, axes, dtype=jnp.float32, keepdims=True)
+    else:
+        valid = None
+        size = 1
+        for axis in axes:
+            size *= x.shape[axis]
+        kept = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
+        count = jnp.full(kept, size, jnp.float32)
+    divisor = jnp.maximum(count, 1).astype(x.dtype)
+
+    constant = jax.lax.stop_gradient(x)
+    if x.size == 0:
+        sample = jnp.zeros(count.shape, x.dtype)
+    elif valid is None:
+        first = tuple(slice(0, 1) if axis in axes else slice(None) for axis in range(x.ndim))
+        sample = constant[first]
+    else:
+        sample = jnp.max(constant, axes, keepdims=True, where=valid, initial=-jnp.inf)
+        sample = jnp.where(count > 0, sample, 0)
+    rough = jnp.sum(constant - sample, axes, keepdims=True, where=valid) / divisor
+    shift = sample + rough
+
+    d = x - shift
+    if valid is not None:
+        d = jnp.where(valid, d, 0)
+    mean = jnp.sum(d, axes, keepdims=True) / divisor
+    scaled = _SQUARE_SCALE * d
+    m2 = jnp.sum(jnp.square(scaled), axes, keepdims=True)
+    m2 = (m2 - divisor * jnp.square(_SQUARE_SCALE * mean)) / _SQUARE_SCALE**2
+    return d, ShiftedMoments(count, shift, mean, jnp.maximum(m2, 0))
+
+
+def sync_shifted_moments(
+    moments: ShiftedMoments,
+    axis_name: str,
+    axis_index_groups: Sequence[Sequence[int]] | None,
+) -> ShiftedMoments:
+    """Merges shifted moments over devices; one collective, whatever the number of groups.
+
+    Every device's four numbers per feature are laid side by side by a sum over rows that are zero
+    but for one: the result is known to be the same on every device, which an all-gather's is not.
+    """
+    index = jax.lax.axis_index(axis_name)
+    size = jax.lax.axis_size(axis_name)
+    packed = jnp.stack([leaf.astype(moments.mean.dtype) for leaf in moments])
+    table = jax.lax.psum(_one_row(packed, index, size), axis_name)
+    if axis_index_groups is not None:
+        group_of = _group_of_index(axis_index_groups, size)
+        member = (group_of == group_of[index]).reshape((-1,) + (1,) * packed.ndim)
+        table = jnp.where(member, table, 0)
+    count, shift, mean, m2 = (table[:, i] for i in range(4))
+    total = jnp.sum(count, 0)
+    share = count / jnp.maximum(total, 1)
+    # The reference of the merged moments: any value near the mean does, if all devices agree.
+    reference = jax.lax.stop_gradient(jnp.sum(share * (shift + mean), 0))
+    deviation = (shift - reference) + mean
+    merged_mean = jnp.sum(share * deviation, 0)
+    merged_m2 = jnp.sum(
+        jnp.where(count > 0, m2 + count * jnp.square(deviation - merged_mean), 0), 0
+    )
+    return ShiftedMoments(total.astype(moments.count.dtype), reference, merged_mean, merged_m2)
+
+
+def group_psum(
+    x: Array, axis_name: str, axis_index_groups: Sequence[Sequence[int]] | None
+) -> Array:
+    """Sum over the devices of this device's group, by one collective; usable under `vmap` too."""
+    if axis_index_groups is None:
+        return jax.lax.psum(x, axis_name)
+    group_of = _group_of_index(axis_index_groups, jax.lax.axis_size(axis_name))
+    group = group_of[jax.lax.axis_index(axis_name)]
+    table = jax.lax.psum(_one_row(x, group, len(axis_index_groups)), axis_name)
+    return jnp.take(table, group, axis=0)
+
+
+def squeeze_moments(shifted: ShiftedMoments, axes: tuple[int, ...]) -> Moments:
+    """Drops the kept axes and adds the shift to the mean."""
+    return Moments(
+        count=jnp.squeeze(shifted.count, axes),
+        mean=jnp.squeeze(shifted.shift + shifted.mean, axes),
+        m2=jnp.squeeze(shifted.m2, axes),
+    )
+
+
+def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
+    """float32 for half precision and float32, float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def canonical_axes(feature_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:
+    """Feature axes as ascending non-negative integers; ValueError when there is a bad one."""
+    given = (feature_axes,) if isinstance(feature_axes, int) else tuple(feature_axes)
+    if not given:
+        raise ValueError("feature_axes=() is empty: name at least one axis")
+    for axis in given:
+        if not -ndim <= axis < ndim:
+            raise ValueError(
+                f"feature_axes={feature_axes!r} is out of range for an array of rank {ndim}: "
+                f"allowed are {-ndim} to {ndim - 1}"
+            )
+    axes = tuple(sorted(axis % ndim for axis in given))
+    if len(set(axes)) != len(axes):
+        raise ValueError(
+            f"feature_axes={feature_axes!r} names an axis twice in an array of rank {ndim}: "
+            "each axis may be named once"
+        )
+    return axes
+
+
+def check_input(
+    x: Array, feature_axes: int | Sequence[int], where: Array | None
+) -> tuple[Array, Array | None, tuple[int, ...]]:
+    """X and where as arrays, and the canonical feature axes; ValueError when one is bad."""
+    x = jnp.asarray(x)
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}: allowed are floating-point types; cast it first")
+    axes = canonical_axes(feature_axes, x.ndim)
+    if where is not None:
+        where = jnp.asarray(where)
+        try:
+            fits = jnp.broadcast_shapes(where.shape, x.shape) == x.shape
+        except ValueError:
+            fits = False
+        if not fits:
+            raise ValueError(
+                f"where has shape {where.shape}: it must broadcast to the shape of x, {x.shape}"
+            )
+        where = where.astype(bool)
+    return x, where, axes
+
+
+def _one_row(x: Array, index: Array, size: int) -> Array:
+    """Zeros of shape (size, *x.shape) with x at `index`; a NaN in x stays in its row."""
+    row = jnp.arange(size).reshape((-1,) + (1,) * x.ndim) == index
+    return jnp.where(row, x, 0)
+
+
+def _group_of_index(axis_index_groups: Sequence[Sequence[int]], size: int) -> Array:
+    """Group number of each index of the axis, shape=(size,)."""
+    members = [index for group in axis_index_groups for index in group]
+    if sorted(members) != list(range(size)):
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups!r} is not a partition of an axis of size "
+            f"{size}: name each index from 0 to {size - 1} once"
+        )
+    group_of = [0] * size
+    for number, group in enumerate(axis_index_groups):
+        for index in group:
+            group_of[index] = number
+    return jnp.asarray(group_of)

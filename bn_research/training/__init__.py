@@ -1,0 +1,1 @@
+"""Training: pure steps over an apply function, and the loop around them; knows no model."""

@@ -1,0 +1,184 @@
+"""Many steps per dispatch over a data set that lives on the device."""
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, PRNGKeyArray
+
+from bn_research.training.metrics import Metrics
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch, StepMetrics
+
+
+def epoch_order(key: PRNGKeyArray, epoch: Int[Array, ""], num_examples: int) -> Int[Array, "n"]:
+    """The order of the examples in an epoch: a function of key and epoch alone."""
+    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+
+
+def run_steps(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+    state: TrainState,
+    examples: Batch,
+    *,
+    batch_size: int,
+    num_steps: int,
+) -> tuple[TrainState, StepMetrics]:
+    """Takes num_steps steps as one scanned program; jit it, donating the state.
+
+    Examples are shuffled anew in each epoch, on the device; the remainder that does not fill a
+    batch is left for another epoch's order. Batches depend on the state's key and step alone, so
+    a run cut into dispatches anywhere, or resumed, sees the same batches.
+
+    Returns:
+      The new state, and metrics of each step, shape=(num_steps,).
+
+    Raises:
+      ValueError: a batch size that is not between 1 and the number of examples.
+    """
+    num_examples = examples.label.shape[0]
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(
+            f"batch_size={batch_size} is not allowed: the training set has {num_examples} "
+            f"examples, so it must lie between 1 and {num_examples}"
+        )
+    steps_per_epoch = num_examples // batch_size
+
+    def step(carry, index):
+        state, order = carry
+        epoch, position = jnp.divmod(state.step, steps_per_epoch)
+        order = jax.lax.cond(
+            (position == 0) | (index == 0),
+            lambda: epoch_order(state.key, epoch, num_examples),
+            lambda: order,
+        )
+        rows = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
+        batch = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), examples)
+        state, metrics = train_step(state, batch)
+        return (state, order), metrics
+
+    order = jnp.zeros(num_examples, jnp.int32)  # drawn by the first step
+    (state, _), metrics = jax.lax.scan(step, (state, order), jnp.arange(num_steps))
+    return state, metrics
+
+
+def padded_batches(examples: Any, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in order; the last batch is padded and masked to the same shape."""
+    count = examples.label.shape[0]
+    for start in range(0, count, batch_size):
+        image, label = (
+            leaf[start : start + batch_size] for leaf in (examples.image, examples.label)
+        )
+        missing = batch_size - label.shape[0]
+        if missing:
+            image = jnp.pad(image, [(0, missing)] + [(0, 0)] * (image.ndim - 1))
+            label = jnp.pad(label, (0, missing))
+        yield Batch(image, label, jnp.arange(batch_size) < batch_size - missing)
+
+
+def evaluate(
+    eval_step: Callable[[Any, Batch], Metrics], variables: Any, examples: Any, *, batch_size: int
+) -> dict[str, float]:
+    """Mean loss and accuracy over the whole set, as sum over count.
+
+    Args:
+      eval_step: (variables, batch) -> Metrics; jit it.
+      variables: params and batch_stats.
+      examples: a Batch, or anything with `image` and `label`.
+      batch_size: examples per dispatch.
+    """
+    total = None
+    for batch in padded_batches(examples, batch_size):
+        metrics = eval_step(variables, batch)
+        total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
+    if total is None:
+        raise ValueError("examples is empty: evaluation needs at least one example")
+    return {
+        "loss": float(total.loss / total.count),
+        "accuracy": float(total.correct / total.count),
+        "count": int(total.count),
+    }
+
+
+class History(NamedTuple):
+    """What a training run leaves besides its state."""
+
+    loss: np.ndarray  # shape=(steps taken,), float32: of each step's batch, before its update
+    diverged: int  # number of steps that were not finite and so not taken
+
+
+class Saver(Protocol):
+    """Where a run's progress is kept; see `bn_research.training.checkpoint.Checkpointer`."""
+
+    def newest(self) -> tuple[int, dict[str, Any]] | None:
+        """Number and note of the newest checkpoint."""
+
+    def save(self, number: int, state: Any, note: dict[str, Any]) -> None:
+        """Saves."""
+
+    def restore(self, number: int, template: Any) -> Any:
+        """Loads."""
+
+
+def train(
+    advance: Callable[[TrainState], tuple[TrainState, StepMetrics]],
+    create_state: Callable[[], TrainState],
+    *,
+    name: str,
+    num_steps: int,
+    steps_per_dispatch: int,
+    saver: Saver | None = None,
+    save_when: Callable[[], bool] = lambda: True,
+    stop_when: Callable[[np.ndarray], bool] = lambda loss: False,
+    on_dispatch: Callable[[int], None] = lambda steps: None,
+) -> tuple[TrainState, History]:
+    """Trains for num_steps steps, or until stopped; goes on from a checkpoint of the same name.
+
+    The bits of the result depend neither on when it was saved nor on where it was interrupted.
+    A run whose steps diverge ends with the dispatch in which they do.
+
+    Args:
+      advance: takes steps_per_dispatch steps.
+      create_state: the state before the first step.
+      name: of this run, written into its checkpoints.
+      num_steps: a multiple of steps_per_dispatch.
+      steps_per_dispatch: steps that advance takes.
+      saver: keeps checkpoints; None keeps none.
+      save_when: asked after each dispatch whether to save.
+      stop_when: asked after each dispatch, with the losses so far, whether to stop early.
+      on_dispatch: told the number of steps after each dispatch, and first of any restored.
+
+    Raises:
+      ValueError: num_steps is not a positive multiple of steps_per_dispatch.
+    """
+    if num_steps < 1 or num_steps % steps_per_dispatch:
+        raise ValueError(
+            f"num_steps={num_steps} is not allowed: it must be a positive multiple of "
+            f"steps_per_dispatch={steps_per_dispatch}"
+        )
+    # A fixed shape, so that a checkpoint of any step has the same structure.
+    loss = np.full(num_steps, np.nan, np.float32)
+    diverged, steps = 0, 0
+    newest = saver.newest() if saver is not None else None
+    number = newest[0] if newest is not None else 0
+    if saver is not None and newest is not None and newest[1]["name"] == name:
+        template = {"state": jax.eval_shape(create_state), "loss": loss}
+        saved = saver.restore(number, template)
+        state, loss = saved["state"], np.array(saved["loss"])
+        steps, diverged = newest[1]["steps"], newest[1]["diverged"]
+        on_dispatch(steps)
+    else:
+        state = create_state()
+    while steps < num_steps and not diverged and not (steps and stop_when(loss[:steps])):
+        state, metrics = advance(state)
+        loss[steps : steps + steps_per_dispatch] = metrics.loss
+        diverged += int(np.sum(metrics.diverged))
+        steps += steps_per_dispatch
+        on_dispatch(steps_per_dispatch)
+        if saver is not None and save_when():
+            number += 1
+            note = {"name": name, "steps": steps, "diverged": diverged}
+            saver.save(number, {"state": state, "loss": loss}, note)
+    return state, History(loss[:steps], diverged)

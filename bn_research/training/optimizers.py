@@ -1,0 +1,60 @@
+"""Optimizers by name, with weight decay that leaves BN's parameters and biases alone."""
+
+from typing import Any
+
+import jax
+import optax
+from jaxtyping import Array, Float
+
+NAMES = ("sgd", "momentum", "adam")
+
+
+def create_optimizer(
+    name: str,
+    learning_rate: float | Float[Array, ""],
+    *,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+    decay_scale_and_bias: bool = False,
+) -> optax.GradientTransformation:
+    """An optax optimizer.
+
+    Args:
+      name: "sgd", θ ← θ − η·g; "momentum", v ← momentum·v + g, θ ← θ − η·v; "adam", optax's
+        defaults (b1=0.9, b2=0.999, eps=1e-8).
+      learning_rate: η; may be traced, so that one program serves every rate.
+      momentum: of "momentum".
+      weight_decay: λ. Added to the gradient, g + λ·θ (L2), for "sgd" and "momentum"; decoupled,
+        θ ← θ − η·λ·θ, for "adam" (AdamW).
+      decay_scale_and_bias: let the decay reach parameters named `scale` or `bias` too.
+
+    Raises:
+      ValueError: an unknown name, a negative rate or decay, or momentum outside [0, 1).
+    """
+    if name not in NAMES:
+        raise ValueError(f"optimizer={name!r} is unknown: allowed are {', '.join(NAMES)}")
+    if not isinstance(learning_rate, jax.core.Tracer) and not learning_rate >= 0:
+        raise ValueError(f"learning_rate={learning_rate!r} is not allowed: it must be ≥ 0")
+    if not weight_decay >= 0:
+        raise ValueError(f"weight_decay={weight_decay!r} is not allowed: it must be ≥ 0")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum={momentum!r} is not allowed: it must lie in [0, 1)")
+    mask = None if decay_scale_and_bias else weight_mask
+    if name == "adam":
+        if weight_decay:
+            return optax.adamw(learning_rate, weight_decay=weight_decay, mask=mask)
+        return optax.adam(learning_rate)
+    sgd = optax.sgd(learning_rate, momentum=momentum if name == "momentum" else None)
+    if weight_decay:
+        return optax.chain(optax.add_decayed_weights(weight_decay, mask), sgd)
+    return sgd
+
+
+def weight_mask(params: Any) -> Any:
+    """True for weights, False for leaves named `scale` or `bias`; a pytree like params."""
+
+    def is_weight(path, _):
+        last = path[-1]
+        return getattr(last, "key", getattr(last, "name", None)) not in ("scale", "bias")
+
+    return jax.tree_util.tree_map_with_path(is_weight, params)

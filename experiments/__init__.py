@@ -1,0 +1,1 @@
+"""One experiment a file; each answers one question about batch normalization."""

@@ -1,0 +1,308 @@
+"""Arms of a comparison: one network, one optimizer, one setting, trained for each seed.
+
+Everything that changes the program (network, BN placement, optimizer, initializer, biases) is
+static; rate, ε and the initialization's width are traced, so that a sweep over them compiles once.
+"""
+
+import functools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tqdm import tqdm
+
+from bn_research import data
+from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
+from bn_research.models.cnn import CNN, NormPlacement
+from bn_research.models.initializers import kernel_initializer
+from bn_research.training.checkpoint import Checkpointer
+from bn_research.training.loop import evaluate, run_steps, train
+from bn_research.training.optimizers import create_optimizer
+from bn_research.training.state import create_train_state
+from bn_research.training.step import Batch, make_eval_step, make_train_step
+from experiments.workdir import Ledger
+
+_EVAL_BATCH = 512
+_POPULATION_BATCHES = 32
+_SECONDS_BETWEEN_CHECKPOINTS = 10.0
+
+
+class Arm(NamedTuple):
+    """A setting; the first five fields are static, the next three traced."""
+
+    network: str
+    placement: NormPlacement  # of BN: none, last, all
+    optimizer: str = "sgd"
+    initializer: str = "uniform"
+    use_bias: bool = False
+    learning_rate: float = 0.1
+    epsilon: float = 1e-5
+    a: float = 1e-3  # half-width of the uniform initializer
+    num_steps: int = 100
+    stop_below: float = -math.inf  # end once a batch's loss is below this
+
+    @property
+    def name(self) -> str:
+        """Identifies the arm in the ledger."""
+        return " ".join(f"{field}={getattr(self, field)}" for field in self._fields)
+
+
+class Hyper(NamedTuple):
+    """The traced part of an arm."""
+
+    learning_rate: Array
+    epsilon: Array
+    a: Array
+
+
+class Images(NamedTuple):
+    """A data set, scaled and in memory."""
+
+    train: Batch
+    test: Batch
+    pixels: np.ndarray  # uint8: the training images as they came
+    num_classes: int
+
+
+def load_images(
+    name: str,
+    *,
+    data_dir: str,
+    manual_dir: str,
+    scale: str,
+    size: int = 0,
+    limit: int | None = None,
+) -> Images:
+    """A data set with float32 images; resized to size × size unless that is 0.
+
+    Args:
+      name: of `bn_research.data.DATASETS`.
+      data_dir: where tfds keeps prepared sets; "" is its default.
+      manual_dir: where source files lie; "" is the set's default.
+      scale: see `bn_research.data.scale_images`; "standardized" by the training set.
+      size: height and width of the images; 0 keeps theirs.
+      limit: use this many examples of each split only.
+    """
+    builder = data.prepare(name, data_dir=data_dir or None, manual_dir=manual_dir or None)
+    splits = [data.load_examples(builder, split, limit=limit) for split in ("train", "test")]
+    batches = []
+    for split in splits:
+        images = data.scale_images(
+            split.image, scale, reference=splits[0].image, full_scale=data.FULL_SCALE[name]
+        )
+        batches.append(Batch(resize(images, size), jnp.asarray(split.label)))
+    num_classes = builder.info.features["label"].num_classes
+    return Images(batches[0], batches[1], splits[0].image, num_classes)
+
+
+def resize(images: np.ndarray | Array, size: int) -> Array:
+    """Images resized to size × size, bilinear with antialiasing; size 0 keeps them."""
+    images = jnp.asarray(images)
+    if size in (0, images.shape[1]):
+        return images
+    shape = (images.shape[0], size, size, images.shape[3])
+    return jax.image.resize(images, shape, "linear", antialias=True)
+
+
+class Trainer:
+    """Trains arms on a data set, each once in the life of a workdir.
+
+    Args:
+      images: the data set.
+      path: the workdir, for its ledger and checkpoints.
+      ledger: where finished arms stand.
+      batch_size: examples a step.
+      steps_per_dispatch: steps of one call into the compiled program.
+      total_steps: for the progress bar.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        path: Path,
+        ledger: Ledger,
+        *,
+        batch_size: int,
+        steps_per_dispatch: int,
+        total_steps: int,
+    ):
+        """Opens the checkpoints; raises CheckpointError when the newest is damaged."""
+        self._images = images
+        self._ledger = ledger
+        self._batch_size = batch_size
+        self._steps_per_dispatch = steps_per_dispatch
+        self._saver = Checkpointer(path / "checkpoints")
+        self._saver.verify()
+        self._saved_at = time.monotonic()
+        self._last: Callable[[], None] = lambda: None
+        self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05)
+
+    def __enter__(self) -> "Trainer":
+        """Itself."""
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        """Keeps the last trained state when all went well, and closes the progress bar."""
+        if exception[0] is None:
+            self._last()
+        self._saver.close()
+        self._bar.close()
+
+    def train(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Record of an arm: loss of each step, and accuracy on the whole test set at the end.
+
+        The accuracy is that of inference by population statistics (algorithm 2 of Ioffe &
+        Szegedy, 2015) over batches of the training set.
+        """
+        name = f"train/{arm.name} seed={seed}"
+        if name in self._ledger:
+            self._bar.update(arm.num_steps)
+        return self._ledger.get(name, lambda: self._measure(arm, seed, name))
+
+    def _measure(self, arm: Arm, seed: int, name: str) -> dict[str, Any]:
+        hyper = Hyper(*(jnp.float32(getattr(arm, field)) for field in Hyper._fields))
+        shape = (1, *self._images.train.image.shape[1:])
+        static = (arm.network, arm.placement)
+        create = _create_program(*static, arm.optimizer, arm.initializer, arm.use_bias, shape)
+        advance = _advance_program(
+            *static, arm.optimizer, arm.use_bias, self._batch_size, self._steps_per_dispatch
+        )
+        self._bar.set_description(
+            f"BN {arm.placement}, {arm.optimizer} {arm.learning_rate:g}, "
+            f"ε {arm.epsilon:g}, a {arm.a:g}, seed {seed}"
+        )
+        before = self._bar.n
+        state, history = train(
+            lambda state: advance(state, self._images.train, hyper),
+            lambda: create(jax.random.key(seed), hyper),
+            name=name,
+            num_steps=arm.num_steps,
+            steps_per_dispatch=self._steps_per_dispatch,
+            saver=self._saver,
+            save_when=self._checkpoint_is_due,
+            stop_when=lambda loss: bool(np.min(loss) < arm.stop_below),
+            on_dispatch=self._bar.update,
+        )
+        self._bar.update(arm.num_steps - (self._bar.n - before))
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        if arm.placement != "none":
+            moments = _moments_program(*static, arm.use_bias)
+            variables["batch_stats"] = population_batch_stats(
+                lambda variables, image: moments(variables, image, hyper.epsilon),
+                variables,
+                self._population_batches(),
+            )
+        eval_step = _eval_program(*static, arm.use_bias)
+        scores = evaluate(
+            lambda variables, batch: eval_step(variables, batch, hyper.epsilon),
+            variables,
+            self._images.test,
+            batch_size=min(_EVAL_BATCH, len(self._images.test.label)),
+        )
+        loss = {"loss": jnp.asarray(history.loss)}
+
+        def save_last() -> None:
+            newest = self._saver.newest()
+            note = {"name": name, "steps": len(history.loss), "diverged": history.diverged}
+            self._saver.save((newest[0] if newest else 0) + 1, {"state": state, **loss}, note)
+
+        self._last = save_last
+        return {
+            **arm._asdict(),
+            "seed": seed,
+            "loss": history.loss,
+            "diverged": history.diverged,
+            "accuracy": scores["accuracy"],
+            "test_loss": scores["loss"],
+        }
+
+    def _population_batches(self) -> list[Array]:
+        images = self._images.train.image
+        whole = len(images) // self._batch_size * self._batch_size
+        used = min(whole, _POPULATION_BATCHES * self._batch_size)
+        return list(jnp.split(images[:used], used // self._batch_size))
+
+    def _checkpoint_is_due(self) -> bool:
+        if time.monotonic() - self._saved_at < _SECONDS_BETWEEN_CHECKPOINTS:
+            return False
+        self._saved_at = time.monotonic()
+        return True
+
+
+def _model(network, placement, use_bias, epsilon, **options):
+    norm = functools.partial(BatchNorm, epsilon=epsilon)
+    return CNN(network, norm, placement, use_bias=use_bias, **options)
+
+
+def _apply_fn(model: CNN):
+    def apply_fn(variables, image, *, train):
+        if not train:
+            return model.apply(variables, image, train=False), variables["batch_stats"]
+        logits, new = model.apply(variables, image, train=True, mutable=["batch_stats"])
+        return logits, new.get("batch_stats", {})
+
+    return apply_fn
+
+
+def compiler_options(level: int) -> dict[str, Any]:
+    """XLA's optimization level for a program, 0 to 3; a CPU spends seconds compiling each.
+
+    Level 1 gives the training step of the default network the speed of level 3 (within 3 %) for
+    30 % less compilation. Level 0 suits what runs once, as drawing the weights: a sixth of it.
+    """
+    cpu = jax.default_backend() == "cpu"
+    return {"xla_backend_optimization_level": level} if cpu else {}
+
+
+@functools.cache
+def _create_program(network, placement, optimizer, initializer, use_bias, shape):
+    @functools.partial(jax.jit, compiler_options=compiler_options(0))
+    def create(key, hyper):
+        init = kernel_initializer(initializer, a=hyper.a)
+        model = _model(network, placement, use_bias, hyper.epsilon, kernel_init=init)
+        return create_train_state(
+            lambda key: model.init(key, jnp.zeros(shape), train=False),
+            create_optimizer(optimizer, hyper.learning_rate),
+            key,
+        )
+
+    return create
+
+
+@functools.cache
+def _advance_program(network, placement, optimizer, use_bias, batch_size, num_steps):
+    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(1))
+    def advance(state, examples, hyper):
+        apply_fn = _apply_fn(_model(network, placement, use_bias, hyper.epsilon))
+        step = make_train_step(apply_fn, create_optimizer(optimizer, hyper.learning_rate))
+        return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
+
+    return advance
+
+
+@functools.cache
+def _moments_program(network, placement, use_bias):
+    @functools.partial(jax.jit, compiler_options=compiler_options(1))
+    def moments(variables, image, epsilon):
+        model = _model(network, placement, use_bias, epsilon)
+        mutable = [MOMENTS, "batch_stats"]
+        return model.apply(variables, image, train=True, mutable=mutable)[1][MOMENTS]
+
+    return moments
+
+
+@functools.cache
+def _eval_program(network, placement, use_bias):
+    @functools.partial(jax.jit, compiler_options=compiler_options(1))
+    def eval_step(variables, batch, epsilon):
+        return make_eval_step(_apply_fn(_model(network, placement, use_bias, epsilon)))(
+            variables, batch
+        )
+
+    return eval_step

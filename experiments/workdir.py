@@ -1,0 +1,199 @@
+"""The folder of a run: its config, its environment, and a ledger of what it has measured.
+
+A run started again in the same folder with the same config goes on where it stopped. What is
+finished stands in `metrics.jsonl`, one line for each measurement; a line cut short by a kill is
+dropped and measured anew, to the same bits.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import math
+import os
+import platform
+import subprocess
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from bn_research.claims.report import write_json
+
+_PACKAGES = (
+    "bn_research absl-py flax jax jaxlib ml_collections numpy optax orbax-checkpoint scikit-learn "
+    "scipy tensorflow-datasets"
+).split()
+
+
+class WorkdirError(ValueError):
+    """A workdir that a run must not use; the message is one line for people."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workdir:
+    """A folder that belongs to one experiment with one config."""
+
+    path: Path
+    config: Mapping[str, Any]
+
+    def check(self) -> None:
+        """Looks, without writing, whether a run with this config may use the folder.
+
+        Raises:
+          WorkdirError: it belongs to another config, or is somebody else's folder.
+        """
+        if not self.path.exists():
+            return
+        if not self.path.is_dir():
+            raise WorkdirError(f"workdir {self.path} is a file: give the name of a folder")
+        if not self._config_path.exists():
+            if any(self.path.iterdir()):
+                raise WorkdirError(
+                    f"workdir {self.path} is not empty and holds no config.json of a run: give "
+                    "another --workdir"
+                )
+            return
+        try:
+            saved = json.loads(self._config_path.read_text())
+            differing = sorted(
+                key
+                for key in {*saved, *self.config}
+                if saved.get(key, ...) != _plain(self.config).get(key, ...)
+            )
+        except (OSError, ValueError, TypeError) as error:
+            raise WorkdirError(
+                f"workdir {self.path}: config.json cannot be read ({error}); give another --workdir"
+            ) from error
+        if differing:
+            changes = ", ".join(
+                f"{key} (there {saved.get(key, 'absent')!r}, now {_plain(self.config).get(key)!r})"
+                for key in differing
+            )
+            raise WorkdirError(
+                f"workdir {self.path} belongs to a run with another config: {changes}; give the "
+                "same config to continue it, or another --workdir"
+            )
+
+    def create(self) -> None:
+        """Makes the folder with `config.json` and `environment.json`, unless they are there."""
+        self.check()
+        try:
+            (self.path / "figures").mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WorkdirError(f"workdir {self.path} cannot be made: {error}") from error
+        if not self._environment_path.exists():
+            write_json(self._environment_path, environment())
+        if not self._config_path.exists():
+            write_json(self._config_path, _plain(self.config))
+
+    @property
+    def environment(self) -> dict[str, Any]:
+        """What the run was started with."""
+        return json.loads(self._environment_path.read_text())
+
+    @property
+    def _config_path(self) -> Path:
+        return self.path / "config.json"
+
+    @property
+    def _environment_path(self) -> Path:
+        return self.path / "environment.json"
+
+
+class Ledger:
+    """Measurements by name, each computed once in the life of a workdir.
+
+    Args:
+      path: `metrics.jsonl`; made if absent.
+    """
+
+    def __init__(self, path: Path):
+        """Reads what is there, and drops a last line that was cut short."""
+        self._path = path
+        self._records: dict[str, dict[str, Any]] = {}
+        whole = 0
+        if path.exists():
+            content = path.read_bytes()
+            for line in content.splitlines(keepends=True):
+                try:
+                    record = json.loads(line)
+                    self._records[record["name"]] = record
+                except (ValueError, KeyError, TypeError) as error:
+                    if whole + len(line) < len(content):
+                        raise WorkdirError(
+                            f"{path} is damaged in the middle ({error}): give another --workdir"
+                        ) from error
+                    break
+                if not line.endswith(b"\n"):
+                    del self._records[record["name"]]
+                    break
+                whole += len(line)
+            if whole < len(content):
+                os.truncate(path, whole)
+
+    def __contains__(self, name: str) -> bool:
+        """Whether this has been measured."""
+        return name in self._records
+
+    def get(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
+        """The record of this name; measured and written down if there is none yet.
+
+        Numbers that are not finite are kept as null.
+        """
+        if name not in self._records:
+            record = _plain({"name": name, **measure()})
+            with self._path.open("ab") as file:
+                file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
+                file.flush()
+                os.fsync(file.fileno())
+            self._records[name] = record
+        return self._records[name]
+
+
+def environment() -> dict[str, Any]:
+    """Versions, devices and commit of this process."""
+    import jax
+
+    versions: dict[str, str | None] = {}
+    for package in _PACKAGES:
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "devices": [device.device_kind for device in jax.devices()],
+        "backend": jax.default_backend(),
+        "commit": _commit(),
+        "versions": versions,
+    }
+
+
+def _commit() -> str | None:
+    """Commit of the source tree, marked when it has changes; None outside a repository."""
+    folder = Path(__file__).parent
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() or None
+
+
+def _plain(value: Any) -> Any:
+    """Value as JSON gives it back: lists for tuples, null for numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

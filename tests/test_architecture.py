@@ -1,0 +1,170 @@
+"""The floors of the house: what a file may import, read from the source by `ast`."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A file imports only from floors below its own, or from its own folder.
+FLOORS = {
+    "bn_research.normalization": 1,
+    "bn_research.data": 1,
+    "bn_research.claims": 1,
+    "bn_research.layers": 2,
+    "bn_research.probes": 2,
+    "bn_research.training": 2,
+    "bn_research.models": 3,
+    "experiments": 4,
+}
+SHARED_BY_EXPERIMENTS = {"experiments.launch", "experiments.workdir"}
+IMPORTS_EVERY_EXPERIMENT = "experiments.reproduce"
+# Libraries that a folder does without.
+BANNED = {
+    "bn_research": {"experiments", "absl.flags"},
+    "bn_research.claims": {"jax", "jaxlib", "flax", "optax", "orbax"},
+    "bn_research.normalization": {"flax", "optax", "orbax"},
+    "bn_research.data": {"flax", "optax", "orbax"},
+    "bn_research.probes": {"flax"},
+}
+BANNED_NAMES = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
+
+
+def within(module: str, package: str) -> bool:
+    return module == package or module.startswith(package + ".")
+
+
+def module_name(path: Path) -> str:
+    """Dotted name of a file relative to the root; a package's is that of its folder."""
+    parts = path.with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def imports_of(path: Path, source: str) -> set[str]:
+    """Dotted names that a file imports, wherever in it; `from a import b` gives a and a.b."""
+    package = path.parent.parts
+    names = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            module = ".".join((*base, *(node.module or "").split("."))).strip(".")
+            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Call) and node.args:
+            called = ast.unparse(node.func)
+            if called in ("__import__", "importlib.import_module", "import_module"):
+                if isinstance(node.args[0], ast.Constant):
+                    names.add(str(node.args[0].value))
+    return names
+
+
+def folder_of(module: str) -> str | None:
+    return next((folder for folder in FLOORS if within(module, folder)), None)
+
+
+def violations(path: Path, source: str) -> list[str]:
+    """What is wrong with a file, path relative to the root; empty when nothing is."""
+    module, wrong = module_name(path), []
+    folder = folder_of(module)
+    if path.name in BANNED_NAMES:
+        wrong.append(f"{path}: name a file after what it holds")
+    if folder is None and module != "bn_research":
+        wrong.append(f"{path}: lies on no floor of the design")
+    for name in sorted(imports_of(path, source)):
+        for package, banned in BANNED.items():
+            if within(module, package) and any(within(name, ban) for ban in banned):
+                wrong.append(f"{path}: imports {name}, which {package} does without")
+        target = folder_of(name)
+        if target is None:
+            continue
+        if target != folder and FLOORS[target] >= FLOORS.get(folder, 0):
+            wrong.append(f"{path}: imports {name}, which is not on a floor below")
+        if folder == target == "experiments" and module != IMPORTS_EVERY_EXPERIMENT:
+            if name != "experiments" and not within(name, module):
+                if not any(within(name, shared) for shared in SHARED_BY_EXPERIMENTS):
+                    wrong.append(f"{path}: imports {name}, another experiment")
+    return wrong
+
+
+def sources() -> list[Path]:
+    return sorted(
+        path.relative_to(ROOT)
+        for folder in ("bn_research", "experiments")
+        for path in (ROOT / folder).rglob("*.py")
+    )
+
+
+def test_there_are_files_to_check():
+    names = {module_name(path) for path in sources()}
+    assert {"bn_research", "bn_research.normalization.moments", "bn_research.models.cnn"} <= names
+
+
+@pytest.mark.parametrize("path", sources(), ids=str)
+def test_a_file_keeps_to_its_floor(path):
+    assert violations(path, (ROOT / path).read_text(encoding="utf-8")) == []
+
+
+NORMALIZATION, LAYER = "bn_research/normalization/x.py", "bn_research/layers/x.py"
+TRAINING, MODEL = "bn_research/training/x.py", "bn_research/models/x.py"
+CLAIMS, DATA = "bn_research/claims/x.py", "bn_research/data/x.py"
+EXPERIMENT = "experiments/x.py"
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (NORMALIZATION, "import bn_research.layers.linen"),
+        (NORMALIZATION, "from bn_research.data import datasets"),
+        (NORMALIZATION, "from bn_research import claims"),
+        (NORMALIZATION, "from ..data import idx"),
+        (NORMALIZATION, "import flax.linen as nn"),
+        (NORMALIZATION, "def f():\n    from bn_research.models import cnn"),
+        (DATA, "from bn_research.normalization.moments import Moments"),
+        (DATA, "import bn_research.claims.atomic"),
+        (CLAIMS, "import jax"),
+        (CLAIMS, "from jax import numpy as jnp"),
+        (CLAIMS, "import flax"),
+        (CLAIMS, "from bn_research.data import errors"),
+        (LAYER, "from bn_research.models.cnn import CNN"),
+        (LAYER, "from bn_research.training import step"),
+        (TRAINING, "from bn_research.layers.linen import BatchNorm"),
+        (TRAINING, "from bn_research.models import spec"),
+        (TRAINING, "import importlib\nimportlib.import_module('bn_research.models')"),
+        (MODEL, "import experiments.launch"),
+        (MODEL, "from absl import flags"),
+        (MODEL, "import absl.flags"),
+        ("bn_research/__init__.py", "from bn_research.layers import linen"),
+        ("bn_research/__init__.py", "from . import normalization"),
+        (EXPERIMENT, "from experiments.y import run"),
+        (EXPERIMENT, "from experiments import y"),
+        (EXPERIMENT, "from . import y"),
+        ("experiments/launch.py", "import experiments.y"),
+        ("bn_research/utils.py", ""),
+        ("bn_research/data/common.py", ""),
+        ("bn_research/extras/x.py", ""),
+    ],
+)
+def test_a_bad_import_is_found(path, source):
+    assert violations(Path(path), source)
+
+
+@pytest.mark.parametrize(
+    ("path", "source"),
+    [
+        (NORMALIZATION, "import jax\nfrom bn_research.normalization.moments import Moments"),
+        (NORMALIZATION, "from . import moments"),
+        (LAYER, "import flax.linen as nn\nfrom bn_research.normalization import batch_norm"),
+        (TRAINING, "import optax\nfrom bn_research.data import Examples"),
+        (MODEL, "from bn_research.layers.conv import Conv\nfrom bn_research.models.spec import Pool"),
+        (CLAIMS, "import numpy as np\nfrom bn_research.claims.atomic import write"),
+        (DATA, "from absl import logging\nimport bn_research"),
+        (EXPERIMENT, "from absl import flags\nfrom experiments import launch\nimport jax"),
+        (EXPERIMENT, "from experiments.workdir import Workdir\nfrom bn_research.models import cnn"),
+        ("experiments/reproduce.py", "from experiments import x, y\nimport experiments.z"),
+        ("bn_research/__init__.py", '__version__ = "1"'),
+    ],
+)
+def test_a_good_import_is_let_through(path, source):
+    assert violations(Path(path), source) == []

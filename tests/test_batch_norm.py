@@ -1,0 +1,484 @@
+"""The transform and its gradient against closed forms in float64."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+from jax.test_util import check_grads
+
+from bn_research.normalization import (
+    BatchStats,
+    batch_norm,
+    normalize,
+    update_batch_stats,
+)
+
+RATIOS = (0.0, 1e2, 1e3, 1e4)  # mean/std, one per feature
+BATCH = 16
+
+
+def normal(shape, *, std=1.0, seed=0, ratios=RATIOS):
+    noise = np.random.default_rng(seed).standard_normal((*shape, len(ratios)))
+    return ((noise + np.array(ratios)) * std).astype(np.float32)
+
+
+def weights(shape, seed=100):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def closed_form(x, scale, bias, g, epsilon, where=None):
+    """y and the gradients of Σ g·y in x, scale and bias; x of shape (elements, features)."""
+    x, scale, bias, g = (np.asarray(v, np.float64) for v in (x, scale, bias, g))
+    where = np.ones(x.shape, bool) if where is None else where
+    y, dx = np.broadcast_to(bias, x.shape).copy(), np.zeros(x.shape)
+    dscale = np.zeros(x.shape[1])
+    for j, keep in enumerate(where.T):
+        v = x[keep, j]
+        if not v.size:
+            continue
+        spread = v.var() + epsilon
+        r = 1 / np.sqrt(spread) if spread > 0 else 0.0
+        x_hat, dx_hat = (v - v.mean()) * r, g[keep, j] * scale[j]
+        y[keep, j] += scale[j] * x_hat
+        dx[keep, j] = r * (dx_hat - dx_hat.mean() - x_hat * np.mean(x_hat * dx_hat))
+        dscale[j] = np.sum(g[keep, j] * x_hat)
+    return y, dx, dscale, g.sum(0)
+
+
+def close_per_feature(got, expected, rtol):
+    """Largest error of each feature (last axis), relative to its largest entry."""
+    got, expected = np.asarray(got, np.float64), np.asarray(expected)
+    axes = tuple(range(expected.ndim - 1))
+    error, size = np.abs(got - expected).max(axes), np.abs(expected).max(axes)
+    assert np.all(error <= rtol * size), f"relative errors {error / size}"
+
+
+def with_gradients(**options):
+    """jitted (x, scale, bias, g, where) -> y and the gradients of Σ g·y."""
+
+    def run(x, scale, bias, g, where=None):
+        def loss(x, scale, bias):
+            y, _ = batch_norm(x, scale, bias, where=where, **options)
+            return jnp.sum(g * y), y
+
+        (_, y), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+        return (y, *grads)
+
+    return run
+
+
+default_run = jax.jit(with_gradients())
+bare_run = jax.jit(with_gradients(epsilon=0.0))
+
+
+@pytest.mark.parametrize(
+    ("std", "epsilon"), [(1.0, 1e-5), (1.0, 0.0), (1e-18, 0.0), (1e-9, 0.0), (1e15, 0.0)]
+)
+def test_values_and_gradients_at_large_means(std, epsilon):
+    x = normal((2048,), std=std)
+    scale, bias = np.array([1.5, -2, 0.1, 3], np.float32), np.array([0, 1, -1, 4], np.float32)
+    g = weights(x.shape)
+    run = default_run if epsilon else bare_run
+    y, dx, dscale, dbias = run(x, scale, bias, g)
+    expected = closed_form(x, scale, bias, g, epsilon)
+    close_per_feature(y, expected[0], 1e-5)
+    close_per_feature(dx, expected[1], 1e-4)
+    np.testing.assert_allclose(dscale, expected[2], rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(dbias, expected[3], rtol=1e-4, atol=1e-3)
+
+
+def test_two_million_elements_at_the_largest_spread():
+    x = normal((2**21,), std=1e15, ratios=(0.0,))
+    y, _ = jax.jit(functools.partial(batch_norm, epsilon=0.0))(x)
+    assert abs(float(jnp.std(y)) - 1) < 1e-3
+
+
+def hessian_vector_product(loss):
+    return jax.jit(lambda x, v: jax.jvp(jax.grad(loss), (x,), (v,))[1])
+
+
+@pytest.mark.parametrize("std", [1.0, 1e-18, 1e15])
+def test_hessian_vector_product(std):
+    """Against differences of the closed-form gradient; at spread s it is 1/s² of that at 1."""
+    x, v, g = (weights((16, 2), seed) for seed in (1, 2, 3))
+    zero, one = np.zeros(2), np.ones(2)
+
+    def gradient(x):
+        return closed_form(x, one, zero, g, 0.0)[1]
+
+    h = 1e-5
+    expected = (gradient(x + h * v.astype(float)) - gradient(x - h * v.astype(float))) / (2 * h)
+    x, v = (np.float32(std) * np.asarray(a, np.float32) for a in (x, v))
+    hvp = hessian_vector_product(lambda x: jnp.sum(g * batch_norm(x, epsilon=0.0)[0]))
+    close_per_feature(np.asarray(hvp(x, v), np.float64) * std, expected, 1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "masked"),
+    [
+        (dict(), False),
+        (dict(epsilon=0.0), False),
+        (dict(), True),
+        (dict(group_size=3), False),
+        (dict(group_size=3, epsilon=0.0), True),
+    ],
+)
+def test_derivatives_of_every_order_and_mode(options, masked):
+    """First and second, forwards and backwards, against finite differences in float64."""
+    with jax.enable_x64(True):
+        rng = np.random.default_rng(4)
+        x, scale, bias = rng.standard_normal((6, 2)), np.array([1.5, -0.5]), np.array([0.2, 3.0])
+        where = np.array([[1, 1], [1, 0], [1, 1], [0, 1], [1, 1], [1, 1]], bool)
+
+        @jax.jit
+        def f(x, scale, bias):
+            return batch_norm(x, scale, bias, where=where if masked else None, **options)[0]
+
+        check_grads(f, (x, scale, bias), order=2, modes=("fwd", "rev"), atol=1e-4, rtol=1e-4)
+
+
+def test_constant_feature_without_epsilon():
+    """Gives bias and no gradient, beside a feature that varies."""
+    x = np.stack([np.full(64, 0.1), np.arange(64), np.full(64, -3e4)], 1).astype(np.float32)
+    scale, bias, g = weights(3, 5), weights(3, 6), weights((64, 3), 7)
+    run = jax.jit(with_gradients(epsilon=0.0))
+    y, dx, dscale, _ = run(x, scale, bias, g)
+    for j in (0, 2):
+        np.testing.assert_array_equal(y[:, j], np.full(64, bias[j]))
+        np.testing.assert_array_equal(dx[:, j], np.zeros(64))
+        assert dscale[j] == 0
+    assert np.all(np.isfinite(dx)) and np.abs(dx[:, 1]).max() > 0
+    hvp = hessian_vector_product(lambda x: jnp.sum(g * batch_norm(x, epsilon=0.0)[0]))(x, g)
+    np.testing.assert_array_equal(hvp[:, 0], np.zeros(64))
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_masked_elements(garbage):
+    """Take no part, come out as bias, get no gradient; a feature may have none valid."""
+    x = normal((1024,), seed=8, ratios=(*RATIOS, 0.0))
+    where = np.random.default_rng(9).random(x.shape) < np.array([0.5, 0.2, 0.8, 0.5, 0.0])
+    scale, bias, g = weights(5, 10), weights(5, 11), weights(x.shape, 12)
+    expected = closed_form(x, scale, bias, g, 1e-5, where)
+    dirty = np.where(where, x, np.float32(garbage))
+    y, dx, dscale, dbias = default_run(dirty, scale, bias, g, where)
+    np.testing.assert_array_equal(
+        np.asarray(y)[~where], np.broadcast_to(bias, x.shape)[~where]
+    )
+    assert np.all(np.asarray(dx)[~where] == 0)
+    close_per_feature(y, expected[0], 1e-5)
+    close_per_feature(dx, expected[1], 1e-4)
+    np.testing.assert_allclose(dscale, expected[2], rtol=1e-3, atol=1e-2)
+    np.testing.assert_allclose(dbias, expected[3], rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("axes", [-1, 1, (1, 3), (-4, 2)])
+def test_feature_axes(axes):
+    x, given = weights((3, 4, 2, 5)), (axes,) if isinstance(axes, int) else axes
+    kept = sorted(axis % 4 for axis in given)
+    reduced = tuple(axis for axis in range(4) if axis not in kept)
+    shape = [x.shape[axis] for axis in kept]
+    scale, bias = weights(shape, 13), weights(shape, 14)
+    y, moments = batch_norm(x, scale, bias, feature_axes=axes)
+    x64 = x.astype(np.float64)
+    mean, var = (f(reduced, keepdims=True) for f in (x64.mean, x64.var))
+    expected = np.expand_dims(scale, reduced) * (x64 - mean) / np.sqrt(var + 1e-5)
+    np.testing.assert_allclose(y, expected + np.expand_dims(bias, reduced), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(moments.mean, x64.mean(reduced), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(moments.m2 / moments.count, x64.var(reduced), rtol=1e-5)
+
+
+def grouped_closed_form(x, scale, bias, g, group_size, epsilon=1e-5, where=None):
+    """A loop over groups of consecutive examples: y, gradients, mean of means, mean of variances."""
+    features, parts, means, variances = x.shape[-1], [], [], []
+    for start in range(0, len(x), group_size):
+        rows = slice(start, start + group_size)
+        group = x[rows].reshape(-1, features).astype(np.float64)
+        mask = None if where is None else where[rows].reshape(-1, features)
+        part = closed_form(group, scale, bias, g[rows].reshape(-1, features), epsilon, mask)
+        parts.append(part)
+        means.append(group.mean(0))
+        variances.append(group.var(0))
+    y, dx = (np.concatenate([part[i] for part in parts]).reshape(x.shape) for i in (0, 1))
+    dscale, dbias = (sum(part[i] for part in parts) for i in (2, 3))
+    return y, dx, dscale, dbias, np.mean(means, 0), np.mean(variances, 0)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("group_size", [1, 4, 16])
+def test_groups_equal_a_loop_over_groups(group_size, masked):
+    x = normal((BATCH, 5), seed=15, ratios=(0.0, 1e2, 1e4))
+    x += np.arange(BATCH, dtype=np.float32)[:, None, None]
+    where = np.random.default_rng(16).random(x.shape) < 0.7 if masked else None
+    scale, bias, g = weights(3, 17), weights(3, 18), weights(x.shape, 19)
+    expected = grouped_closed_form(x, scale, bias, g, group_size, where=where)
+    dirty = np.where(where, x, np.float32(np.nan)) if masked else x
+    run = jax.jit(with_gradients(group_size=group_size))
+    y, dx, dscale, _ = run(dirty, scale, bias, g, where)
+    close_per_feature(y, expected[0], 2e-5)
+    close_per_feature(dx, expected[1], 2e-4)
+    np.testing.assert_allclose(dscale, expected[2], rtol=1e-3, atol=1e-3)
+
+
+def spread(kind, fn, devices):
+    """Maps fn over a leading axis of devices, named "batch"."""
+    if kind == "vmap":
+        return jax.jit(jax.vmap(fn, axis_name="batch"))
+    assert jax.device_count() >= devices
+    if kind == "pmap":
+        return jax.pmap(fn, axis_name="batch", devices=jax.devices()[:devices])
+
+    def local(*args):
+        return jax.tree.map(lambda leaf: leaf[None], fn(*(a[0] for a in args)))
+
+    mesh = Mesh(np.array(jax.devices()[:devices]), ("batch",))
+    spec = PartitionSpec("batch")
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+def layer_step(**options):
+    """On a device: y, gradients of the sum of all losses, running statistics after a step."""
+
+    def run(x, scale, bias, g):
+        def loss(x, scale, bias):
+            y, moments = batch_norm(x, scale, bias, axis_name="batch", **options)
+            return jnp.sum(g * y), (y, moments)
+
+        (_, (y, moments)), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(
+            x, scale, bias
+        )
+        old = BatchStats(jnp.zeros(x.shape[-1]), jnp.ones(x.shape[-1]))
+        stats = update_batch_stats(old, moments, momentum=0.9)
+        return y, *grads, jax.lax.pmean(stats, "batch")
+
+    return run
+
+
+KINDS_AND_DEVICES = [("pmap", 1), ("pmap", 2), ("pmap", 4), ("pmap", 8)]
+KINDS_AND_DEVICES += [("shard_map", 4), ("vmap", 4)]
+
+
+@pytest.mark.parametrize(("kind", "devices"), KINDS_AND_DEVICES)
+@pytest.mark.parametrize("group_size", [2, 4, 8, 16])
+def test_groups_do_not_depend_on_the_number_of_devices(kind, devices, group_size):
+    x = normal((BATCH, 5), seed=20, ratios=(0.0, 1e2, 1e4))
+    x += np.arange(BATCH, dtype=np.float32)[:, None, None]
+    scale, bias, g = weights(3, 21), weights(3, 22), weights(x.shape, 23)
+    y, dx, dscale, dbias, mean, var = grouped_closed_form(x, scale, bias, g, group_size)
+
+    def split(a):
+        return a.reshape(devices, BATCH // devices, *a.shape[1:])
+
+    def copies(a):
+        return np.broadcast_to(a, (devices, *a.shape))
+
+    run = spread(kind, layer_step(group_size=group_size), devices)
+    got = run(split(x), copies(scale), copies(bias), split(g))
+    close_per_feature(np.asarray(got[0]).reshape(x.shape), y, 2e-5)
+    close_per_feature(np.asarray(got[1]).reshape(x.shape), dx, 2e-4)
+    np.testing.assert_allclose(np.sum(got[2], 0), dscale, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(np.sum(got[3], 0), dbias, rtol=1e-4, atol=1e-4)
+    for device in range(devices):  # new = 0.9·old + 0.1·batch from 0 and 1
+        np.testing.assert_allclose(got[4].mean[device], 0.1 * mean, rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(got[4].var[device], 0.9 + 0.1 * var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vmap", "pmap", "shard_map"])
+@pytest.mark.parametrize("groups", [None, [[0, 3], [1, 2]]])
+def test_synced_with_masks(kind, groups):
+    """Devices with unequal counts, one with none, share the statistics of their union."""
+    devices = 4
+    x = normal((devices, 32), seed=24, ratios=(0.0, 1e2, 1e4))
+    x += np.arange(devices, dtype=np.float32)[:, None, None]
+    where = np.random.default_rng(25).random(x.shape) < 0.6
+    where[3] = False
+    scale, bias, g = weights(3, 26), weights(3, 27), weights(x.shape, 28)
+    dirty = np.where(where, x, np.float32(np.nan))
+    run = spread(kind, with_gradients(axis_name="batch", axis_index_groups=groups), devices)
+    copies = [np.broadcast_to(a, (devices, 3)) for a in (scale, bias)]
+    y, dx, _, _ = (np.asarray(a) for a in run(dirty, *copies, g, where))
+    for group in groups or [range(devices)]:
+        group = list(group)
+        flat = [a[group].reshape(-1, 3) for a in (x, g, where)]
+        expected = closed_form(flat[0], scale, bias, flat[1], 1e-5, flat[2])
+        close_per_feature(y[group].reshape(-1, 3), expected[0], 2e-5)
+        close_per_feature(dx[group].reshape(-1, 3), expected[1], 2e-4)
+
+
+@pytest.mark.parametrize("std", [1e-18, 1e15])
+def test_synced_at_extreme_spreads(std):
+    devices = 4
+    x, g = normal((devices, 16), std=std, seed=29, ratios=(0.0, 3.0)), weights((devices, 16, 2))
+    copies = [np.full((devices, 2), v, np.float32) for v in (1, 0)]
+    run = spread("pmap", with_gradients(axis_name="batch", epsilon=0.0), devices)
+    y, dx, _, _ = run(x, *copies, g)
+    expected = closed_form(x.reshape(-1, 2), np.ones(2), np.zeros(2), g.reshape(-1, 2), 0.0)
+    close_per_feature(np.asarray(y).reshape(-1, 2), expected[0], 1e-5)
+    close_per_feature(np.asarray(dx).reshape(-1, 2), expected[1], 1e-4)
+
+
+def collectives(compiled: str) -> list[str]:
+    kinds = "all-reduce|all-gather|all-to-all|reduce-scatter|collective-permute|collective-broadcast"
+    return re.findall(rf"= \S.* ({kinds})(?:-start)?\(", compiled)
+
+
+@pytest.mark.parametrize("kind", ["pmap", "shard_map"])
+@pytest.mark.parametrize(
+    ("options", "least", "most"),
+    [
+        (dict(group_size=2), 0, 0),  # groups within a device
+        (dict(group_size=4), 0, 0),  # a group is a device
+        (dict(group_size=8), 1, 2),
+        (dict(group_size=16), 1, 2),
+        (dict(), 1, 2),
+        (dict(axis_index_groups=[[0, 1], [2, 3]]), 1, 2),
+    ],
+)
+def test_number_of_collectives(kind, options, least, most):
+    """Forward and backward pass of a layer, counted in the compiled program."""
+    devices = 4
+    run = spread(kind, with_gradients(axis_name="batch", **options), devices)
+    x, p = np.ones((devices, BATCH // devices, 3), np.float32), np.ones((devices, 3), np.float32)
+    found = collectives(run.lower(x, p, p, x).compile().as_text())
+    assert least <= len(found) <= most and set(found) <= {"all-reduce"}, found
+
+
+def test_traced_epsilon_equals_a_static_one_and_carries_no_gradient():
+    x = normal((64,))
+
+    def f(x, epsilon):
+        return batch_norm(x, epsilon=epsilon)[0]
+
+    traced = jax.jit(f)
+    for epsilon in (1e-5, 0.3, 0.0):
+        np.testing.assert_allclose(traced(x, epsilon), f(x, epsilon), rtol=1e-6, atol=1e-7)
+    assert jax.grad(lambda e: jnp.sum(x * f(x, e)))(0.3) == 0
+
+
+def test_moments_carry_no_gradient():
+    x = weights((8, 2))
+    for options in (dict(), dict(group_size=4)):
+        gradient = jax.grad(
+            lambda x, o=options: sum(jnp.sum(leaf) for leaf in batch_norm(x, **o)[1])
+        )(x)
+        np.testing.assert_array_equal(gradient, np.zeros(x.shape))
+
+
+def test_moments_of_groups_pool_about_each_group_mean():
+    x = weights((6, 2)) + np.repeat(np.arange(2), 3)[:, None].astype(np.float32)
+    _, moments = batch_norm(x, group_size=3)
+    groups = x.astype(np.float64).reshape(2, 3, 2)
+    np.testing.assert_array_equal(moments.count, [6, 6])
+    np.testing.assert_allclose(moments.mean, groups.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(moments.m2, 3 * groups.var(1).sum(0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("x", "scale", "dtype", "expected"),
+    [
+        ("bfloat16", None, None, "bfloat16"),
+        ("float16", "float16", None, "float16"),
+        ("bfloat16", "float32", None, "float32"),
+        ("float32", "bfloat16", None, "float32"),
+        ("float32", "float32", "bfloat16", "bfloat16"),
+        ("bfloat16", "float32", "float16", "float16"),
+    ],
+)
+def test_dtype_of_the_result(x, scale, dtype, expected):
+    """Promotion of x, scale and bias, unless dtype says otherwise; statistics stay float32."""
+    x = jnp.asarray(weights((8, 2)), x)
+    params = (None, None) if scale is None else (jnp.ones(2, scale), jnp.zeros(2, scale))
+    y, moments = batch_norm(x, *params, dtype=dtype)
+    assert y.dtype == expected and moments.mean.dtype == moments.m2.dtype == jnp.float32
+    mean, var = jnp.zeros(2), jnp.ones(2)
+    assert normalize(x, mean, var, *params, dtype=dtype).dtype == expected
+
+
+def test_normalize():
+    x, mean, scale, bias = weights((4, 3, 2)), weights(3, 1), weights(3, 2), weights(3, 3)
+    var = np.array([0.5, 2.0, 0.0], np.float32)
+    options = dict(feature_axes=1, epsilon=0.0)
+    y = normalize(x, mean, var, scale, bias, **options)
+    m, v, s, b = (a.astype(np.float64)[:, None] for a in (mean, var, scale, bias))
+    expected = np.where(v > 0, s * (x - m) / np.sqrt(np.where(v > 0, v, 1)), 0) + b
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        normalize(x, mean, var, feature_axes=1), (x - m) / np.sqrt(v + 1e-5), rtol=1e-5, atol=1e-6
+    )
+    gradient = jax.grad(lambda x: jnp.sum(normalize(x, mean, var, scale, bias, **options)))(x)
+    assert np.all(np.isfinite(gradient)) and np.all(gradient[:, 2] == 0)
+
+
+def test_normalize_at_large_means_in_half_precision():
+    """Statistics of float32 are not rounded to the dtype of x."""
+    x = jnp.full((1, 1), 100.5, jnp.bfloat16)
+    y = normalize(x, np.array([100.3], np.float32), np.array([0.01], np.float32), epsilon=0.0)
+    np.testing.assert_allclose(np.float64(y[0, 0]), 2.0, rtol=1e-2)
+
+
+X = np.ones((6, 3), np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(x=np.ones((6, 3), np.int32)), "x has dtype int32: allowed are floating"),
+        (dict(feature_axes=2), "feature_axes=2 is out of range.*-2 to 1"),
+        (dict(feature_axes=-5), "feature_axes=-5 is out of range.*-2 to 1"),
+        (dict(feature_axes=(1, -1)), r"feature_axes=\(1, -1\) names an axis twice"),
+        (dict(epsilon=-1e-9), "epsilon=-1e-09 is not allowed: it must be ≥ 0"),
+        (dict(epsilon=float("nan")), "epsilon=nan is not allowed"),
+        (dict(scale=np.ones(4, np.float32)), r"scale has shape \(4,\).*\(3,\)"),
+        (dict(scale=np.float32(1)), r"scale has shape \(\).*\(3,\)"),
+        (dict(bias=np.ones((1, 3), np.float32)), r"bias has shape \(1, 3\).*\(3,\)"),
+        (dict(where=np.ones((3, 6), bool)), r"where has shape \(3, 6\).*\(6, 3\)"),
+        (dict(group_size=4), "group_size=4 does not divide the batch of 6"),
+        (dict(group_size=0), "group_size=0 must be a positive number"),
+        (dict(group_size=-2), "group_size=-2 must be a positive number"),
+        (dict(group_size=2.0), "group_size=2.0 must be a positive number"),
+        (dict(group_size=True), "group_size=True must be a positive number"),
+        (dict(group_size=12), "group_size=12 is larger than the batch of 6.*divisors.*axis_name"),
+        (dict(group_size=2, feature_axes=0), "group_size=2 groups.*feature_axes names too"),
+        (dict(axis_index_groups=[[0]]), r"axis_index_groups=\[\[0\]\] needs axis_name"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    kwargs = dict(x=X) | kwargs
+    with pytest.raises(ValueError, match=message):
+        batch_norm(kwargs.pop("x"), **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(group_size=9), "group_size=9 does not divide the batch"),
+        (dict(group_size=18), "group_size=18 does not divide the batch.*4 devices with 6"),
+        (dict(group_size=48), "group_size=48 does not divide the batch.*4 devices with 6"),
+        (dict(group_size=2, axis_index_groups=[[0, 1], [2, 3]]), "group_size=2 and axis_index"),
+        (dict(axis_index_groups=[[0, 1]]), "axis_index_groups=.* not a partition.*0 to 3 once"),
+    ],
+)
+def test_bad_arguments_over_devices(kwargs, message):
+    layer = functools.partial(batch_norm, axis_name="batch", **kwargs)
+    with pytest.raises(ValueError, match=message):
+        jax.vmap(layer, axis_name="batch")(np.stack([X] * 4))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(mean=np.zeros(2, np.float32)), r"mean has shape \(2,\).*\(3,\)"),
+        (dict(var=np.ones((3, 1), np.float32)), r"var has shape \(3, 1\).*\(3,\)"),
+        (dict(scale=np.ones(6, np.float32)), r"scale has shape \(6,\).*\(3,\)"),
+        (dict(x=np.ones((6, 3), np.int8)), "x has dtype int8"),
+        (dict(epsilon=-1.0), "epsilon=-1.0 is not allowed"),
+        (dict(feature_axes=7), "feature_axes=7 is out of range"),
+    ],
+)
+def test_bad_arguments_of_normalize(kwargs, message):
+    kwargs = dict(x=X, mean=np.zeros(3, np.float32), var=np.ones(3, np.float32)) | kwargs
+    with pytest.raises(ValueError, match=message):
+        normalize(**kwargs)

@@ -1,0 +1,142 @@
+"""Running and population statistics against arithmetic by hand and numpy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bn_research.normalization import (
+    BatchStats,
+    Moments,
+    batch_moments,
+    batch_norm,
+    population_stats,
+    update_batch_stats,
+)
+
+
+def stats_of(mean, var, dtype="float32"):
+    return BatchStats(jnp.asarray(mean, dtype), jnp.asarray(var, dtype))
+
+
+def moments_of(count, mean, m2, dtype="float32"):
+    return Moments(
+        jnp.asarray(count, "float32"), jnp.asarray(mean, dtype), jnp.asarray(m2, dtype)
+    )
+
+
+def test_two_steps_by_hand():
+    """From mean 0 and var 1, twice the batch of mean 3, m2 8 over 4 elements, momentum 0.9.
+
+    mean: 0.9·0 + 0.1·3 = 0.3, then 0.9·0.3 + 0.1·3 = 0.57 = 0.19·3
+    var:  m2/n = 2; 0.9·1 + 0.1·2 = 1.1, then 0.9·1.1 + 0.1·2 = 1.19 = 0.81·1 + 0.19·2
+    """
+    stats, batch = stats_of([0.0], [1.0]), moments_of([4.0], [3.0], [8.0])
+    stats = update_batch_stats(stats, batch, momentum=0.9)
+    np.testing.assert_allclose(stats, [[0.3], [1.1]], rtol=1e-6)
+    stats = update_batch_stats(stats, batch, momentum=0.9)
+    np.testing.assert_allclose(stats, [[0.57], [1.19]], rtol=1e-6)
+
+
+def test_unbiased_and_the_default_momentum():
+    """m2/(n − 1) = 8/3; 0.99·1 + 0.01·8/3 = 1.016667. One element has no variance: 0.99."""
+    batch = moments_of([4.0, 1.0], [3.0, 3.0], [8.0, 0.0])
+    stats = update_batch_stats(stats_of([0, 0], [1, 1]), batch, unbiased=True)
+    np.testing.assert_allclose(stats.mean, [0.03, 0.03], rtol=1e-6)
+    np.testing.assert_allclose(stats.var, [0.99 + 0.01 * 8 / 3, 0.99], rtol=1e-6)
+
+
+@pytest.mark.parametrize(("momentum", "expected"), [(0.0, 3.0), (1.0, 7.0)])
+def test_ends_of_momentum(momentum, expected):
+    stats = update_batch_stats(
+        stats_of([7.0], [7.0]), moments_of([1.0], [3.0], [3.0]), momentum=momentum
+    )
+    np.testing.assert_array_equal(stats, [[expected], [expected]])
+
+
+def test_traced_momentum():
+    stats, batch = stats_of([0.0], [1.0]), moments_of([4.0], [3.0], [8.0])
+    traced = jax.jit(lambda m: update_batch_stats(stats, batch, momentum=m))(0.9)
+    np.testing.assert_allclose(traced, [[0.3], [1.1]], rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("moments_dtype", ["float32", "float64"])
+def test_dtype_and_shape_stay(dtype, moments_dtype):
+    with jax.enable_x64(True):
+        stats = stats_of(np.zeros((2, 3)), np.ones((2, 3)), dtype)
+        batch = moments_of(np.full((2, 3), 4), np.full((2, 3), 2), np.ones((2, 3)), moments_dtype)
+        new = update_batch_stats(stats, batch, momentum=0.5)
+        assert [leaf.dtype for leaf in new] == [dtype, dtype]
+        np.testing.assert_array_equal(np.asarray(new.mean, float), np.full((2, 3), 1.0))
+        np.testing.assert_array_equal(np.asarray(new.var, float), np.full((2, 3), 0.625))
+
+
+def test_features_without_elements_keep_their_bits():
+    stats = stats_of([0.1, 0.1], [0.7, 0.7])
+    x = np.full((5, 2), 2.0, np.float32)
+    new = update_batch_stats(stats, batch_moments(x, where=np.array([False, True])))
+    assert new.mean[0] == stats.mean[0] and new.var[0] == stats.var[0]
+    assert new.mean[1] != stats.mean[1] and new.var[1] != stats.var[1]
+
+
+def test_no_gradient():
+    def total(mean, m2):
+        new = update_batch_stats(
+            BatchStats(mean, m2), Moments(jnp.full(2, 4.0), mean, m2), momentum=0.5
+        )
+        return jnp.sum(new.mean) + jnp.sum(new.var)
+
+    for gradient in jax.grad(total, (0, 1))(jnp.ones(2), jnp.ones(2)):
+        np.testing.assert_array_equal(gradient, [0, 0])
+
+
+@pytest.mark.parametrize("momentum", [-0.01, 1.7, float("nan")])
+def test_bad_momentum(momentum):
+    with pytest.raises(ValueError, match=rf"momentum={momentum} .*\[0, 1\]"):
+        update_batch_stats(stats_of([0], [1]), moments_of([1], [0], [0]), momentum=momentum)
+
+
+def batches_of(*sizes):
+    rng = np.random.default_rng(0)
+    return [(rng.standard_normal((n, 3)) * 2 + i + 50).astype(np.float32) for i, n in enumerate(sizes)]
+
+
+def layers(batch):
+    """Two layers' moments, in a tree."""
+    return {"a": {"moments": batch_moments(batch)}, "b": batch_norm(3 * batch)[1]}
+
+
+@pytest.mark.parametrize("sizes", [(8,), (8, 8, 8), (4, 16, 7)])
+def test_algorithm2(sizes):
+    """E[x] is the mean of the batches' means, Var[x] the mean of m/(m − 1)·σ²."""
+    batches = batches_of(*sizes)
+    mean = np.mean([b.astype(float).mean(0) for b in batches], 0)
+    var = np.mean([b.astype(float).var(0, ddof=1) for b in batches], 0)
+    stats = population_stats(layers, iter(batches))
+    assert isinstance(stats["b"], BatchStats) and isinstance(stats["a"]["moments"], BatchStats)
+    np.testing.assert_allclose(stats["a"]["moments"].mean, mean, rtol=1e-6)
+    np.testing.assert_allclose(stats["a"]["moments"].var, var, rtol=1e-5)
+    np.testing.assert_allclose(stats["b"].mean, 3 * mean, rtol=1e-6)
+    np.testing.assert_allclose(stats["b"].var, 9 * var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("sizes", [(8,), (4, 16, 7), (1, 1, 30)])
+def test_merged_is_exact_for_unequal_batches(sizes):
+    batches = batches_of(*sizes)
+    union = np.concatenate(batches).astype(float)
+    stats = population_stats(layers, batches, method="merged")
+    np.testing.assert_allclose(stats["a"]["moments"].mean, union.mean(0), rtol=1e-6)
+    np.testing.assert_allclose(stats["a"]["moments"].var, union.var(0, ddof=1), rtol=1e-5)
+    np.testing.assert_allclose(stats["b"].var, 9 * union.var(0, ddof=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["algorithm2", "merged"])
+def test_no_batches(method):
+    with pytest.raises(ValueError, match="batches is empty.*at least one"):
+        population_stats(layers, [], method=method)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="method='ema' is unknown: allowed are 'algorithm2' and"):
+        population_stats(layers, batches_of(4), method="ema")

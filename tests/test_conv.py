@@ -1,0 +1,96 @@
+"""`conv2d` and `Conv` against XLA's convolution and `flax.linen.Conv`."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bn_research.layers.conv import Conv, conv2d
+
+KERNELS = [(1, 1), (3, 3), (5, 5), (2, 2), (4, 4), (1, 4), (7, 3)]
+
+
+def data(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def close(got, expected, rtol=1e-5):
+    np.testing.assert_allclose(got, expected, rtol=0, atol=rtol * np.abs(expected).max())
+
+
+def by_loops(x, kernel):
+    """Zero padding of k − 1 in all, the smaller half first, as "SAME"."""
+    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+    height, width = kernel.shape[:2]
+    pads = [((k - 1) // 2, k // 2) for k in (height, width)]
+    padded = np.pad(x, [(0, 0), *pads, (0, 0)])
+    y = np.zeros((*x.shape[:3], kernel.shape[-1]))
+    for i in range(x.shape[1]):
+        for j in range(x.shape[2]):
+            patch = padded[:, i : i + height, j : j + width]
+            y[:, i, j] = np.einsum("bhwc,hwco->bo", patch, kernel)
+    return y
+
+
+@pytest.mark.parametrize("kernel_size", KERNELS)
+def test_patches_equal_xla_and_loops(kernel_size):
+    """Values, and gradients in images and kernel; images may be smaller than the kernel."""
+    x, kernel = data((2, 6, 3, 3)), data((*kernel_size, 3, 4), 1)
+    g = data((2, 6, 3, 4), 2)
+    results = []
+    for implementation in ("patches", "xla"):
+        conv = functools.partial(conv2d, implementation=implementation)
+        y, pull = jax.vjp(jax.jit(conv), x, kernel)
+        results.append((y, *pull(g)))
+    close(results[0][0], by_loops(x, kernel))
+    for patches, xla in zip(*results, strict=True):
+        close(patches, xla)
+
+
+@pytest.mark.parametrize("implementation", ["auto", "patches", "xla"])
+@pytest.mark.parametrize("use_bias", [True, False])
+def test_module_is_flax_conv(implementation, use_bias):
+    """Same parameters with the same initial values, same outputs."""
+    x, key = data((2, 5, 5, 3)), jax.random.key(0)
+    options = dict(use_bias=use_bias, bias_init=nn.initializers.normal())
+    own = Conv(4, (3, 3), implementation=implementation, **options)
+    flax = nn.Conv(4, (3, 3), **options)
+    y, variables = own.init_with_output(key, x)
+    expected, flax_variables = flax.init_with_output(key, x)
+    jax.tree.map(np.testing.assert_array_equal, variables, flax_variables)
+    assert ("bias" in variables["params"]) == use_bias
+    close(y, expected)
+
+
+@pytest.mark.parametrize("implementation", ["patches", "xla"])
+@pytest.mark.parametrize(
+    ("x_dtype", "param_dtype"),
+    [("bfloat16", "float32"), ("float32", "bfloat16"), ("bfloat16", "bfloat16")],
+)
+def test_module_promotes_as_flax_does(implementation, x_dtype, param_dtype):
+    x = jnp.asarray(data((1, 4, 4, 2)), x_dtype)
+    options = dict(param_dtype=jnp.dtype(param_dtype))
+    expected, variables = nn.Conv(3, (3, 3), **options).init_with_output(jax.random.key(0), x)
+    y = Conv(3, (3, 3), implementation=implementation, **options).apply(variables, x)
+    assert y.dtype == expected.dtype
+    close(np.float32(y), np.float32(expected), 2e-2)
+
+
+def test_auto_is_chosen_by_the_backend(monkeypatch):
+    x, kernel = data((1, 4, 4, 2)), data((3, 3, 2, 2))
+
+    def program():
+        return str(jax.make_jaxpr(lambda x: conv2d(x, kernel))(x))
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    assert "conv_general_dilated" not in program()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert "conv_general_dilated" in program()
+
+
+def test_unknown_implementation():
+    with pytest.raises(ValueError, match="implementation='fft' is unknown: allowed are auto"):
+        conv2d(data((1, 2, 2, 1)), data((1, 1, 1, 1)), implementation="fft")

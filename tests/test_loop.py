@@ -1,0 +1,313 @@
+"""Scanned steps, padded evaluation and resumable runs, bit for bit."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy.special import log_softmax
+
+from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
+from bn_research.training.checkpoint import Checkpointer
+from bn_research.training.loop import evaluate, padded_batches, run_steps, train
+from bn_research.training.state import TrainState, create_train_state
+from bn_research.training.step import Batch, StepMetrics, make_eval_step, make_train_step
+
+
+def same_bits(a, b):
+    def raw(leaf):
+        key = jnp.issubdtype(getattr(leaf, "dtype", None), jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(leaf) if key else leaf)
+
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
+
+
+def numbered(count):
+    """Examples that are told apart by their label and by their image."""
+    label = jnp.arange(count)
+    return Batch(label[:, None].astype(jnp.float32), label)
+
+
+def recorded(state, batch):
+    """A step that reports the labels it saw."""
+    metrics = StepMetrics(batch.label, batch.image[:, 0], jnp.zeros((), bool))
+    return state._replace(step=state.step + 1), metrics
+
+
+@functools.partial(jax.jit, static_argnames=("count", "batch_size", "num_steps"))
+def labels_seen(key, start, *, count, batch_size, num_steps):
+    state = TrainState(start, (), (), (), key)
+    new, metrics = run_steps(
+        recorded, state, numbered(count), batch_size=batch_size, num_steps=num_steps
+    )
+    return new.step, metrics.loss, metrics.accuracy
+
+
+def seen(seed=0, start=0, **options):
+    step, label, image = labels_seen(jax.random.key(seed), jnp.int32(start), **options)
+    assert step == start + options["num_steps"]
+    np.testing.assert_array_equal(label, image)
+    return np.asarray(label)
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(12, 4), (13, 5), (7, 7), (5, 1)])
+def test_each_example_once_in_an_epoch(count, batch_size):
+    """Less the remainder that fills no batch; and in another order in the next epoch."""
+    steps = count // batch_size
+    labels = seen(count=count, batch_size=batch_size, num_steps=3 * steps)
+    epochs = labels.reshape(3, steps * batch_size)
+    for epoch in epochs:
+        assert len(set(epoch.tolist())) == steps * batch_size
+        if count % batch_size == 0:
+            assert set(epoch.tolist()) == set(range(count))
+    assert len({tuple(epoch.tolist()) for epoch in epochs}) == 3
+
+
+def test_a_remainder_is_not_left_out_for_ever():
+    labels = seen(count=13, batch_size=5, num_steps=40)
+    assert set(labels.ravel().tolist()) == set(range(13))
+
+
+def test_batches_do_not_depend_on_the_cuts():
+    """Dispatches of 5 and of 1 step, across epochs of 3, see what one of 10 sees."""
+    options = dict(count=12, batch_size=4)
+    whole = seen(num_steps=10, **options)
+    halves = [seen(start=start, num_steps=5, **options) for start in (0, 5)]
+    np.testing.assert_array_equal(whole, np.concatenate(halves))
+    single = [seen(start=start, num_steps=1, **options) for start in range(10)]
+    np.testing.assert_array_equal(whole, np.concatenate(single))
+
+
+def test_the_order_depends_on_the_seed():
+    options = dict(count=12, batch_size=4, num_steps=3)
+    np.testing.assert_array_equal(seen(0, **options), seen(0, **options))
+    assert not np.array_equal(seen(0, **options), seen(1, **options))
+
+
+@pytest.mark.parametrize("batch_size", [0, -1, 13])
+def test_bad_batch_size(batch_size):
+    state = TrainState(jnp.int32(0), (), (), (), jax.random.key(0))
+    with pytest.raises(ValueError, match=f"batch_size={batch_size} .*12.*between 1 and 12"):
+        run_steps(recorded, state, numbered(12), batch_size=batch_size, num_steps=1)
+
+
+def model(variables, images, train):
+    """Dense → BN."""
+    params, stats = variables["params"], BatchStats(**variables["batch_stats"])
+    h = images @ params["w"]
+    if not train:
+        return normalize(h, *stats, params["scale"], params["bias"]), stats._asdict()
+    y, moments = batch_norm(h, params["scale"], params["bias"])
+    return y, update_batch_stats(stats, moments, momentum=0.9)._asdict()
+
+
+def init(key):
+    return {
+        "params": {
+            "w": jax.random.normal(key, (3, 4)),
+            "scale": jnp.ones(4),
+            "bias": jnp.zeros(4),
+        },
+        "batch_stats": {"mean": jnp.zeros(4), "var": jnp.ones(4)},
+    }
+
+
+def examples(count=10, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.standard_normal((count, 3)).astype(np.float32)
+    return Batch(image, rng.integers(0, 4, count).astype(np.int32))
+
+
+OPTIMIZER = optax.adam(0.1)
+DATA = examples()
+STEP = make_train_step(model, OPTIMIZER)
+
+
+@functools.partial(jax.jit, static_argnames="num_steps")
+def dispatch(state, num_steps):
+    return run_steps(STEP, state, DATA, batch_size=4, num_steps=num_steps)
+
+
+def create_state(seed=0):
+    return create_train_state(init, OPTIMIZER, jax.random.key(seed))
+
+
+def test_the_bits_do_not_depend_on_the_cuts():
+    """Params, batch_stats, optimizer and losses of 6 steps: 6, 2 + 2 + 2 and 1 + ... + 1."""
+    whole, metrics = dispatch(create_state(), 6)
+    assert len(set(np.asarray(metrics.loss).tolist())) == 6
+    for length in (2, 1):
+        state, parts = create_state(), []
+        for _ in range(6 // length):
+            state, part = dispatch(state, length)
+            parts.append(part)
+        same_bits(state, whole)
+        same_bits(jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts), metrics)
+
+
+def test_scanned_steps_equal_single_steps():
+    """The batches that an epoch's order gives, stepped one by one outside the scan."""
+    whole, metrics = dispatch(create_state(), 2)
+    state, step = create_state(), jax.jit(STEP)
+    rows = labels_seen(state.key, state.step, count=10, batch_size=4, num_steps=2)[1]
+    for row, loss in zip(rows, metrics.loss, strict=True):
+        state, one = step(state, Batch(DATA.image[row], DATA.label[row]))
+        np.testing.assert_allclose(one.loss, loss, rtol=1e-5)
+    np.testing.assert_allclose(state.params["w"], whole.params["w"], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        state.batch_stats["var"], whole.batch_stats["var"], rtol=1e-4, atol=1e-5
+    )
+
+
+eval_step = jax.jit(make_eval_step(model))
+
+
+@pytest.mark.parametrize(("count", "batch_size"), [(10, 4), (9, 4), (3, 4), (4, 4), (1, 1)])
+def test_evaluation_of_the_whole_set(count, batch_size):
+    """Equals numpy over all examples, whether or not the batch size divides them."""
+    data, params = examples(count, seed=1), create_state().params
+    stats = {"mean": np.full(4, 0.3, np.float32), "var": np.full(4, 2.0, np.float32)}
+    variables = {"params": params, "batch_stats": stats}
+    result = evaluate(eval_step, variables, data, batch_size=batch_size)
+    h = data.image.astype(float) @ np.asarray(params["w"], float)
+    log_p = log_softmax((h - 0.3) / np.sqrt(2 + 1e-5), 1)
+    assert result["count"] == count
+    assert result["loss"] == pytest.approx(-log_p[np.arange(count), data.label].mean(), rel=1e-5)
+    assert result["accuracy"] == pytest.approx((log_p.argmax(1) == data.label).mean(), rel=1e-6)
+
+
+def test_padded_batches():
+    """One shape for all, every example once and in order, the rest masked."""
+    batches = list(padded_batches(numbered(10), 4))
+    assert [b.image.shape for b in batches] == [(4, 1)] * 3
+    where = np.concatenate([b.where for b in batches])
+    np.testing.assert_array_equal(where, np.arange(12) < 10)
+    labels = np.concatenate([b.label for b in batches])
+    np.testing.assert_array_equal(labels[where], np.arange(10))
+    assert np.all(np.isfinite(np.concatenate([b.image for b in batches])))
+
+
+def test_nothing_to_evaluate():
+    with pytest.raises(ValueError, match="examples is empty"):
+        evaluate(eval_step, init(jax.random.key(0)), examples(0), batch_size=4)
+
+
+RUN = dict(name="run", num_steps=6, steps_per_dispatch=2)
+
+
+def advance(state):
+    return dispatch(state, 2)
+
+
+class Interrupt(Exception):
+    """Stands for a killed process."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    return train(advance, create_state, **RUN)
+
+
+def test_train_takes_the_steps(undisturbed):
+    state, history = undisturbed
+    expected, metrics = dispatch(create_state(), 6)
+    same_bits(state, expected)
+    same_bits(history.loss, np.asarray(metrics.loss))
+    assert state.step == 6 and history.diverged == 0 and history.loss.dtype == np.float32
+
+
+@pytest.mark.parametrize("interrupted_at", [1, 2, 3])
+@pytest.mark.parametrize("save_every", [1, 2])
+def test_a_resumed_run_ends_with_the_same_bits(
+    tmp_path, undisturbed, interrupted_at, save_every
+):
+    dispatches = 0
+
+    def interrupt(_):
+        nonlocal dispatches
+        dispatches += 1
+        if dispatches == interrupted_at:
+            raise Interrupt
+
+    first = Checkpointer(tmp_path)
+    with pytest.raises(Interrupt):
+        train(
+            advance,
+            create_state,
+            saver=first,
+            on_dispatch=interrupt,
+            save_when=lambda: dispatches % save_every == 0,
+            **RUN,
+        )
+    first.close()
+    told = []
+    second = Checkpointer(tmp_path)
+    state, history = train(advance, create_state, saver=second, on_dispatch=told.append, **RUN)
+    second.close()
+    restored = 2 * ((interrupted_at - 1) // save_every * save_every)
+    assert told == ([restored] if restored else []) + [2] * ((6 - restored) // 2)
+    same_bits(state, undisturbed[0])
+    same_bits(history.loss, undisturbed[1].loss)
+    assert history.diverged == undisturbed[1].diverged
+
+
+def test_a_finished_run_is_not_taken_again(tmp_path, undisturbed):
+    saver = Checkpointer(tmp_path)
+    train(advance, create_state, saver=saver, **RUN)
+
+    def never(_):
+        raise AssertionError
+
+    state, history = train(never, create_state, saver=saver, **RUN)
+    same_bits(state, undisturbed[0])
+    same_bits(history.loss, undisturbed[1].loss)
+
+
+def test_a_checkpoint_of_another_run_is_not_taken(tmp_path, undisturbed):
+    saver = Checkpointer(tmp_path)
+    train(advance, lambda: create_state(1), saver=saver, **{**RUN, "name": "other"})
+    state, _ = train(advance, create_state, saver=saver, **RUN)
+    same_bits(state, undisturbed[0])
+    assert saver.newest() == (6, {"name": "run", "steps": 6, "diverged": 0})
+
+
+def test_stop_when(tmp_path):
+    """Asked with the losses so far; a stopped run stays stopped when started again."""
+    asked = []
+
+    def stop(loss):
+        asked.append(len(loss))
+        assert np.all(np.isfinite(loss))
+        return len(loss) >= 4
+
+    saver = Checkpointer(tmp_path)
+    for _ in range(2):
+        state, history = train(advance, create_state, saver=saver, stop_when=stop, **RUN)
+        assert state.step == 4 and history.loss.shape == (4,)
+    assert asked == [2, 4, 4]
+    same_bits(state, dispatch(create_state(), 4)[0])
+
+
+def test_divergence_ends_the_run(tmp_path):
+    """With the dispatch in which it happens; the steps are counted, also after resuming."""
+    poisoned = DATA._replace(image=np.where(DATA.image == DATA.image[0], np.nan, DATA.image))
+    saver = Checkpointer(tmp_path)
+
+    @jax.jit
+    def diverging(state):
+        return run_steps(STEP, state, poisoned, batch_size=10, num_steps=2)
+
+    for _ in range(2):
+        state, history = train(diverging, create_state, saver=saver, **RUN)
+        assert history.diverged == 2 and history.loss.shape == (2,)
+        assert np.all(np.isnan(history.loss))
+        same_bits(state, create_state()._replace(step=jnp.int32(2)))
+
+
+@pytest.mark.parametrize(("num_steps", "length"), [(0, 2), (-2, 2), (5, 2), (1, 2)])
+def test_bad_num_steps(num_steps, length):
+    options = {**RUN, "num_steps": num_steps, "steps_per_dispatch": length}
+    with pytest.raises(ValueError, match=f"num_steps={num_steps} .*steps_per_dispatch={length}"):
+        train(advance, create_state, **options)

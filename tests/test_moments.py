@@ -1,0 +1,302 @@
+"""Moments against numpy in float64 of the same input."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from bn_research.normalization import (
+    Moments,
+    batch_moments,
+    merge_moments,
+    sync_moments,
+    variance,
+)
+
+RATIOS = (0.0, 1e2, 1e3, 1e4)  # mean/std, one per feature
+DEVICES = 4
+
+
+def normal(shape, *, std=1.0, seed=0, ratios=RATIOS):
+    """Features of the last axis have these means, in units of std."""
+    noise = np.random.default_rng(seed).standard_normal((*shape, len(ratios)))
+    return ((noise + np.array(ratios)) * std).astype(np.float32)
+
+
+def reference(x, where=None):
+    """Count, mean, m2 of each feature of the last axis, in float64."""
+    x = np.asarray(x).astype(np.float64).reshape(-1, x.shape[-1])
+    where = np.ones(x.shape, bool) if where is None else where.reshape(x.shape)
+    columns = [column[keep] for column, keep in zip(x.T, where.T, strict=True)]
+    mean = [c.mean() if c.size else 0.0 for c in columns]
+    m2 = [np.square(c - c.mean()).sum() if c.size else 0.0 for c in columns]
+    return np.array([c.size for c in columns]), np.array(mean), np.array(m2)
+
+
+def assert_moments(moments, count, mean, m2, *, rtol=1e-5):
+    std = np.sqrt(m2 / np.maximum(count, 1))
+    np.testing.assert_array_equal(moments.count, count)
+    np.testing.assert_array_less(
+        np.abs(np.asarray(moments.mean, np.float64) - mean), 1e-6 * np.abs(mean) + 1e-5 * std + 1e-45
+    )
+    np.testing.assert_allclose(moments.m2, m2, rtol=rtol)
+
+
+def spread(kind, fn):
+    """Maps fn over a leading axis of devices, named "batch"."""
+    if kind == "vmap":
+        return jax.jit(jax.vmap(fn, axis_name="batch"))
+    assert jax.device_count() >= DEVICES
+    devices = jax.devices()[:DEVICES]
+    if kind == "pmap":
+        return jax.pmap(fn, axis_name="batch", devices=devices)
+
+    def local(*args):
+        return jax.tree.map(lambda leaf: leaf[None], fn(*(a[0] for a in args)))
+
+    mesh, spec = Mesh(np.array(devices), ("batch",)), PartitionSpec("batch")
+    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+every_kind = pytest.mark.parametrize("kind", ["vmap", "pmap", "shard_map"])
+
+moments_of = jax.jit(batch_moments)
+masked_moments_of = jax.jit(lambda x, where: batch_moments(x, where=where))
+
+
+@jax.jit
+def variance_gradient(x):
+    return jax.grad(lambda x: jnp.sum(variance(batch_moments(x))))(x)
+
+
+@pytest.mark.parametrize("std", [1.0, 1e-18, 1e15])
+def test_accuracy_at_large_means(std):
+    """Variance within 1e-5 of float64, its gradient 2(x − μ)/n within 1e-4."""
+    x = normal((4096,), std=std)
+    count, mean, m2 = reference(x)
+    moments = moments_of(x)
+    assert_moments(moments, count, mean, m2)
+    np.testing.assert_allclose(variance(moments), m2 / count, rtol=1e-5)
+    np.testing.assert_allclose(variance(moments, unbiased=True), m2 / (count - 1), rtol=1e-5)
+    expected = 2 * (x.astype(np.float64) - mean) / count
+    error = np.abs(variance_gradient(x) - expected).max(0)
+    np.testing.assert_array_less(error, 1e-4 * np.abs(expected).max(0))
+
+
+def test_two_million_elements_at_the_largest_spread():
+    """An early layer reduces millions of elements: their m2 of 2e36 fits float32."""
+    x = normal((2**21,), std=1e15, ratios=(0.0,))
+    np.testing.assert_allclose(moments_of(x).m2, reference(x)[2], rtol=1e-5)
+
+
+def test_gradient_of_the_mean():
+    x = normal((32,))
+    gradient = jax.grad(lambda x: jnp.sum(batch_moments(x).mean))(x)
+    np.testing.assert_allclose(gradient, np.full(x.shape, 1 / 32), rtol=1e-6)
+
+
+def test_constant_features_are_exact():
+    values = np.array([0.1, -7e4, 1e-30, 3e7, 0.0], np.float32)
+    moments = moments_of(np.tile(values, (100_000, 1)))
+    np.testing.assert_array_equal(moments.mean, values)
+    np.testing.assert_array_equal(moments.m2, 0)
+    np.testing.assert_array_equal(moments.count, 100_000)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "mean", "std"),
+    [("bfloat16", 100, 1), ("bfloat16", 3e3, 8), ("float16", 1e3, 1), ("float16", 6e4, 1e3)],
+)
+def test_half_precision_is_reduced_in_float32(dtype, mean, std):
+    noise = np.random.default_rng(1).standard_normal((2048, 2))
+    x = jnp.asarray(np.minimum(mean + std * noise, 6.5e4), dtype)
+    moments = batch_moments(x)
+    assert {leaf.dtype for leaf in moments} == {jnp.dtype("float32")}
+    assert_moments(moments, *reference(x))
+    where = noise < 0.5
+    masked = batch_moments(x, where=where)
+    assert {leaf.dtype for leaf in masked} == {jnp.dtype("float32")}
+    assert_moments(masked, *reference(x, where))
+
+
+def test_float64_is_reduced_in_float64():
+    with jax.enable_x64(True):
+        x = np.random.default_rng(2).standard_normal((512, 3)) + 1e6
+        moments = batch_moments(x)
+        assert [leaf.dtype for leaf in moments] == ["float32", "float64", "float64"]
+        count, mean, m2 = reference(x)
+        np.testing.assert_allclose(moments.mean, mean, rtol=1e-15)
+        np.testing.assert_allclose(moments.m2, m2, rtol=1e-12)
+
+
+@pytest.mark.parametrize("garbage", [np.nan, np.inf])
+def test_masked_elements_are_as_if_absent(garbage):
+    """Values and gradients, each feature with its own count, one with none at all."""
+    x = normal((2048,), seed=3, ratios=(*RATIOS, 5.0))
+    where = np.random.default_rng(4).random(x.shape) < np.array([0.5, 0.1, 0.9, 0.5, 0.0])
+    count, mean, m2 = reference(x, where)
+    dirty = np.where(where, x, np.float32(garbage))
+    moments = masked_moments_of(dirty, where)
+    assert_moments(moments, count, mean, m2)
+    assert moments.count[-1] == moments.mean[-1] == moments.m2[-1] == 0
+    gradient = jax.jit(
+        jax.grad(lambda x, w: jnp.sum(variance(batch_moments(x, where=w)))),
+    )(dirty, where)
+    expected = np.where(where, 2 * (x.astype(np.float64) - mean) / np.maximum(count, 1), 0)
+    assert np.all(np.asarray(gradient)[~where] == 0)
+    np.testing.assert_array_less(
+        np.abs(gradient - expected).max(0)[:-1], 1e-4 * np.abs(expected).max(0)[:-1]
+    )
+
+
+def test_mask_of_examples_broadcasts():
+    x = normal((6, 2))
+    where = np.array([1, 1, 0, 1, 0, 1], bool)
+    x[~where] = np.nan
+    assert_moments(batch_moments(x, where=where[:, None, None]), *reference(x[where]))
+
+
+def test_without_any_element():
+    moments = batch_moments(np.zeros((0, 3), np.float32))
+    for leaf in moments:
+        np.testing.assert_array_equal(leaf, np.zeros(3))
+    np.testing.assert_array_equal(variance(moments, unbiased=True), np.zeros(3))
+
+
+def test_one_element_has_no_variance():
+    moments = batch_moments(np.full((1, 2), 3.5, np.float32))
+    np.testing.assert_array_equal(moments.mean, [3.5, 3.5])
+    for unbiased in (False, True):
+        np.testing.assert_array_equal(variance(moments, unbiased=unbiased), [0, 0])
+
+
+@pytest.mark.parametrize("axes", [-1, 0, (1,), (2, 0), (-3, -1), [1, 2], (0, 1, 2)])
+def test_feature_axes(axes):
+    """Statistics have the shape of the feature axes in ascending order."""
+    x = np.random.default_rng(5).standard_normal((3, 4, 5)).astype(np.float32)
+    given = (axes,) if isinstance(axes, int) else axes
+    kept = sorted(axis % 3 for axis in given)
+    reduced = tuple(axis for axis in range(3) if axis not in kept)
+    moments = batch_moments(x, feature_axes=axes)
+    x64 = x.astype(np.float64)
+    np.testing.assert_array_equal(
+        moments.count, np.full(x64.mean(reduced).shape, x.size / x64.mean(reduced).size)
+    )
+    np.testing.assert_allclose(moments.mean, x64.mean(reduced), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(variance(moments), x64.var(reduced), rtol=1e-5)
+
+
+@pytest.mark.parametrize("cut", [0, 1, 300, 511, 512])
+def test_merge_equals_the_union(cut):
+    x = normal((512,), seed=6, ratios=(0.0, 3.0, 1e2))
+    merged = merge_moments(batch_moments(x[:cut]), batch_moments(x[cut:]))
+    assert_moments(merged, *reference(x))
+
+
+def test_merge_at_the_smallest_spread():
+    x = normal((64,), std=1e-18, ratios=(0.0, 1.0, 5.0))
+    merged = merge_moments(batch_moments(x[:20]), batch_moments(x[20:]))
+    assert_moments(merged, *reference(x))
+
+
+def test_merge_of_nothing_with_nothing():
+    nothing = batch_moments(np.zeros((0, 2), np.float32))
+    for leaf in merge_moments(nothing, nothing):
+        np.testing.assert_array_equal(leaf, [0, 0])
+
+
+def test_merge_with_nothing_keeps_the_bits():
+    some = batch_moments(normal((33,), std=1e15))
+    nothing = Moments(*(np.zeros(4, np.float32),) * 3)
+    for merged in (merge_moments(some, nothing), merge_moments(nothing, some)):
+        jax.tree.map(np.testing.assert_array_equal, merged, some)
+
+
+@every_kind
+def test_sync_equals_the_union_of_unequal_devices(kind):
+    """Counts differ between devices; the third has none, and NaN in their place."""
+    x = normal((DEVICES, 64), seed=7, ratios=(0.0, 2.0, 1e2))
+    x += np.arange(DEVICES, dtype=np.float32)[:, None, None]
+    where = np.random.default_rng(8).random(x.shape) < 0.6
+    where[2] = False
+    x = np.where(where, x, np.nan)
+    count, mean, m2 = reference(x, where)
+
+    def synced(x, where):
+        return sync_moments(batch_moments(x, where=where), "batch")
+
+    moments = spread(kind, synced)(x, where)
+    for device in range(DEVICES):
+        assert_moments(Moments(*(np.asarray(leaf)[device] for leaf in moments)), count, mean, m2)
+
+
+@every_kind
+@pytest.mark.parametrize("groups", [[[0, 1], [2, 3]], [[3, 0], [1, 2]], [[0, 2, 3], [1]]])
+def test_sync_within_groups(kind, groups):
+    """Also groups of unequal sizes; NaN in one group stays there."""
+    x = normal((DEVICES, 16), seed=9, ratios=(0.0, 2.0))
+    x += np.arange(DEVICES, dtype=np.float32)[:, None, None]
+    x[1, 0] = np.nan
+
+    def synced(x):
+        return sync_moments(batch_moments(x), "batch", axis_index_groups=groups)
+
+    moments = spread(kind, synced)(x)
+    for group in groups:
+        for device in group:
+            got = Moments(*(np.asarray(leaf)[device] for leaf in moments))
+            if 1 in group:
+                assert np.all(np.isnan(got.mean))
+            else:
+                assert_moments(got, *reference(x[group]))
+
+
+@every_kind
+@pytest.mark.parametrize("std", [1e-18, 1e15])
+def test_sync_at_extreme_spreads(kind, std):
+    x = normal((DEVICES, 64), std=std, seed=10, ratios=(0.0, 1.0, 10.0))
+    moments = spread(kind, lambda x: sync_moments(batch_moments(x), "batch"))(x)
+    assert_moments(Moments(*(np.asarray(leaf)[0] for leaf in moments)), *reference(x))
+
+
+@every_kind
+def test_gradient_through_sync(kind):
+    """Every device holds the variance of all: summed over devices its gradient is D·2(x − μ)/N."""
+    x = normal((DEVICES, 8), seed=11, ratios=(0.0, 2.0))
+    x += np.arange(DEVICES, dtype=np.float32)[:, None, None]
+
+    synced = spread(kind, lambda x: variance(sync_moments(batch_moments(x), "batch")))
+    gradient = jax.grad(lambda x: jnp.sum(synced(x)))(x)
+    count, mean, _ = reference(x)
+    np.testing.assert_allclose(gradient, DEVICES * 2 * (x - mean) / count, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        (dict(x=np.ones((2, 3), np.int32)), "x has dtype int32: allowed are floating"),
+        (dict(x=np.ones((2, 3), bool)), "x has dtype bool: allowed are floating"),
+        (dict(feature_axes=2), r"feature_axes=2 is out of range.*-2 to 1"),
+        (dict(feature_axes=-3), r"feature_axes=-3 is out of range.*-2 to 1"),
+        (dict(feature_axes=(0, 5)), r"feature_axes=\(0, 5\) is out of range.*-2 to 1"),
+        (dict(feature_axes=(1, -1)), r"feature_axes=\(1, -1\) names an axis twice"),
+        (dict(feature_axes=()), r"feature_axes=\(\) is empty"),
+        (dict(where=np.ones(2, bool)), r"where has shape \(2,\).*\(2, 3\)"),
+        (dict(where=np.ones((4, 2, 3), bool)), r"where has shape \(4, 2, 3\).*\(2, 3\)"),
+    ],
+)
+def test_bad_arguments(kwargs, message):
+    kwargs = dict(x=np.ones((2, 3), np.float32)) | kwargs
+    with pytest.raises(ValueError, match=message):
+        batch_moments(kwargs.pop("x"), **kwargs)
+
+
+@pytest.mark.parametrize("groups", [[[0, 1]], [[0, 1], [1, 2, 3]], [[0, 1], [2, 4]], []])
+def test_groups_must_partition_the_axis(groups):
+    synced = functools.partial(sync_moments, axis_name="batch", axis_index_groups=groups)
+    one = np.zeros((DEVICES, 2), np.float32)
+    with pytest.raises(ValueError, match="axis_index_groups=.*0 to 3 once"):
+        jax.vmap(synced, axis_name="batch")(Moments(one, one, one))
