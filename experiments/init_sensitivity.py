@@ -128,11 +128,12 @@ class Config:
     he_rates: tuple[float, ...] = (1e-2,)
     epsilons: tuple[float, ...] = (0.0, 1e-5)  # of the grid, with optimizers and biases
     biases: tuple[bool, ...] = (False,)  # of the grid
-    escape_epsilons: tuple[float, ...] = (1e-20, 1e-19, 1e-18, 1e-17)
+    escape_epsilons: tuple[float, ...] = (1e-19, 3e-19, 1e-18, 3e-18)
     escape_rate: float = 0.1
-    escape_steps: int = 400
+    escape_steps: int = 600  # at most
     widths: tuple[float, ...] = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # a of the robustness sweep
     width_rates: tuple[float, ...] = (1e-1, 1.0)
+    width_steps: int = 80
     signal_networks: tuple[str, ...] = NETWORKS
     signal_images: int = 16
     signal_size: int = 32  # images are resized to this and given 3 channels, as CIFAR-10's
@@ -152,6 +153,7 @@ PRESETS = {
         escape_steps=8,
         widths=(1e-3, 1e-1),
         width_rates=(1e-1,),
+        width_steps=4,
         signal_networks=("c4 P f8 f10",),
         signal_images=4,
     ),
@@ -161,15 +163,13 @@ PRESETS = {
         dataset="fashion_mnist",
         image_size=14,
         num_steps=200,
-        rates=(1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1, 1.0),
+        rates=(1e-6, 1e-4, 1e-2, 1.0),
         adam_rates=(1e-3, 1e-2),
         he_rates=(1e-2, 1e-1),
         biases=(False, True),
-        epsilons=(0.0, 1e-20, 1e-15, 1e-10, 1e-5),
-        escape_epsilons=(1e-20, 3e-20, 1e-19, 3e-19, 1e-18, 3e-18, 1e-17),
-        escape_steps=1000,
-        widths=(1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1, 1.0),
-        width_rates=(1e-2, 1e-1, 1.0),
+        escape_epsilons=(1e-19, 3e-19, 1e-18, 3e-18, 1e-17, 3e-17),
+        escape_steps=1600,
+        width_steps=600,
         signal_images=64,
     ),
 }
@@ -235,7 +235,7 @@ def prepare(config: Config) -> Images:
     """Checks the config and loads the images."""
     if config.seeds < 1:
         raise ValueError(f"seeds={config.seeds} is not allowed: at least 1 is needed")
-    for name in ("num_steps", "escape_steps"):
+    for name in ("num_steps", "escape_steps", "width_steps"):
         steps = getattr(config, name)
         if steps < 1 or config.steps_per_dispatch < 1 or steps % config.steps_per_dispatch:
             raise ValueError(
@@ -317,7 +317,9 @@ def plan(config: Config) -> dict[str, list[Arm]]:
     for placement in ("none", "all"):
         for a in config.widths:
             arms[f"{placement} a={a:g}"] = [
-                plain._replace(placement=placement, a=a, learning_rate=rate)
+                plain._replace(
+                    placement=placement, a=a, learning_rate=rate, num_steps=config.width_steps
+                )
                 for rate in config.width_rates
             ]
     return arms

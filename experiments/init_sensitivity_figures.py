@@ -127,13 +127,15 @@ def _draw_losses(config, best, path):
         "with epsilon 0, BN on all layers and He initialization fall.",
         caption=f"Each arm at its best rate of its grid; initialization U(−{config.a:g}, "
         f"{config.a:g}) except He's (BN on all layers: {nearest:g}). Line: mean of {config.seeds} "
-        f"seeds; band: lowest to highest; smoothed over {window} steps.",
+        f"seeds; band: lowest to highest; smoothed over {window} steps. The arms on the plateau at "
+        "ln(classes) lie on one another.",
     )
 
 
 def _smooth(loss: list[float | None], length: int, window: int) -> np.ndarray:
     """Running mean of the last `window` losses, padded with NaN to the length."""
     values = np.full(length, np.nan)
+    loss = loss[:length]
     values[: len(loss)] = np.array(loss, dtype=float)
     return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(length)])
 
@@ -160,7 +162,7 @@ def _draw_widths(config, best, path):
         title="How small may the initial weights be?",
         alt="Test accuracy against a: with BN on all layers it stays high from 1e-4 to 1, without "
         "BN it is high near 0.1 only.",
-        caption=f"After {config.num_steps} steps, each point at its best rate of the grid "
+        caption=f"After {config.width_steps} steps, each point at its best rate of the grid "
         f"{config.width_rates}. Line: mean of {config.seeds} seeds; band: lowest to highest.",
     )
 

@@ -23,7 +23,7 @@ from jaxtyping import Array, Bool, Float
 # Squares of float32 span 1e-38 to 1e38. Scaling deviations by a power of two (exact) before they
 # are squared centres that window on the range promised for features, standard deviations of
 # 1e-18 to 1e15: without it the smaller deviations of a feature at 1e-18 are flushed to zero.
-_SQUARE_SCALE = 16.0
+_SQUARE_SCALE = 8.0
 
 
 class Moments(NamedTuple):

@@ -1,13 +1,14 @@
 """Many steps per dispatch over a data set that lives on the device."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, PRNGKeyArray
 
+from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.metrics import Metrics
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, StepMetrics
@@ -109,19 +110,6 @@ class History(NamedTuple):
     diverged: int  # number of steps that were not finite and so not taken
 
 
-class Saver(Protocol):
-    """Where a run's progress is kept; see `bn_research.training.checkpoint.Checkpointer`."""
-
-    def newest(self) -> tuple[int, dict[str, Any]] | None:
-        """Number and note of the newest checkpoint."""
-
-    def save(self, number: int, state: Any, note: dict[str, Any]) -> None:
-        """Saves."""
-
-    def restore(self, number: int, template: Any) -> Any:
-        """Loads."""
-
-
 def train(
     advance: Callable[[TrainState], tuple[TrainState, StepMetrics]],
     create_state: Callable[[], TrainState],
@@ -129,7 +117,7 @@ def train(
     name: str,
     num_steps: int,
     steps_per_dispatch: int,
-    saver: Saver | None = None,
+    saver: Checkpointer | None = None,
     save_when: Callable[[], bool] = lambda: True,
     stop_when: Callable[[np.ndarray], bool] = lambda loss: False,
     on_dispatch: Callable[[int], None] = lambda steps: None,
