@@ -22,9 +22,9 @@ from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import kernel_initializer
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import evaluate, run_steps, train
+from bn_research.training.loop import History, evaluate, run_steps, train
 from bn_research.training.optimizers import create_optimizer
-from bn_research.training.state import create_train_state
+from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 from experiments.workdir import Ledger
 
@@ -154,19 +154,41 @@ class Trainer:
         self._saver.close()
         self._bar.close()
 
+    def describe(self, text: str) -> None:
+        """Says beside the progress bar what is being done."""
+        self._bar.set_description(text)
+
     def train(self, arm: Arm, seed: int) -> dict[str, Any]:
         """Record of an arm: loss of each step, and accuracy on the whole test set at the end.
 
         The accuracy is that of inference by population statistics (algorithm 2 of Ioffe &
         Szegedy, 2015) over batches of the training set.
         """
-        name = f"train/{arm.name} seed={seed}"
+        return self._record("train", arm, seed, self._evaluate)
+
+    def tune(self, arm: Arm, seed: int) -> dict[str, Any]:
+        """Record of an arm trained to choose between settings: losses only, no test set."""
+        return self._record("tune", arm, seed, lambda arm, state: {})
+
+    def _record(self, purpose, arm, seed, score):
+        name = f"{purpose}/{arm.name} seed={seed}"
         if name in self._ledger:
             self._bar.update(arm.num_steps)
-        return self._ledger.get(name, lambda: self._measure(arm, seed, name))
 
-    def _measure(self, arm: Arm, seed: int, name: str) -> dict[str, Any]:
-        hyper = Hyper(*(jnp.float32(getattr(arm, field)) for field in Hyper._fields))
+        def measure():
+            state, history = self._fit(arm, seed, name)
+            return {
+                **arm._asdict(),
+                "seed": seed,
+                "loss": history.loss,
+                "diverged": history.diverged,
+                **score(arm, state),
+            }
+
+        return self._ledger.get(name, measure)
+
+    def _fit(self, arm: Arm, seed: int, name: str) -> tuple[TrainState, History]:
+        hyper = _hyper(arm)
         shape = (1, *self._images.train.image.shape[1:])
         static = (arm.network, arm.placement)
         create = _create_program(*static, arm.optimizer, arm.initializer, arm.use_bias, shape)
@@ -190,21 +212,6 @@ class Trainer:
             on_dispatch=self._bar.update,
         )
         self._bar.update(arm.num_steps - (self._bar.n - before))
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        if arm.placement != "none":
-            moments = _moments_program(*static, arm.use_bias)
-            variables["batch_stats"] = population_batch_stats(
-                lambda variables, image: moments(variables, image, hyper.epsilon),
-                variables,
-                self._population_batches(),
-            )
-        eval_step = _eval_program(*static, arm.use_bias)
-        scores = evaluate(
-            lambda variables, batch: eval_step(variables, batch, hyper.epsilon),
-            variables,
-            self._images.test,
-            batch_size=min(_EVAL_BATCH, len(self._images.test.label)),
-        )
         loss = {"loss": jnp.asarray(history.loss)}
 
         def save_last() -> None:
@@ -213,14 +220,27 @@ class Trainer:
             self._saver.save((newest[0] if newest else 0) + 1, {"state": state, **loss}, note)
 
         self._last = save_last
-        return {
-            **arm._asdict(),
-            "seed": seed,
-            "loss": history.loss,
-            "diverged": history.diverged,
-            "accuracy": scores["accuracy"],
-            "test_loss": scores["loss"],
-        }
+        return state, history
+
+    def _evaluate(self, arm: Arm, state: TrainState) -> dict[str, float]:
+        static = (arm.network, arm.placement, arm.use_bias)
+        epsilon = _hyper(arm).epsilon
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        if arm.placement != "none":
+            moments = _moments_program(*static)
+            variables["batch_stats"] = population_batch_stats(
+                lambda variables, image: moments(variables, image, epsilon),
+                variables,
+                self._population_batches(),
+            )
+        eval_step = _eval_program(*static)
+        scores = evaluate(
+            lambda variables, batch: eval_step(variables, batch, epsilon),
+            variables,
+            self._images.test,
+            batch_size=min(_EVAL_BATCH, len(self._images.test.label)),
+        )
+        return {"accuracy": scores["accuracy"], "test_loss": scores["loss"]}
 
     def _population_batches(self) -> list[Array]:
         images = self._images.train.image
@@ -233,6 +253,10 @@ class Trainer:
             return False
         self._saved_at = time.monotonic()
         return True
+
+
+def _hyper(arm: Arm) -> Hyper:
+    return Hyper(*(jnp.float32(getattr(arm, field)) for field in Hyper._fields))
 
 
 def _model(network, placement, use_bias, epsilon, **options):

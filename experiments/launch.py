@@ -133,7 +133,7 @@ def _parse(experiment: Experiment, argv: list[str]) -> tuple[str, Any, Path, boo
         basic(argv, known_only=True)
         # The preset's values are the defaults of the config flags, so it is read first.
         config = ConfigDict(dataclasses.asdict(experiment.presets[basic.preset]))
-        config_flags.DEFINE_config_dict("config", config, flag_values=basic)
+        config_flags.DEFINE_config_dict("config", config, flag_values=basic, sys_argv=argv)
         if basic.help:
             print(_help(experiment, config))
             return None

@@ -1,0 +1,122 @@
+"""Tests of experiments.launch, on an experiment that only adds."""
+
+import dataclasses
+import html
+import json
+import re
+
+import pytest
+
+from bn_research.claims.registry import Claim
+from bn_research.claims.verdict import NOT_REPRODUCED, REPRODUCED, Finding
+from experiments.launch import Experiment, main
+
+CLAIM = Claim("sum-is-three", "One and two are three", "Peano", "sum = 3; else not", "3")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seeds: int = 2
+    dataset: str = "digits"
+    term: float = 2.0
+    terms: tuple[float, ...] = (1.0, 2.0)
+
+
+def prepare(config):
+    if config.term > 9:
+        raise ValueError(f"term={config.term} is not allowed: at most 9")
+    return config.term
+
+
+def run(config, data, path):
+    total = 1 + data
+    verdict = REPRODUCED if total == 3 else NOT_REPRODUCED
+    return [Finding(CLAIM, {"sum": total}, (total, total), verdict)], []
+
+
+EXPERIMENT = Experiment(
+    name="adding",
+    title="Adding",
+    question="What is one and two?",
+    presets={"quick": Config(), "big": Config(term=3.0, terms=(5.0,))},
+    claims=(CLAIM,),
+    prepare=prepare,
+    run=run,
+)
+
+
+def launch(*flags):
+    return main(EXPERIMENT, ["adding", *flags])
+
+
+def test_writes_results_report_and_prints_the_verdict(tmp_path, capsys):
+    assert launch(f"--workdir={tmp_path / 'w'}") == 0
+    results = json.loads((tmp_path / "w" / "results.json").read_text())
+    assert results["preset"] == "quick" and results["seeds"] == [0, 1]
+    assert results["claims"][0]["verdict"] == "reproduced"
+    page = _text(tmp_path / "w" / "report.html")
+    assert "python -m experiments.adding --preset=quick --workdir=" in page
+    out = capsys.readouterr().out
+    assert "sum-is-three" in out.replace("\n", "") and "report.html" in out
+
+
+def test_presets_and_overrides(tmp_path):
+    flags = ["--preset=big", "--config.term=4", "--config.terms=(7.0, 8.0)"]
+    assert launch(f"--workdir={tmp_path}", *flags) == 0
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (config["preset"], config["term"], config["terms"]) == ("big", 4.0, [7.0, 8.0])
+    assert config["seeds"] == 2
+    assert "--config.term=4.0 '--config.terms=(7.0, 8.0)'" in _text(tmp_path / "report.html")
+
+
+def _text(path):
+    """What a page says, without its markup."""
+    return html.unescape(re.sub(r"<[^>]*>", "", path.read_text()))
+
+
+def test_strict_tells_a_claim_that_failed(tmp_path):
+    assert launch(f"--workdir={tmp_path / 'a'}", "--config.term=5.0") == 0
+    assert launch(f"--workdir={tmp_path / 'b'}", "--config.term=5.0", "--strict") == 3
+    assert launch(f"--workdir={tmp_path / 'c'}", "--strict") == 0
+
+
+def test_a_finished_run_started_again_keeps_every_file(tmp_path):
+    assert launch(f"--workdir={tmp_path}") == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert launch(f"--workdir={tmp_path}") == 0
+    after = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert after == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--presett=quick"], "presett"),
+        (["--preset=huge"], "quick|big"),
+        (["--config.tern=1"], "tern"),
+        (["--config.term=two"], "two"),
+        (["--config.seeds=1.5"], "1.5"),
+        (["quick"], "'quick'"),
+        (["--config.term=10.0"], "at most 9"),
+    ],
+)
+def test_what_cannot_be_done_is_one_line_and_writes_nothing(tmp_path, capsys, flags, said):
+    assert launch(f"--workdir={tmp_path / 'w'}", *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert said in captured.err and captured.err.count("\n") == 1
+    assert not (tmp_path / "w").exists()
+
+
+def test_another_config_is_refused(tmp_path, capsys):
+    assert launch(f"--workdir={tmp_path}") == 0
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
+    assert launch(f"--workdir={tmp_path}", "--config.term=3.0") == 2
+    assert "term (there 2.0, now 3.0)" in capsys.readouterr().err
+    assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+
+
+def test_help_names_every_field_and_preset(capsys):
+    assert launch("--help", "--preset=big") == 0
+    out = capsys.readouterr().out
+    assert "What is one and two?" in out and "quick|big" in out and "term = 3.0" in out
