@@ -225,18 +225,19 @@ class Trainer:
     def _evaluate(self, arm: Arm, state: TrainState) -> dict[str, float]:
         static = (arm.network, arm.placement, arm.use_bias)
         epsilon = _hyper(arm).epsilon
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        state = state._replace(opt_state=())  # one program for every optimizer
         if arm.placement != "none":
             moments = _moments_program(*static)
-            variables["batch_stats"] = population_batch_stats(
+            population = population_batch_stats(
                 lambda variables, image: moments(variables, image, epsilon),
-                variables,
+                {"params": state.params, "batch_stats": state.batch_stats},
                 self._population_batches(),
             )
+            state = state._replace(batch_stats=population)
         eval_step = _eval_program(*static)
         scores = evaluate(
-            lambda variables, batch: eval_step(variables, batch, epsilon),
-            variables,
+            lambda state, batch: eval_step(state, batch, epsilon),
+            state,
             self._images.test,
             batch_size=min(_EVAL_BATCH, len(self._images.test.label)),
         )
@@ -324,9 +325,9 @@ def _moments_program(network, placement, use_bias):
 @functools.cache
 def _eval_program(network, placement, use_bias):
     @functools.partial(jax.jit, compiler_options=compiler_options(1))
-    def eval_step(variables, batch, epsilon):
+    def eval_step(state, batch, epsilon):
         return make_eval_step(_apply_fn(_model(network, placement, use_bias, epsilon)))(
-            variables, batch
+            state, batch
         )
 
     return eval_step

@@ -18,7 +18,7 @@ FLOORS = {
     "bn_research.models": 3,
     "experiments": 4,
 }
-SHARED_BY_EXPERIMENTS = {"experiments.launch", "experiments.workdir"}
+SHARED_BY_EXPERIMENTS = {"experiments.launch", "experiments.workdir", "experiments.arms"}
 IMPORTS_EVERY_EXPERIMENT = "experiments.reproduce"
 # Libraries that a folder does without.
 BANNED = {
@@ -82,9 +82,9 @@ def violations(path: Path, source: str) -> list[str]:
         if target != folder and FLOORS[target] >= FLOORS.get(folder, 0):
             wrong.append(f"{path}: imports {name}, which is not on a floor below")
         if folder == target == "experiments" and module != IMPORTS_EVERY_EXPERIMENT:
-            if name != "experiments" and not within(name, module):
-                if not any(within(name, shared) for shared in SHARED_BY_EXPERIMENTS):
-                    wrong.append(f"{path}: imports {name}, another experiment")
+            own = name == "experiments" or within(name, module) or name.startswith(f"{module}_")
+            if not own and not any(within(name, shared) for shared in SHARED_BY_EXPERIMENTS):
+                wrong.append(f"{path}: imports {name}, another experiment")
     return wrong
 
 
@@ -157,11 +157,15 @@ def test_a_bad_import_is_found(path, source):
         (NORMALIZATION, "from . import moments"),
         (LAYER, "import flax.linen as nn\nfrom bn_research.normalization import batch_norm"),
         (TRAINING, "import optax\nfrom bn_research.data import Examples"),
-        (MODEL, "from bn_research.layers.conv import Conv\nfrom bn_research.models.spec import Pool"),
+        (
+            MODEL,
+            "from bn_research.layers.conv import Conv\nfrom bn_research.models.spec import Pool",
+        ),
         (CLAIMS, "import numpy as np\nfrom bn_research.claims.atomic import write"),
         (DATA, "from absl import logging\nimport bn_research"),
         (EXPERIMENT, "from absl import flags\nfrom experiments import launch\nimport jax"),
         (EXPERIMENT, "from experiments.workdir import Workdir\nfrom bn_research.models import cnn"),
+        (EXPERIMENT, "from experiments import x_figures\nfrom experiments.x_figures import draw"),
         ("experiments/reproduce.py", "from experiments import x, y\nimport experiments.z"),
         ("bn_research/__init__.py", '__version__ = "1"'),
     ],

@@ -20,9 +20,7 @@ def stats_of(mean, var, dtype="float32"):
 
 
 def moments_of(count, mean, m2, dtype="float32"):
-    return Moments(
-        jnp.asarray(count, "float32"), jnp.asarray(mean, dtype), jnp.asarray(m2, dtype)
-    )
+    return Moments(jnp.asarray(count, "float32"), jnp.asarray(mean, dtype), jnp.asarray(m2, dtype))
 
 
 def test_two_steps_by_hand():
@@ -99,7 +97,9 @@ def test_bad_momentum(momentum):
 
 def batches_of(*sizes):
     rng = np.random.default_rng(0)
-    return [(rng.standard_normal((n, 3)) * 2 + i + 50).astype(np.float32) for i, n in enumerate(sizes)]
+    return [
+        (rng.standard_normal((n, 3)) * 2 + i + 50).astype(np.float32) for i, n in enumerate(sizes)
+    ]
 
 
 def layers(batch):

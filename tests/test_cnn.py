@@ -17,7 +17,7 @@ NORM = functools.partial(BatchNorm, epsilon=1e-3)
 
 
 def images(shape=(4, 8, 8, 2), seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 @pytest.fixture(scope="module")
@@ -80,8 +80,7 @@ def test_logits_do_not_depend_on_other_examples_in_evaluation(trained):
     """Not a bit, whatever the others are."""
     x = images()
     apply = jax.jit(lambda x: CNN(SPEC, NORM, "all").apply(trained, x, train=False))
-    others = x.copy()
-    others[1:] = [[[[np.nan]]], [[[1e6]]], [[[0]]]]
+    others = x.at[1:].set(jnp.array([np.nan, 1e6, 0])[:, None, None, None])
     np.testing.assert_array_equal(apply(x)[0], apply(others)[0])
     assert np.all(np.isfinite(apply(x)))
 

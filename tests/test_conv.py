@@ -14,7 +14,7 @@ KERNELS = [(1, 1), (3, 3), (5, 5), (2, 2), (4, 4), (1, 4), (7, 3)]
 
 
 def data(shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.float32)
 
 
 def close(got, expected, rtol=1e-5):
@@ -23,7 +23,7 @@ def close(got, expected, rtol=1e-5):
 
 def by_loops(x, kernel):
     """Zero padding of k − 1 in all, the smaller half first, as "SAME"."""
-    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+    x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
     height, width = kernel.shape[:2]
     pads = [((k - 1) // 2, k // 2) for k in (height, width)]
     padded = np.pad(x, [(0, 0), *pads, (0, 0)])

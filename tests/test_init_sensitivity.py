@@ -92,9 +92,7 @@ def test_signal_is_measured_down_to_1e_18():
         for a in (1e-3, 1e-4)
     )
     assert usual[-1] - tiny[-1] == pytest.approx(7, abs=1e-3)
-    tiniest = np.array(
-        init_sensitivity.measured_log10_std(NETWORKS[4], 10**-3.6, images * 1e-1, 0)
-    )
+    tiniest = np.array(init_sensitivity.measured_log10_std(NETWORKS[4], 10**-3.6, images * 1e-1, 0))
     assert tiniest[-1] < -18 and np.isfinite(tiniest).all()
 
 
@@ -118,7 +116,10 @@ def records(losses, accuracies, **fields):
     ]
 
 
-def flat(loss=math.log(10), accuracies=(0.1, 0.1, 0.1), **fields):
+GUESSING = math.log(10)
+
+
+def flat(loss=GUESSING, accuracies=(0.1, 0.1, 0.1), **fields):
     return records([[loss] * 20] * 3, accuracies, **fields)
 
 

@@ -67,7 +67,9 @@ def test_orthogonal():
 
 
 def test_unknown_name():
-    with pytest.raises(ValueError, match="initializer='xavier' is unknown: allowed are uniform, he"):
+    with pytest.raises(
+        ValueError, match="initializer='xavier' is unknown: allowed are uniform, he"
+    ):
         kernel_initializer("xavier")
 
 

@@ -22,11 +22,16 @@ def expected(keep):
 def test_sums_over_unmasked_examples(keep):
     """NaN logits of masked examples reach no sum."""
     dirty = np.where(keep[:, None], LOGITS, np.nan)
-    np.testing.assert_allclose(cross_entropy_metrics(dirty, LABELS, keep), expected(keep), rtol=1e-6)
+    metrics = metrics_of(dirty, LABELS, keep)
+    np.testing.assert_allclose(metrics, expected(keep), rtol=1e-6)
+
+
+def metrics_of(*args):
+    return cross_entropy_metrics(*map(jnp.asarray, args))
 
 
 def test_without_a_mask():
-    metrics = cross_entropy_metrics(LOGITS, LABELS)
+    metrics = metrics_of(LOGITS, LABELS)
     assert isinstance(metrics, Metrics)
     assert {leaf.dtype for leaf in metrics} == {jnp.dtype("float32")}
     np.testing.assert_allclose(metrics, expected(np.ones(9, bool)), rtol=1e-6)
@@ -36,19 +41,19 @@ def test_half_precision_logits_are_summed_in_float32():
     logits = jnp.asarray(np.repeat(LOGITS, 500, 0), jnp.bfloat16)
     labels = np.repeat(LABELS, 500)
     loss = -log_softmax(np.asarray(logits, np.float64), 1)[np.arange(len(labels)), labels]
-    metrics = cross_entropy_metrics(logits, labels)
+    metrics = metrics_of(logits, labels)
     assert metrics.loss.dtype == jnp.float32
     np.testing.assert_allclose(metrics.loss, loss.sum(), rtol=1e-5)
 
 
 def test_large_logits_stay_finite():
-    metrics = cross_entropy_metrics(np.array([[1e4, 0.0]], np.float32), np.array([1]))
+    metrics = metrics_of(np.array([[1e4, 0.0]], np.float32), np.array([1]))
     np.testing.assert_allclose(metrics.loss, 1e4, rtol=1e-6)
 
 
 def test_masked_examples_have_no_gradient():
     keep = np.arange(9) < 5
-    gradient = jax.grad(lambda x: cross_entropy_metrics(x, LABELS, keep).loss)(LOGITS)
+    gradient = jax.grad(lambda x: metrics_of(x, LABELS, keep).loss)(LOGITS)
     probability = np.exp(log_softmax(LOGITS.astype(np.float64), 1))
     np.testing.assert_allclose(
         gradient, keep[:, None] * (probability - np.eye(4)[LABELS]), rtol=1e-4, atol=1e-6

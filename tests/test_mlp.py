@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -11,7 +12,7 @@ from bn_research.models.mlp import MLP
 
 
 def data(shape):
-    return np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    return jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
 
 
 def sigmoid(x):

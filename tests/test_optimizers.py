@@ -85,9 +85,7 @@ def test_traced_learning_rate(name):
 
     for rate in (0.1, 0.7):
         static = run(create_optimizer(name, rate, weight_decay=DECAY), 2)
-        jax.tree.map(
-            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), traced(rate), static
-        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), traced(rate), static)
     assert traced._cache_size() == 1
 
 

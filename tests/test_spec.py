@@ -3,7 +3,7 @@
 import pytest
 
 from bn_research.models.cnn import DEFAULT_SPEC
-from bn_research.models.spec import Conv, Dense, Pool, parse_spec, with_classes
+from bn_research.models.spec import Conv, Dense, Pool, num_logits, parse_spec
 
 
 @pytest.mark.parametrize(
@@ -51,7 +51,7 @@ def test_the_head_is_dense(spec):
         parse_spec(spec)
 
 
-def test_with_classes():
-    assert with_classes("c8 f10", 10) == "c8 f10"
-    with pytest.raises(ValueError, match="ends in 10 units but the data set has 7.*end it in f7"):
-        with_classes("c8 f10", 7)
+def test_num_logits():
+    assert num_logits("c8 f12 f10") == 10
+    with pytest.raises(ValueError, match="does not end in a dense layer"):
+        num_logits("c8")

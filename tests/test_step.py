@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from scipy.special import log_softmax
 
 from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
-from bn_research.training.state import create_train_state
+from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 
 DEVICES = 4
@@ -86,7 +86,7 @@ def test_create_train_state():
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_train_step_by_hand(masked):
-    """w − η·xᵀ(p − onehot)/n with η = 0.5; loss and accuracy are those before the update."""
+    """The new w is w − η·xᵀ(p − onehot)/n with η = 0.5; loss and accuracy are of the old w."""
     optimizer = optax.sgd(0.5)
     state, batch = create_train_state(linear_init, optimizer, jax.random.key(0)), data()
     keep = np.arange(16) < (11 if masked else 16)
@@ -122,9 +122,12 @@ def spoiled(kind):
 
 @pytest.mark.parametrize("kind", ["nan", "inf", "gradient", "params"])
 def test_a_step_that_is_not_finite_is_not_taken(kind):
-    """Loss, gradient or new params: state keeps its bits, the step is counted and reported."""
+    """Loss, gradient or new params: state keeps its bits, the step is counted and reported.
+
+    Even by an optimizer that would make something finite of the gradient.
+    """
     apply_fn, rate, bad = spoiled(kind)
-    optimizer = optax.chain(optax.trace(0.9), optax.scale(-rate))
+    optimizer = optax.chain(optax.zero_nans(), optax.trace(0.9), optax.scale(-rate))
     state = create_train_state(linear_init, optimizer, jax.random.key(0))
     if kind != "params":  # so that momentum and statistics are away from zero
         state, metrics = jax.jit(make_train_step(linear, optimizer))(state, data())
@@ -153,12 +156,12 @@ def replicated_step(kind, step):
             mesh=mesh,
             in_specs=(PartitionSpec(), PartitionSpec("batch")),
             out_specs=PartitionSpec("batch"),
-            check_vma=kind == "shard_map, checked",
+            check_vma=False,
         )
     return lambda *args: jax.tree.map(lambda leaf: leaf[0], jax.jit(mapped)(*args))
 
 
-KINDS = ["vmap", "pmap", "shard_map", "shard_map, checked"]
+KINDS = ["vmap", "pmap", "shard_map"]
 
 
 def split(tree):
@@ -175,9 +178,7 @@ def one_large_batch(batch, **options):
 def close(got, expected):
     got, expected = ((*r[0][1:4], r[1]) for r in (got, expected))
     jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(
-            np.float32(a), np.float32(b), rtol=1e-4, atol=1e-5
-        ),
+        lambda a, b: np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-4, atol=1e-5),
         got,
         expected,
     )
@@ -228,7 +229,8 @@ def test_eval_step_uses_the_running_statistics():
     batch = data()._replace(where=np.arange(16) % 3 > 0)
     variables = bn_init(jax.random.key(2))
     stats = {"mean": np.array([0.5, 1, -1, 0]), "var": np.array([2.0, 1, 0.5, 3])}
-    metrics = make_eval_step(with_bn)({**variables, "batch_stats": stats}, batch)
+    state = TrainState(0, variables["params"], stats, (), jax.random.key(0))
+    metrics = jax.jit(make_eval_step(with_bn))(state, batch)
     p = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), variables["params"])
     h = batch.image.reshape(16, 6) @ p["w"]
     logits = p["scale"] * (h - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) + p["bias"]

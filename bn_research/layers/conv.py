@@ -12,6 +12,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Float
 
 Implementation = Literal["auto", "patches", "xla"]
@@ -37,6 +38,7 @@ def conv2d(
         raise ValueError(
             f"implementation={implementation!r} is unknown: allowed are auto, patches, xla"
         )
+    x, kernel = promote_dtype(x, kernel)
     if implementation == "auto":
         implementation = "patches" if jax.default_backend() == "cpu" else "xla"
     if implementation == "xla":

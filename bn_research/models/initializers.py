@@ -25,7 +25,8 @@ def kernel_initializer(name: str, *, a: float | Float[Array, ""] = 1e-3) -> Call
             raise ValueError(f"a={a!r} is not allowed: U(−a, a) needs a > 0")
 
         def uniform(key, shape, dtype=jnp.float32, out_sharding=None):
-            return a * jax.random.uniform(key, shape, dtype, -1.0, 1.0, out_sharding=out_sharding)
+            unit = jax.random.uniform(key, shape, dtype, -1.0, 1.0, out_sharding=out_sharding)
+            return (a * unit).astype(dtype)
 
         return uniform
     schemes: dict[str, Callable[..., Callable[..., Array]]] = {

@@ -38,7 +38,7 @@ def parse_spec(spec: str) -> tuple[Conv | Dense | Pool, ...]:
     """
     layers: list[Conv | Dense | Pool] = []
     for token in spec.split():
-        match = re.fullmatch(r"(c)([1-9]\d*)(?:k([1-9]\d*))?|(f)([1-9]\d*)|P", token)
+        match = re.fullmatch(r"(c)([1-9]\d*)(?:k([1-9]\d*))?|(f)([1-9]\d*)|P", token, re.ASCII)
         if match is None:
             raise ValueError(
                 f"network {spec!r}: {token!r} is not a layer; allowed are cN (convolution with N "

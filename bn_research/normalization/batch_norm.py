@@ -27,6 +27,7 @@ from numpy.typing import DTypeLike
 
 from bn_research.normalization.moments import (
     Moments,
+    accumulator_dtype,
     check_input,
     group_psum,
     shifted_moments,
@@ -78,8 +79,9 @@ def normalize(
     mean, var = _per_feature("mean", mean, x, axes), _per_feature("var", var, x, axes)
     result = _result_dtype(x, scale, bias, dtype)
     scale, bias = _scale_and_bias(scale, bias, x, axes)
-    rstd = _rsqrt_or_zero(var + jnp.asarray(epsilon, var.dtype)).reshape(kept)
-    x_hat = (x - mean.reshape(kept)) * rstd
+    wide = jnp.promote_types(accumulator_dtype(x.dtype), var.dtype)
+    rstd = _rsqrt_or_zero(var.astype(wide) + jnp.asarray(epsilon, wide)).reshape(kept)
+    x_hat = (x.astype(wide) - mean.reshape(kept)) * rstd
     return _scale_and_shift(x_hat, scale, bias, kept, result)
 
 

@@ -83,12 +83,12 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     """
     count = a.count + b.count
     share = b.count / jnp.maximum(count, 1)
-    delta = b.mean - a.mean
-    return Moments(
-        count=count,
-        mean=a.mean + delta * share,
-        m2=a.m2 + b.m2 + jnp.square(delta) * a.count * share,
-    )
+    # A side without elements has no mean to be far from.
+    delta = jnp.where((a.count > 0) & (b.count > 0), b.mean - a.mean, 0)
+    between = jnp.sqrt(a.count * share) * delta
+    mean = jnp.where(a.count > 0, a.mean + delta * share, b.mean)
+    m2 = _add_squares(jnp.stack([a.m2, b.m2]), between[None])
+    return Moments(count=count, mean=mean, m2=m2)
 
 
 def sync_moments(
@@ -183,9 +183,8 @@ def sync_shifted_moments(
     reference = jax.lax.stop_gradient(jnp.sum(share * (shift + mean), 0))
     deviation = (shift - reference) + mean
     merged_mean = jnp.sum(share * deviation, 0)
-    merged_m2 = jnp.sum(
-        jnp.where(count > 0, m2 + count * jnp.square(deviation - merged_mean), 0), 0
-    )
+    between = jnp.where(count > 0, jnp.sqrt(count) * (deviation - merged_mean), 0)
+    merged_m2 = _add_squares(m2, between)
     return ShiftedMoments(total.astype(moments.count.dtype), reference, merged_mean, merged_m2)
 
 
@@ -255,6 +254,18 @@ def check_input(
             )
         where = where.astype(bool)
     return x, where, axes
+
+
+def _add_squares(m2: Array, roots: Array) -> Array:
+    """Σ m2 + Σ roots² along axis 0, for values whose squares leave the range of float32.
+
+    Both are scaled by a power of two near the largest, exactly, and the sum is scaled back.
+    """
+    largest = jnp.maximum(jnp.sqrt(jnp.max(m2, 0)), jnp.max(jnp.abs(roots), 0))
+    exponent = jnp.frexp(jax.lax.stop_gradient(largest))[1]
+    unit = jnp.ldexp(jnp.ones_like(largest), exponent)
+    total = jnp.sum(m2 / unit / unit, 0) + jnp.sum(jnp.square(roots / unit), 0)
+    return total * unit * unit
 
 
 def _one_row(x: Array, index: Array, size: int) -> Array:

@@ -2,6 +2,8 @@
 
 import contextlib
 import gc
+import hashlib
+import json
 import logging
 import sys
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+
+_MANIFEST = "manifest.json"  # digest of each file, shape and dtype of each leaf
 
 
 class CheckpointError(ValueError):
@@ -44,6 +48,10 @@ class Checkpointer:
         with _quiet():
             self._manager.save(number, args=args, force=True)
             self._manager.wait_until_finished()
+        folder = self.directory / str(number)
+        leaves = _layout(jax.tree.map(_to_abstract, state))
+        manifest = {"files": _digests(folder), "leaves": leaves}
+        (folder / _MANIFEST).write_text(json.dumps(manifest))
 
     def newest(self) -> tuple[int, dict[str, Any]] | None:
         """Number and note of the newest checkpoint, or None when there is none.
@@ -69,15 +77,18 @@ class Checkpointer:
           CheckpointError: it cannot be read, or its shapes are not the template's.
         """
         abstract = jax.tree.map(_to_abstract, template)
-        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-        saved = self._restore(number, args)["state"]
-        for want, got in zip(jax.tree.leaves(abstract), jax.tree.leaves(saved), strict=True):
-            if want.shape != got.shape or want.dtype != got.dtype:
+        # Orbax would cast another dtype and cut another shape, so both are compared before.
+        wanted = _layout(abstract)
+        saved = self._manifest(number).get("leaves", wanted)
+        for name in sorted({*saved, *wanted}):
+            if saved.get(name) != wanted.get(name):
                 raise CheckpointError(
                     f"checkpoint {self.directory / str(number)} is of another model: it holds "
-                    f"{got.dtype}{list(got.shape)} where {want.dtype}{list(want.shape)} is needed; "
-                    "use another --workdir"
+                    f"{saved.get(name, 'nothing')} at {name} where {wanted.get(name, 'nothing')} "
+                    "is needed; use another --workdir"
                 )
+        args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+        saved = self._restore(number, args)["state"]
         return jax.tree.map(_from_saved, template, saved)
 
     def verify(self) -> None:
@@ -91,7 +102,33 @@ class Checkpointer:
             args = ocp.args.Composite(state=ocp.args.StandardRestore(), note=ocp.args.JsonRestore())
             self._restore(number, args)
 
+    def _manifest(self, number: int) -> dict[str, dict[str, str]]:
+        """The manifest, after comparing every file with its digest.
+
+        Orbax notices most damage by itself, but not all, and some of it in threads that complain
+        on stderr. A process killed between saving and this file leaves none to compare with.
+        """
+        folder = self.directory / str(number)
+        if not (folder / _MANIFEST).exists():
+            return {}
+        try:
+            manifest = json.loads((folder / _MANIFEST).read_text())
+        except ValueError:
+            raise self._damaged(number, f"{_MANIFEST} cannot be read") from None
+        expected, found = manifest["files"], _digests(folder)
+        for name in sorted({*expected, *found}):
+            if expected.get(name) != found.get(name):
+                raise self._damaged(number, f"{name} is not what was written")
+        return manifest
+
+    def _damaged(self, number: int, reason: str) -> CheckpointError:
+        return CheckpointError(
+            f"checkpoint {self.directory / str(number)} is damaged or cut ({reason}); remove that "
+            "folder to continue without it, or use another --workdir"
+        )
+
     def _restore(self, number: int, args: Any) -> Any:
+        self._manifest(number)
         failure = None
         with _quiet():
             try:
@@ -101,10 +138,7 @@ class Checkpointer:
                 failure = f"{type(error).__name__}: {reason}"
             # Reads that were abandoned complain when collected; do that while nobody listens.
             gc.collect()
-        raise CheckpointError(
-            f"checkpoint {self.directory / str(number)} is damaged or cut ({failure}); remove that "
-            "folder to continue without it, or use another --workdir"
-        )
+        raise self._damaged(number, str(failure))
 
     def close(self) -> None:
         """Waits for pending work and frees the manager."""
@@ -128,7 +162,26 @@ def _to_abstract(leaf: Any) -> jax.ShapeDtypeStruct:
 
 
 def _from_saved(template: Any, leaf: Any) -> Any:
-    return jax.random.wrap_key_data(leaf) if _is_key(template) else leaf
+    if not _is_key(template):
+        return leaf
+    return jax.random.wrap_key_data(leaf, impl=template.dtype._impl.name)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file of a checkpoint but the manifest."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name != _MANIFEST
+    }
+
+
+def _layout(tree: Any) -> dict[str, str]:
+    """Dtype and shape of each leaf, by its path."""
+    return {
+        jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """Many steps per dispatch over a data set that lives on the device."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -65,34 +65,37 @@ def run_steps(
     return state, metrics
 
 
-def padded_batches(examples: Any, batch_size: int) -> Iterator[Batch]:
+def padded_batches(examples: Batch, batch_size: int) -> Iterator[Batch]:
     """Every example once, in order; the last batch is padded and masked to the same shape."""
-    count = examples.label.shape[0]
+    count = len(examples.label)
+    where = jnp.ones(count, bool) if examples.where is None else examples.where
     for start in range(0, count, batch_size):
-        image, label = (
-            leaf[start : start + batch_size] for leaf in (examples.image, examples.label)
+        rows = slice(start, start + batch_size)
+        batch = Batch(examples.image[rows], examples.label[rows], where[rows])
+        missing = batch_size - len(batch.label)
+        yield jax.tree.map(
+            lambda leaf, n=missing: jnp.pad(leaf, [(0, n)] + [(0, 0)] * (leaf.ndim - 1)), batch
         )
-        missing = batch_size - label.shape[0]
-        if missing:
-            image = jnp.pad(image, [(0, missing)] + [(0, 0)] * (image.ndim - 1))
-            label = jnp.pad(label, (0, missing))
-        yield Batch(image, label, jnp.arange(batch_size) < batch_size - missing)
 
 
 def evaluate(
-    eval_step: Callable[[Any, Batch], Metrics], variables: Any, examples: Any, *, batch_size: int
+    eval_step: Callable[[TrainState, Batch], Metrics],
+    state: TrainState,
+    examples: Batch,
+    *,
+    batch_size: int,
 ) -> dict[str, float]:
     """Mean loss and accuracy over the whole set, as sum over count.
 
     Args:
-      eval_step: (variables, batch) -> Metrics; jit it.
-      variables: params and batch_stats.
-      examples: a Batch, or anything with `image` and `label`.
+      eval_step: (state, batch) -> Metrics; jit it.
+      state: its params and batch_stats are used.
+      examples: the whole set; where its mask is False an example is left out.
       batch_size: examples per dispatch.
     """
     total = None
     for batch in padded_batches(examples, batch_size):
-        metrics = eval_step(variables, batch)
+        metrics = eval_step(state, batch)
         total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
     if total is None:
         raise ValueError("examples is empty: evaluation needs at least one example")

@@ -43,6 +43,8 @@ def make_train_step(
       apply_fn: (variables, images, train=bool) -> (logits, batch_stats).
       optimizer: an optax transformation.
       axis_name: axis of devices over which loss and gradient are averaged; None on one device.
+        Map the step with `pmap`, or with `shard_map` and `check_vma=False`: with that check on,
+        gradients of replicated params arrive summed over the devices already.
     """
 
     def mean(tree):
@@ -53,7 +55,8 @@ def make_train_step(
             variables = {"params": params, "batch_stats": state.batch_stats}
             logits, batch_stats = apply_fn(variables, batch.image, train=True)
             sums = cross_entropy_metrics(logits, batch.label, batch.where)
-            count = jnp.maximum(sums.count, 1)
+            # Devices may hold unequal numbers of valid examples; each example weighs the same.
+            count = jnp.maximum(mean(sums.count), 1)
             return sums.loss / count, (batch_stats, sums.correct / count)
 
         (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
@@ -79,14 +82,11 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(apply_fn: ApplyFn) -> Callable[[Any, Batch], Metrics]:
-    """Metrics of a batch in inference mode, as sums over its unmasked examples.
+def make_eval_step(apply_fn: ApplyFn) -> Callable[[TrainState, Batch], Metrics]:
+    """Metrics of a batch by the state's batch_stats, as sums over its unmasked examples."""
 
-    The step takes variables, {"params": ..., "batch_stats": ...}, rather than the train state, so
-    that running and population statistics are evaluated alike.
-    """
-
-    def eval_step(variables: Any, batch: Batch) -> Metrics:
+    def eval_step(state: TrainState, batch: Batch) -> Metrics:
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
         logits, _ = apply_fn(variables, batch.image, train=False)
         return cross_entropy_metrics(logits, batch.label, batch.where)
 
