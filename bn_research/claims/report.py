@@ -121,6 +121,30 @@ def verdict_table(
     return "\n".join(lines)
 
 
+def markdown_table(results: Mapping[str, Any]) -> str:
+    """Lay the claims of a ``results.json`` out as a Markdown table, with the notes below it.
+
+    Args:
+        results: What :func:`results_document` returned, or the same read back from JSON.
+    """
+    lines = ["| claim | expected | measured | 95 % interval | verdict |", "|---|---|---|---|---|"]
+    notes = []
+    for claim in results["claims"]:
+        shown = list(claim["measured"].items())[:_MEASURED_SHOWN]
+        measured = "<br>".join(f"{name} = {format_number(value)}" for name, value in shown)
+        cells = (
+            f"{claim['statement']} (`{claim['id']}`)",
+            claim["expected"],
+            measured,
+            format_interval(claim["interval"]),
+            f"**{claim['verdict']}**",
+        )
+        lines.append(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |")
+        if claim["note"]:
+            notes.append(f"- `{claim['id']}`: {claim['note']}")
+    return "\n".join([*lines, "", *notes])
+
+
 def write_report(
     path: str | os.PathLike[str],
     *,
