@@ -28,7 +28,7 @@ from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 from experiments.workdir import Ledger
 
-_EVAL_BATCH = 512
+_EVAL_BATCH = 128
 _POPULATION_BATCHES = 32
 _SECONDS_BETWEEN_CHECKPOINTS = 10.0
 

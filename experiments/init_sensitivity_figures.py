@@ -109,6 +109,7 @@ def _draw_losses(config, best, path):
         ),
         "BN on all layers": (f"all a={nearest:g}", PALETTE.vermillion, "-"),
     }
+    curves = {label: curve for label, curve in curves.items() if curve[0] in best}
     fig, axis = new_figure(height=4.2)
     window = max(1, config.num_steps // 40)
     for label, (role, color, style) in curves.items():
@@ -211,7 +212,7 @@ def _draw_escape(config, steps, exponent, path):
 
 
 def _draw_grid(config, best, path):
-    columns = [(optimizer, bias) for optimizer in ("sgd", "adam") for bias in config.biases]
+    columns = [(optimizer, bias) for optimizer in config.optimizers for bias in config.biases]
     table = np.array(
         [
             [
