@@ -101,9 +101,10 @@ CLAIMS = (
         id="init-robustness",
         statement="With BN the initial weights need less tweaking",
         source="Notes on Ioffe & Szegedy (2015); Paper section 3.3",
-        criterion="Over a = 1e-4 … 1 (quick: 1e-3 … 1), rates chosen from one grid on a seed apart: reproduced if "
-        "BN on all layers spreads by at most 3 points of accuracy, and by at least 10 points less "
-        "than plain; not reproduced if the difference of the spreads is surely below 10 points",
+        criterion="Over a = 1e-4 … 1 (quick: 1e-3 … 1), rates chosen from one grid on a seed "
+        "apart: reproduced if BN on all layers spreads by at most 3 points of accuracy, and by at "
+        "least 10 points less than plain; not reproduced if the difference of the spreads is "
+        "surely below 10 points",
         expected="BN at most 3 points, plain about 90",
     ),
 )

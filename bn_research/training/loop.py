@@ -151,17 +151,14 @@ def train(
         )
     # A fixed shape, so that a checkpoint of any step has the same structure.
     loss = np.full(num_steps, np.nan, np.float32)
-    diverged, steps = 0, 0
+    diverged, steps, state = 0, 0, create_state()
     newest = saver.newest() if saver is not None else None
     number = newest[0] if newest is not None else 0
     if saver is not None and newest is not None and newest[1]["name"] == name:
-        template = {"state": jax.eval_shape(create_state), "loss": loss}
-        saved = saver.restore(number, template)
+        saved = saver.restore(number, {"state": state, "loss": loss})
         state, loss = saved["state"], np.array(saved["loss"])
         steps, diverged = newest[1]["steps"], newest[1]["diverged"]
         on_dispatch(steps)
-    else:
-        state = create_state()
     while steps < num_steps and not diverged and not (steps and stop_when(loss[:steps])):
         state, metrics = advance(state)
         loss[steps : steps + steps_per_dispatch] = metrics.loss
