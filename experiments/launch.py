@@ -96,7 +96,7 @@ def _run(experiment: Experiment, preset: str, config: Any, path: Path, strict: b
     write_report(
         report_path,
         title=experiment.title,
-        question=experiment.question,
+        question=_first_prose(experiment.question),
         results=results,
         figures=figures,
         config=workdir.config,
@@ -107,6 +107,12 @@ def _run(experiment: Experiment, preset: str, config: Any, path: Path, strict: b
     print(f"report: {report_path}")
     failed = any(finding.verdict == NOT_REPRODUCED for finding in findings)
     return 3 if strict and failed else 0
+
+
+def _first_prose(text: str) -> str:
+    """The first paragraph below the title that is not a listing; the title when it is alone."""
+    paragraphs = [part for part in text.strip().split("\n\n") if not part.startswith(" ")]
+    return paragraphs[min(1, len(paragraphs) - 1)]
 
 
 def _command(experiment: Experiment, preset: str, config: Any, path: Path) -> str:

@@ -9,6 +9,7 @@ import pytest
 
 from bn_research.claims.registry import Claim
 from bn_research.claims.verdict import NOT_REPRODUCED, REPRODUCED, Finding
+from experiments import launch as launch_module
 from experiments.launch import Experiment, main
 
 CLAIM = Claim("sum-is-three", "One and two are three", "Peano", "sum = 3; else not", "3")
@@ -114,6 +115,12 @@ def test_another_config_is_refused(tmp_path, capsys):
     assert launch(f"--workdir={tmp_path}", "--config.term=3.0") == 2
     assert "term (there 2.0, now 3.0)" in capsys.readouterr().err
     assert before == {p.name: p.read_bytes() for p in tmp_path.iterdir() if p.is_file()}
+
+
+def test_the_report_asks_the_question_without_the_listings():
+    asked = launch_module._first_prose("Title?\n\nWhy, and\nhow.\n\n    --flag  x\n\nTheory.\n")
+    assert asked == "Why, and\nhow."
+    assert launch_module._first_prose("What is one and two?") == "What is one and two?"
 
 
 def test_help_names_every_field_and_preset(capsys):
