@@ -135,23 +135,28 @@ def batch_norm(
     result = _result_dtype(x, scale, bias, dtype)
     kept = tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
     scale, bias = _scale_and_bias(scale, bias, x, axes)
+    x = x.astype(accumulator_dtype(x.dtype))
     reduced = tuple(axis for axis in range(x.ndim) if axis not in axes)
     groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
 
+    gamma = jnp.ones(kept, x.dtype) if scale is None else scale.reshape(kept)
+    beta = jnp.zeros(kept, x.dtype) if bias is None else bias.reshape(kept)
+
+    def transform(x, where, sharing):
+        return _transform(x, where, gamma, beta, jnp.asarray(epsilon), sharing)
+
     if group_size is None:
-        x_hat, _, shifted = _standardize(
-            x, where, jnp.asarray(epsilon), _Sharing(reduced, axis_name, groups)
-        )
+        y, shifted = transform(x, where, _Sharing(reduced, axis_name, groups))
         moments = squeeze_moments(shifted, reduced)
     else:
-        x_hat, moments = _standardize_groups(
-            x, where, epsilon, axes, reduced, group_size, axis_name, groups
+        y, moments = _transform_groups(
+            transform, x, where, axes, reduced, group_size, axis_name, groups
         )
-    return _scale_and_shift(x_hat, scale, bias, kept, result), jax.lax.stop_gradient(moments)
+    return y.astype(result), jax.lax.stop_gradient(moments)
 
 
-def _standardize_groups(x, where, epsilon, axes, reduced, group_size, axis_name, groups):
-    """Standardizes groups of consecutive examples; the moments are pooled over local groups."""
+def _transform_groups(transform, x, where, axes, reduced, group_size, axis_name, groups):
+    """Transforms groups of consecutive examples; the moments are pooled over local groups."""
     if 0 in axes:
         raise ValueError(
             f"group_size={group_size} groups the examples of axis 0, which feature_axes names too"
@@ -171,10 +176,8 @@ def _standardize_groups(x, where, epsilon, axes, reduced, group_size, axis_name,
         shape = (batch // group_size, group_size, *x.shape[1:])
         mask = None if where is None else jnp.broadcast_to(where, x.shape).reshape(shape)
         inner = tuple(axis + 1 for axis in reduced)
-        x_hat, _, shifted = _standardize(
-            x.reshape(shape), mask, jnp.asarray(epsilon), _Sharing(inner, None, None)
-        )
-        return x_hat.reshape(x.shape), _pool(squeeze_moments(shifted, inner))
+        y, shifted = transform(x.reshape(shape), mask, _Sharing(inner, None, None))
+        return y.reshape(x.shape), _pool(squeeze_moments(shifted, inner))
     if axis_name is None:
         raise ValueError(
             f"group_size={group_size} is larger than the batch of {batch} examples: allowed are "
@@ -188,8 +191,8 @@ def _standardize_groups(x, where, epsilon, axes, reduced, group_size, axis_name,
         )
     groups = tuple(tuple(range(i, i + devices)) for i in range(0, size, devices))
     sharing = _Sharing(reduced, axis_name, None if devices == size else groups)
-    x_hat, _, shifted = _standardize(x, where, jnp.asarray(epsilon), sharing)
-    return x_hat, squeeze_moments(shifted, reduced)
+    y, shifted = transform(x, where, sharing)
+    return y, squeeze_moments(shifted, reduced)
 
 
 def _pool(moments: Moments) -> Moments:
@@ -202,46 +205,92 @@ def _pool(moments: Moments) -> Moments:
     return Moments(count, jnp.where(count > 0, mean, 0), jnp.sum(moments.m2, 0))
 
 
+class _Statistics(NamedTuple):
+    """What an element needs to be standardized; axes kept: x̂ = ((x − centre) + rest)·rstd."""
+
+    centre: Array  # the mean, rounded
+    rest: Array  # centre − mean: at a mean of 1e4 standard deviations 1e-3 of one, in float32
+    rstd: Array  # 1/√(σ² + ε)
+
+
+# Deviations are written x − c, −c + x or 8·x − 8·c, so that each sum over the batch has a full-size
+# operand of its own. XLA on a CPU fuses such an operand into its sum; one that is used twice it
+# writes to memory and reads back, which costs more than everything else here.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
+def _transform(x, where, scale, bias, epsilon, sharing):
+    """Output and shifted moments of the elements that share statistics; axes kept."""
+    x = x if where is None else jnp.where(where, x, 0)
+    statistics, shared = _statistics(x, where, epsilon, sharing)
+    return _standardize_and_affine(x, where, scale, bias, statistics), shared
+
+
+@_transform.defjvp
+def _transform_jvp(sharing, primals, tangents):
+    x, where, scale, bias, epsilon = primals
+    t, _, scale_dot, bias_dot, _ = tangents
+    if where is not None:
+        x, t = jnp.where(where, x, 0), jnp.where(where, t, 0)
+    statistics, shared = _statistics(x, where, epsilon, sharing)
+    y = _standardize_and_affine(x, where, scale, bias, statistics)
+
+    # Gathered per feature, so that in reverse mode two sums over the batch, of ȳ and of x̂·ȳ, serve
+    # the gradients of x, scale and bias alike.
+    mean_t, mean_xt = _mean_products(x, where, t, statistics, shared, sharing)
+    centre, rest, rstd = statistics
+    factor = rstd * scale
+    for_one = bias_dot - factor * mean_t
+    for_x_hat = scale_dot - factor * mean_xt
+    slope = rstd * for_x_hat
+    y_dot = factor * t + (x - centre) * slope + (rest * slope + for_one)
+    if where is not None:
+        y_dot = jnp.where(where, y_dot, bias_dot)
+    return (y, shared), (y_dot, jax.tree.map(jnp.zeros_like, shared))
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
-def _standardize(x, where, epsilon, sharing):
-    """x̂, r and the shifted moments (axes kept) of the elements that share statistics."""
-    deviation, local = shifted_moments(x, sharing.axes, where)
-    if sharing.axis_name is None:
-        shared, centred = local, deviation - local.mean
-    else:
+def _statistics(x, where, epsilon, sharing):
+    """Statistics, and the moments that they come from; x is zero where masked."""
+    local = shifted_moments(x, sharing.axes, where)
+    shared = local
+    if sharing.axis_name is not None:
         shared = sync_shifted_moments(local, sharing.axis_name, sharing.axis_index_groups)
-        centred = deviation + ((local.shift - shared.shift) - shared.mean)
     var = shared.m2 / jnp.maximum(shared.count, 1).astype(shared.m2.dtype)
     rstd = _rsqrt_or_zero(var + epsilon.astype(var.dtype))
-    x_hat = centred * rstd
+    centre = shared.shift + shared.mean
+    return _Statistics(centre, (centre - shared.shift) - shared.mean, rstd), shared
+
+
+@_statistics.defjvp
+def _statistics_jvp(sharing, primals, tangents):
+    x, where, epsilon = primals
+    t = tangents[0] if where is None else jnp.where(where, tangents[0], 0)
+    statistics, shared = _statistics(x, where, epsilon, sharing)
+    mean_t, mean_xt = _mean_products(x, where, t, statistics, shared, sharing)
+    rstd_dot = -jnp.square(statistics.rstd) * mean_xt
+    statistics_dot = _Statistics(mean_t, jnp.zeros_like(mean_t), rstd_dot)
+    return (statistics, shared), (statistics_dot, jax.tree.map(jnp.zeros_like, shared))
+
+
+def _mean_products(x, where, t, statistics, shared, sharing):
+    """⟨t⟩ and ⟨x̂·t⟩ over the elements that share statistics, by one collective."""
+    centre, rest, rstd = statistics
+    x_hat = (-centre + x) * rstd + rest * rstd
     if where is not None:
         x_hat = jnp.where(where, x_hat, 0)
-    return x_hat, rstd, shared
-
-
-@_standardize.defjvp
-def _standardize_jvp(sharing, primals, tangents):
-    x, where, epsilon = primals
-    x_hat, rstd, shared = _standardize(x, where, epsilon, sharing)
-    t = tangents[0].astype(x_hat.dtype)
-    if where is not None:
-        t = jnp.where(where, t, 0)
-    divisor = jnp.maximum(shared.count, 1).astype(x_hat.dtype)
-    sums = jnp.stack(
-        [
-            jnp.sum(t, sharing.axes, keepdims=True),
-            jnp.sum(x_hat * t, sharing.axes, keepdims=True),
-        ]
-    )
+    sums = [jnp.sum(v, sharing.axes, keepdims=True) for v in (t, x_hat * t)]
     if sharing.axis_name is not None:
-        sums = group_psum(sums, sharing.axis_name, sharing.axis_index_groups)
-    mean_t, mean_xt = sums / divisor
-    x_hat_dot = rstd * (t - mean_t - x_hat * mean_xt)
-    if where is not None:
-        x_hat_dot = jnp.where(where, x_hat_dot, 0)
-    rstd_dot = -jnp.square(rstd) * mean_xt
-    still = jax.tree.map(jnp.zeros_like, shared)
-    return (x_hat, rstd, shared), (x_hat_dot, rstd_dot, still)
+        sums = group_psum(jnp.stack(sums), sharing.axis_name, sharing.axis_index_groups)
+    divisor = jnp.maximum(shared.count, 1).astype(rstd.dtype)
+    return sums[0] / divisor, sums[1] / divisor
+
+
+def _standardize_and_affine(x, where, scale, bias, statistics):
+    centre, rest, rstd = statistics
+    factor = rstd * scale
+    y = (-centre + x) * factor + (rest * factor + bias)
+    return y if where is None else jnp.where(where, y, bias)
 
 
 def _rsqrt_or_zero(v: Array) -> Array:
