@@ -154,6 +154,68 @@ def test_constant_feature_without_epsilon():
     np.testing.assert_array_equal(hvp[:, 0], np.zeros(64))
 
 
+def test_constant_feature_with_epsilon():
+    """Gives bias, and the gradient of a spread of √ε."""
+    x, g = np.full((4, 1), 7.0, np.float32), np.arange(4, dtype=np.float32)[:, None]
+    y, dx, dscale, _ = with_gradients(epsilon=0.01)(x, np.ones(1), np.full(1, 5.0), g)
+    np.testing.assert_array_equal(y, np.full((4, 1), 5.0))
+    np.testing.assert_allclose(dx, (g - 1.5) / 0.1, rtol=1e-6)
+    np.testing.assert_array_equal(dscale, [0.0])
+
+
+@pytest.mark.parametrize(
+    ("shape", "options"),
+    [
+        ((1, 3), {}),
+        ((0, 3), {}),
+        ((0, 2, 3), {}),
+        ((4, 3), dict(group_size=1)),
+        ((1, 3), dict(where=True)),
+    ],
+)
+def test_fewer_than_two_values_warn(shape, options):
+    x, bias = np.ones(shape, np.float32), weights(3)
+    with pytest.warns(UserWarning, match=f"batch_norm of {min(shape[0], 1)} value"):
+        y, moments = batch_norm(x, None, bias, **options)
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, shape))
+    np.testing.assert_array_equal(moments.count, np.full(3, shape[0]))
+    with pytest.warns(UserWarning):
+        dx = jax.grad(lambda x: jnp.sum(batch_norm(x, **options)[0] ** 2))(x)
+    np.testing.assert_array_equal(dx, np.zeros(shape))
+
+
+@pytest.mark.parametrize("options", [{}, dict(epsilon=0.0)])
+def test_a_batch_masked_everywhere(options):
+    """Gives bias and no gradient, and leaves the running statistics their bits."""
+    x, bias, g = normal((8,)), weights(4), weights((8, 4))
+    y, dx, dscale, dbias = with_gradients(**options)(x, np.ones(4), bias, g, np.zeros((8, 1), bool))
+    np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
+    np.testing.assert_array_equal(dx, np.zeros(x.shape))
+    np.testing.assert_array_equal(dscale, np.zeros(4))
+    np.testing.assert_allclose(dbias, g.sum(0), rtol=1e-6)
+    stats = BatchStats(weights(4), weights(4) ** 2)
+    moments = batch_norm(x, where=np.zeros((8, 1), bool), **options)[1]
+    np.testing.assert_array_equal(update_batch_stats(stats, moments), stats)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("group_size", [None, 4])
+def test_a_bad_value_stays_in_its_feature_and_group(bad, group_size):
+    """And is loud there: NaN for all who share statistics with it, in values and gradients."""
+    x, g = weights((8, 3)), weights((8, 3), 1)
+    x[6, 1] = bad
+    hit = np.zeros(x.shape, bool)
+    hit[0 if group_size is None else 4 :, 1] = True
+    run = jax.jit(with_gradients(group_size=group_size))
+    y, dx, *_ = run(x, np.ones(3), np.zeros(3), g)
+    clean_y, clean_dx, *_ = run(np.where(hit, 0, x), np.ones(3), np.zeros(3), g)
+    for got, clean in ((y, clean_y), (dx, clean_dx)):
+        assert np.all(np.isnan(np.asarray(got)[hit]))
+        np.testing.assert_array_equal(np.asarray(got)[~hit], np.asarray(clean)[~hit])
+    moments = batch_norm(x, group_size=group_size)[1]
+    np.testing.assert_array_equal(np.isnan(moments.m2), [False, True, False])
+
+
 @pytest.mark.parametrize("garbage", [np.nan, np.inf])
 def test_masked_elements(garbage):
     """Take no part, come out as bias, get no gradient; a feature may have none valid."""

@@ -10,6 +10,7 @@ from bn_research.normalization import (
     Moments,
     batch_moments,
     batch_norm,
+    cumulative_momentum,
     population_stats,
     update_batch_stats,
 )
@@ -56,6 +57,20 @@ def test_traced_momentum():
     stats, batch = stats_of([0.0], [1.0]), moments_of([4.0], [3.0], [8.0])
     traced = jax.jit(lambda m: update_batch_stats(stats, batch, momentum=m))(0.9)
     np.testing.assert_allclose(traced, [[0.3], [1.1]], rtol=1e-6)
+
+
+def test_cumulative_average_is_the_mean_of_all_batches():
+    """Whatever the statistics start with; traced, as a scan over steps has it."""
+    values = np.random.default_rng(0).standard_normal((50, 2, 4)).astype(np.float32) ** 2
+
+    def step(stats, numbered):
+        k, (mean, var) = numbered
+        moments = Moments(jnp.full(4, 8.0), mean, 8 * var)
+        return update_batch_stats(stats, moments, momentum=cumulative_momentum(k)), None
+
+    start = BatchStats(jnp.full(4, 7.0), jnp.full(4, 9.0))
+    stats, _ = jax.lax.scan(step, start, (jnp.arange(50), (values[:, 0], values[:, 1])))
+    np.testing.assert_allclose(stats, values.mean(0, dtype=np.float64), rtol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
+from bn_research.layers.linen import (
+    MOMENTS,
+    BatchNorm,
+    merge_batch_moments,
+    population_batch_stats,
+    update_from_batch_moments,
+)
+from bn_research.normalization import Moments
 
 
 def data(shape, seed=0):
@@ -54,7 +61,7 @@ def test_fields_and_defaults_are_those_of_flax():
         for c in (BatchNorm, nn.BatchNorm)
     )
     assert own[: len(flax)] == flax
-    assert own[len(flax) :] == [("group_size", None)]
+    assert own[len(flax) :] == [("group_size", None), ("frozen", None)]
     assert BatchNorm.__name__ == "BatchNorm"
 
 
@@ -266,3 +273,74 @@ def test_population_batch_stats(method):
             var = np.concatenate(hidden).var(0, ddof=1)
         np.testing.assert_allclose(stats[name]["mean"], mean, rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(stats[name]["var"], var, rtol=1e-4)
+
+
+def test_accumulated_microbatches_update_as_the_large_batch():
+    """The first layer sees the same values either way; all layers are merged, one step each."""
+    x, net = data((32, 3)), Net(BatchNorm, dict(momentum=0.9))
+    variables = net.init(jax.random.key(0), x, True)
+    gather = jax.jit(lambda x: net.apply(variables, x, True, mutable=[MOMENTS])[1][MOMENTS])
+
+    def step(total, part):
+        return merge_batch_moments(total, gather(part)), None
+
+    parts = x.reshape(4, 8, 3)
+    zeros = jax.tree.map(jnp.zeros_like, gather(parts[0]))
+    merged, _ = jax.jit(lambda parts: jax.lax.scan(step, zeros, parts))(parts)
+    ours = update_from_batch_moments(variables["batch_stats"], merged, momentum=0.9)
+    _, large = net.apply(variables, x, True, mutable=["batch_stats"])
+    assert signature(ours) == signature(dict(variables["batch_stats"]))
+    for leaf in ("mean", "var"):
+        first = (tree["BatchNorm_0"][leaf] for tree in (ours, large["batch_stats"]))
+        np.testing.assert_allclose(*first, rtol=1e-6, atol=1e-7)
+    layer = [gather(part)["BatchNorm_1"]["moments"] for part in parts]
+    mean = np.mean([m.mean for m in layer], 0, dtype=np.float64)
+    m2 = sum(np.asarray(m.m2, np.float64) + m.count * (m.mean - mean) ** 2 for m in layer)
+    np.testing.assert_allclose(ours["BatchNorm_1"]["mean"], 0.1 * mean, rtol=1e-5, atol=1e-8)
+    np.testing.assert_allclose(ours["BatchNorm_1"]["var"], 0.9 + 0.1 * m2 / 32, rtol=1e-5)
+
+
+def test_update_from_moments_of_another_model():
+    moments = {"BatchNorm_7": {"moments": Moments(*jnp.ones((3, 2)))}}
+    stats = {"BatchNorm_0": {"mean": jnp.zeros(2), "var": jnp.ones(2)}}
+    with pytest.raises(ValueError, match="BatchNorm_7"):
+        update_from_batch_moments(stats, moments)
+
+
+def test_frozen_by_path():
+    """The named layer is inference BN, keeps its statistics and has no gradient; others train."""
+    x, key = data((8, 3)), jax.random.key(0)
+    net = Net(BatchNorm, dict(frozen=lambda path: path[-1] == "BatchNorm_1"))
+    variables = net.init(key, x, True)
+    stats = {"mean": jnp.full(5, 0.5), "var": jnp.full(5, 2.0)}
+    variables["batch_stats"]["BatchNorm_1"] = stats
+
+    def loss(params):
+        y, new = net.apply(
+            {**variables, "params": params}, x, True, mutable=["batch_stats", MOMENTS]
+        )
+        return jnp.sum(y**3), (y, new)
+
+    grads, (y, new) = jax.grad(loss, has_aux=True)(variables["params"])
+    trained = nn.BatchNorm(use_running_average=False)
+    hidden, _ = trained.apply(
+        {k: v["BatchNorm_0"] for k, v in variables.items()},
+        x @ variables["params"]["Dense_0"]["kernel"],
+        mutable=["batch_stats"],
+    )
+    np.testing.assert_allclose(y, (np.tanh(hidden) - 0.5) / np.sqrt(2 + 1e-5), atol=1e-5)
+    jax.tree.map(np.testing.assert_array_equal, new["batch_stats"]["BatchNorm_1"], stats)
+    assert not np.any(grads["BatchNorm_1"]["scale"]) and not np.any(grads["BatchNorm_1"]["bias"])
+    assert np.any(grads["BatchNorm_0"]["scale"]) and np.any(grads["Dense_0"]["kernel"])
+    assert np.any(new["batch_stats"]["BatchNorm_0"]["mean"])
+    assert set(new[MOMENTS]) == {"BatchNorm_0"}
+    kept = update_from_batch_moments(variables["batch_stats"], new[MOMENTS])
+    jax.tree.map(np.testing.assert_array_equal, kept["BatchNorm_1"], stats)
+
+
+def test_initialized_with_one_example_without_a_warning(recwarn):
+    net, x = Net(BatchNorm), data((1, 3))
+    variables = net.init(jax.random.key(0), x, True)
+    assert not recwarn.list
+    with pytest.warns(UserWarning, match="1 value"):
+        net.apply(variables, x, True, mutable=["batch_stats"])

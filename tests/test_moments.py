@@ -101,6 +101,13 @@ def test_a_first_or_largest_element_far_from_the_mean(masked):
     assert_moments(moments, *reference(x))
 
 
+def test_a_sorted_batch():
+    """The part that gives the shift lies as far from the mean as it can: σ·√15."""
+    x = normal((2**14,), seed=2)
+    x[: 2**10] += 64 * np.array(RATIOS, np.float32) + 64
+    assert_moments(moments_of(x), *reference(x))
+
+
 def test_gradient_of_the_mean():
     x = normal((32,))
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(batch_moments(x).mean)))(x)

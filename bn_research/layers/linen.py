@@ -7,10 +7,12 @@ clipped to 0 in the end), its masked statistics are when synced, and its running
 dtype on float64 input. Masked elements come out as `bias` here; Flax normalizes them too.
 """
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from flax.linen import initializers
 from flax.linen.module import merge_param
@@ -19,7 +21,9 @@ from jaxtyping import Array, Bool, Float
 
 from bn_research.normalization import (
     BatchStats,
+    Moments,
     batch_norm,
+    merge_moments,
     normalize,
     population_stats,
     update_batch_stats,
@@ -52,6 +56,10 @@ class BatchNorm(nn.Module):
       force_float32_reductions: False keeps the running statistics in param_dtype, as in Flax;
         reductions run in float32 or wider all the same.
       group_size: number of examples that share statistics, whatever the number of devices.
+      frozen: predicate on the layer's path in the model, such as ("encoder", "BatchNorm_0"). Where
+        it is true the layer normalizes by its running statistics in training too, leaves them as
+        they are, and its scale and bias receive no gradient (weight decay still reaches them:
+        mask it in the optimizer).
     """
 
     use_running_average: bool | None = None
@@ -69,6 +77,7 @@ class BatchNorm(nn.Module):
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
     group_size: int | None = None
+    frozen: Callable[[tuple[str, ...]], bool] | None = None
 
     @nn.compact
     def __call__(
@@ -104,27 +113,87 @@ class BatchNorm(nn.Module):
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
         options = dict(feature_axes=axes, epsilon=self.epsilon, dtype=self.dtype)
 
+        alone = self.is_initializing()  # the axis of devices need not exist yet, as in Flax
+        if self.frozen is not None and self.frozen(self.path) and not alone:
+            use_running_average = True
+            scale, bias = jax.lax.stop_gradient((scale, bias))
         if use_running_average:
             return normalize(x, mean.value, var.value, scale, bias, **options)
-        alone = self.is_initializing()  # the axis of devices need not exist yet, as in Flax
+        if alone:
+            with warnings.catch_warnings():  # a model is often initialized with one example
+                warnings.simplefilter("ignore", UserWarning)
+                return batch_norm(x, scale, bias, where=mask, **options)[0]
         y, moments = batch_norm(
             x,
             scale,
             bias,
             where=mask,
-            axis_name=None if alone else self.axis_name,
-            axis_index_groups=None if alone else self.axis_index_groups,
-            group_size=None if alone else self.group_size,
+            axis_name=self.axis_name,
+            axis_index_groups=self.axis_index_groups,
+            group_size=self.group_size,
             **options,
         )
-        if not alone:
-            # Kept only by callers that ask for this collection: `population_batch_stats` does.
-            self.sow(MOMENTS, "moments", moments, init_fn=tuple, reduce_fn=lambda _, new: new)
+        # Kept only by callers that ask for this collection; one that asks for it alone, to merge
+        # the moments of several batches, updates the running statistics later.
+        self.sow(MOMENTS, "moments", moments, init_fn=tuple, reduce_fn=lambda _, new: new)
+        gathered = self.is_mutable_collection(MOMENTS)
+        if not gathered or self.is_mutable_collection("batch_stats"):
             stats = update_batch_stats(
                 BatchStats(mean.value, var.value), moments, momentum=self.momentum
             )
             mean.value, var.value = stats
         return y
+
+
+def merge_batch_moments(a: Any, b: Any) -> Any:
+    """Moments of two disjoint batches, layer by layer: two `batch_moments` collections merged.
+
+    The order and the sizes of the batches make no difference. A collection of zeros is the neutral
+    element, so a `lax.scan` over microbatches can start with
+    `jax.tree.map(jnp.zeros_like, moments)`.
+    """
+    return jax.tree.map(merge_moments, a, b, is_leaf=_is_moments)
+
+
+def update_from_batch_moments(
+    batch_stats: Any,
+    moments: Any,
+    *,
+    momentum: float | Float[Array, ""] = 0.99,
+    unbiased: bool = False,
+) -> Any:
+    """One update of a model's running statistics, new = momentum·old + (1 − momentum)·batch.
+
+    With gradient accumulation a large batch is seen in parts. Apply the model to each with
+    `mutable=[MOMENTS]`, which leaves `batch_stats` alone, merge the collections with
+    `merge_batch_moments`, and update once: the statistics are those of the large batch, and the
+    average moves by one step of `momentum`, not by one for each part.
+
+    Args:
+      batch_stats: the model's running statistics.
+      moments: a `batch_moments` collection; layers that it lacks (frozen ones) stay as they are.
+      momentum: in [0, 1]; a layer's own field is not looked at.
+      unbiased: see `bn_research.normalization.update_batch_stats`.
+
+    Raises:
+      ValueError: momentum outside [0, 1], or a layer that batch_stats lacks.
+    """
+    flat = flatten_dict(batch_stats)
+    for path, new in flatten_dict(moments, is_leaf=lambda _, leaf: _is_moments(leaf)).items():
+        layer = path[:-1]
+        if (*layer, "mean") not in flat:
+            raise ValueError(
+                f"moments has the layer {'/'.join(layer)!r}, which batch_stats lacks: take both "
+                "from the same model"
+            )
+        old = BatchStats(*(flat[*layer, leaf] for leaf in BatchStats._fields))
+        stats = update_batch_stats(old, new, momentum=momentum, unbiased=unbiased)
+        flat.update({(*layer, leaf): value for leaf, value in stats._asdict().items()})
+    return unflatten_dict(flat)
+
+
+def _is_moments(leaf: Any) -> bool:
+    return isinstance(leaf, Moments)
 
 
 def population_batch_stats(

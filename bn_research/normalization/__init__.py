@@ -3,6 +3,7 @@
 from bn_research.normalization.batch_norm import batch_norm, normalize
 from bn_research.normalization.batch_stats import (
     BatchStats,
+    cumulative_momentum,
     population_stats,
     update_batch_stats,
 )
@@ -19,6 +20,7 @@ __all__ = [
     "Moments",
     "batch_moments",
     "batch_norm",
+    "cumulative_momentum",
     "merge_moments",
     "normalize",
     "population_stats",

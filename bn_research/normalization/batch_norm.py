@@ -17,6 +17,8 @@ internal covariate shift", ICML 2015, arXiv 1502.03167, algorithm 1 and section 
 """
 
 import functools
+import math
+import warnings
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -103,6 +105,16 @@ def batch_norm(
     Differentiable in x, scale and bias to any order, forwards and backwards; epsilon, the mask
     and the returned moments carry no gradient.
 
+    What has no spread to divide by:
+      - one value per feature (a batch of one example without other axes), or none: y is `bias`,
+        the gradient of x is 0 and a UserWarning says so when the shapes alone tell; moments have
+        that count, and a count of 0 leaves running statistics as they are;
+      - a feature masked everywhere: likewise, without a warning, since masks are data;
+      - a constant feature: y is `bias`; the gradient of x is that of a spread of √epsilon, and 0
+        with epsilon=0;
+      - NaN or Inf in one example: NaN in that feature of every example that shares statistics with
+        it, and in its moments; other features and groups are untouched. Masked, it reaches nothing.
+
     Args:
       x: floating-point array; statistics are computed in float32, or float64 when x is float64.
       scale: γ, shape of the feature axes in ascending order; None is 1.
@@ -143,6 +155,7 @@ def batch_norm(
     beta = jnp.zeros(kept, x.dtype) if bias is None else bias.reshape(kept)
 
     def transform(x, where, sharing):
+        _warn_of_too_few_values(x, sharing)
         return _transform(x, where, gamma, beta, jnp.asarray(epsilon), sharing)
 
     if group_size is None:
@@ -193,6 +206,20 @@ def _transform_groups(transform, x, where, axes, reduced, group_size, axis_name,
     sharing = _Sharing(reduced, axis_name, None if devices == size else groups)
     y, shifted = transform(x, where, sharing)
     return y, squeeze_moments(shifted, reduced)
+
+
+def _warn_of_too_few_values(x, sharing):
+    values = math.prod(x.shape[axis] for axis in sharing.axes)
+    if sharing.axis_index_groups is not None:
+        values *= min(map(len, sharing.axis_index_groups))
+    elif sharing.axis_name is not None:
+        values *= jax.lax.axis_size(sharing.axis_name)
+    if values < 2:
+        warnings.warn(
+            f"batch_norm of {values} value(s) per feature: y is bias whatever x is; give at least "
+            "2, or normalize by running statistics",
+            stacklevel=4,
+        )
 
 
 def _pool(moments: Moments) -> Moments:

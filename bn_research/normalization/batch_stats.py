@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bn_research.normalization.moments import Moments, merge_moments, variance
 
@@ -35,7 +35,7 @@ def update_batch_stats(
     Args:
       stats: running statistics.
       moments: of the batch, as `batch_norm` returns them.
-      momentum: in [0, 1].
+      momentum: in [0, 1]; `cumulative_momentum(step)` gives the mean of all batches instead.
       unbiased: average m2/(n − 1), as PyTorch does, rather than m2/n, as Flax does.
 
     Raises:
@@ -49,6 +49,20 @@ def update_batch_stats(
         return jnp.where(moments.count > 0, blend, old).astype(old.dtype)
 
     return jax.lax.stop_gradient(jax.tree.map(average, stats, batch))
+
+
+def cumulative_momentum(step: int | Int[Array, ""]) -> Float[Array, ""]:
+    """Momentum step/(step + 1): statistics become the plain mean of all batches up to this one.
+
+    After k updates with steps 0 … k − 1 each statistic is the mean of k batches', whatever it was
+    initialized with; PyTorch calls this `momentum=None`. The mean of variances lacks the spread of
+    the means between batches: `population_stats(..., method="merged")` has it.
+
+    Args:
+      step: number of updates made before this one, ≥ 0.
+    """
+    step = jnp.asarray(step, jnp.float32)
+    return step / (step + 1)
 
 
 def population_stats(
