@@ -12,6 +12,7 @@ with glibc told to keep what it has been given (--keep-memory does that in one p
 
 import argparse
 import ctypes
+import functools
 import json
 import random
 import subprocess
@@ -88,8 +89,7 @@ def measure(shape: tuple[int, ...], seconds: float) -> Times:
     scale, bias = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
     runs: dict[str, Callable[[], object]] = {}
     for peer in available((OURS, *OTHERS)):
-        program = train_step(peer, shape[-1])
-        runs[peer.name] = lambda program=program: jax.block_until_ready(program(x, scale, bias, g))
+        runs[peer.name] = functools.partial(_wait, train_step(peer, shape[-1]), x, scale, bias, g)
     try:
         runs["PyTorch"] = torch_step(shape)
     except ImportError:
@@ -106,6 +106,10 @@ def measure(shape: tuple[int, ...], seconds: float) -> Times:
             runs[name]()
             times[name].append(time.perf_counter() - start)
     return times
+
+
+def _wait(program: Callable[..., object], *arguments) -> object:
+    return jax.block_until_ready(program(*arguments))
 
 
 def markdown(measured: dict[str, dict[str, Times]]) -> str:
