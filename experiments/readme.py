@@ -1,7 +1,8 @@
 """Writes the tables of README.md from the committed results: python -m experiments.readme.
 
 Between `<!-- results:NAME -->` and `<!-- /results:NAME -->` stands what
-`docs/results/NAME/results.json` says; a test fails when the two differ.
+`docs/results/NAME/results.json` says, between `<!-- benchmark:NAME -->` and its end the text of
+`docs/benchmarks/NAME.md`; a test fails when the two differ.
 """
 
 import json
@@ -13,24 +14,27 @@ from bn_research.claims.formatting import format_duration
 from bn_research.claims.report import markdown_table
 
 ROOT = Path(__file__).parents[1]
-_BLOCK = re.compile(r"(<!-- results:(\w+) -->\n).*?(<!-- /results:\2 -->)", re.DOTALL)
+_BLOCK = re.compile(r"(<!-- (results|benchmark):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 
 
-def render(text: str, results_folder: Path) -> str:
-    """The text with every block of results written anew."""
+def render(text: str, docs: Path) -> str:
+    """The text with every block of results or of a benchmark written anew."""
 
     def block(match: re.Match[str]) -> str:
-        results = json.loads((results_folder / match[2] / "results.json").read_text())
-        command = f"python -m experiments.{match[2]} --preset={results['preset']}"
+        start, kind, name, end = match.groups()
+        if kind == "benchmark":
+            return f"{start}{(docs / 'benchmarks' / f'{name}.md').read_text()}{end}"
+        results = json.loads((docs / "results" / name / "results.json").read_text())
+        command = f"python -m experiments.{name} --preset={results['preset']}"
         ran = (
             f"Measured with `{command}` on `{results['dataset']}`, {len(results['seeds'])} seeds, "
             f"in {format_duration(results['wall_seconds'])}:"
         )
-        return f"{match[1]}{ran}\n\n{markdown_table(results)}\n{match[3]}"
+        return f"{start}{ran}\n\n{markdown_table(results)}\n{end}"
 
     return _BLOCK.sub(block, text)
 
 
 if __name__ == "__main__":
     readme = ROOT / "README.md"
-    atomic.write_bytes(readme, render(readme.read_text(), ROOT / "docs" / "results").encode())
+    atomic.write_bytes(readme, render(readme.read_text(), ROOT / "docs").encode())

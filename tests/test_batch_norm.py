@@ -540,3 +540,21 @@ def test_bad_arguments_of_normalize(kwargs, message):
     kwargs = dict(x=X, mean=np.zeros(3, np.float32), var=np.ones(3, np.float32)) | kwargs
     with pytest.raises(ValueError, match=message):
         normalize(**kwargs)
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize("spec", [("data",), ("data", None, "model"), (None, "data"), (None, None)])
+def test_a_sharded_batch_in_one_program(kind, spec):
+    """With `jit` alone the statistics are those of the whole batch, wherever its parts lie."""
+    axes = (getattr(jax.sharding.AxisType, kind),) * 2
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=axes)
+    x, g = (weights((32, 16, 6), seed) + 100 for seed in (1, 2))
+    run = with_gradients()
+    scale, bias = weights(6), weights(6, 1)
+    expected = closed_form(x.reshape(-1, 6), scale, bias, g.reshape(-1, 6), 1e-5)
+    with jax.set_mesh(mesh):
+        sharding = jax.sharding.NamedSharding(mesh, PartitionSpec(*spec))
+        x, g = jax.device_put((x, g), sharding)
+        y, dx, *_ = jax.jit(run)(x, scale, bias, g)
+    close_per_feature(np.asarray(y).reshape(-1, 6), expected[0], 1e-5)
+    close_per_feature(np.asarray(dx).reshape(-1, 6), expected[1], 1e-4)

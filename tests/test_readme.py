@@ -1,7 +1,10 @@
 """README.md says what the committed results say, and its code runs."""
 
 import re
+import shutil
 from pathlib import Path
+
+import pytest
 
 from experiments import init_sensitivity
 from experiments.readme import render
@@ -11,17 +14,28 @@ README = (ROOT / "README.md").read_text()
 
 
 def test_results_are_those_committed():
-    assert render(README, ROOT / "docs" / "results") == README, (
+    assert render(README, ROOT / "docs") == README, (
         "README.md differs from docs/results: run `python -m experiments.readme`"
     )
 
 
-def test_a_changed_result_changes_the_readme(tmp_path):
-    source = ROOT / "docs" / "results" / "init_sensitivity" / "results.json"
-    target = tmp_path / "init_sensitivity" / "results.json"
-    target.parent.mkdir()
-    target.write_text(source.read_text().replace('"verdict": "', '"verdict": "not '))
-    assert render(README, tmp_path) != README
+@pytest.mark.parametrize(
+    ("name", "old", "new"),
+    [
+        ("results/init_sensitivity/results.json", '"verdict": "', '"verdict": "not '),
+        ("results/transform/results.json", '"verdict": "', '"verdict": "not '),
+        ("benchmarks/accuracy.md", "NaN", "0"),
+        ("benchmarks/speed.md", " ms", " s"),
+    ],
+)
+def test_a_changed_result_changes_the_readme(tmp_path, name, old, new):
+    docs = tmp_path / "docs"
+    shutil.copytree(ROOT / "docs", docs)
+    assert render(README, docs) == README
+    text = (docs / name).read_text()
+    assert old in text
+    (docs / name).write_text(text.replace(old, new))
+    assert render(README, docs) != README
 
 
 def test_python_blocks_run():
