@@ -558,3 +558,19 @@ def test_a_sharded_batch_in_one_program(kind, spec):
         y, dx, *_ = jax.jit(run)(x, scale, bias, g)
     close_per_feature(np.asarray(y).reshape(-1, 6), expected[0], 1e-5)
     close_per_feature(np.asarray(dx).reshape(-1, 6), expected[1], 1e-4)
+
+
+@pytest.mark.parametrize("devices", range(2, 9))
+def test_constant_features_on_devices_with_unequal_counts(devices):
+    """Give bias without epsilon, though the devices' shares of the count are rounded."""
+    values = np.array([0.1, -7e4, 3e7], np.float32)
+    x = np.tile(values, (devices, 8, 1))
+    where = np.arange(8)[None, :, None] < 1 + (3 * np.arange(devices)[:, None, None]) % 8
+
+    def local(x, where):
+        return batch_norm(x, None, np.ones(3), epsilon=0.0, where=where, axis_name="batch")
+
+    y, moments = jax.jit(jax.vmap(local, axis_name="batch"))(x, where)
+    np.testing.assert_array_equal(y, np.ones(x.shape))
+    np.testing.assert_array_equal(moments.mean, x[:, 0])
+    np.testing.assert_array_equal(moments.m2, np.zeros((devices, 3)))

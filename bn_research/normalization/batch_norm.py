@@ -29,6 +29,7 @@ from numpy.typing import DTypeLike
 
 from bn_research.normalization.moments import (
     Moments,
+    ShiftedMoments,
     accumulator_dtype,
     check_input,
     group_psum,
@@ -36,55 +37,20 @@ from bn_research.normalization.moments import (
     squeeze_moments,
     sync_shifted_moments,
 )
+from bn_research.normalization.normalize import (
+    check_epsilon,
+    result_dtype,
+    rsqrt_or_zero,
+    scale_and_bias,
+)
 
 
-class _Sharing(NamedTuple):
+class Sharing(NamedTuple):
     """Which elements share statistics; hashable, so that it can be static."""
 
     axes: tuple[int, ...]  # reduced axes
     axis_name: str | None  # merged over this axis of devices
     axis_index_groups: tuple[tuple[int, ...], ...] | None  # within these groups of devices
-
-
-def normalize(
-    x: Float[Array, "..."],
-    mean: Float[Array, "*features"],
-    var: Float[Array, "*features"],
-    scale: Float[Array, "*features"] | None = None,
-    bias: Float[Array, "*features"] | None = None,
-    *,
-    feature_axes: int | Sequence[int] = -1,
-    epsilon: float | Float[Array, ""] = 1e-5,
-    dtype: DTypeLike | None = None,
-) -> Float[Array, "..."]:
-    """Normalizes by given statistics: y = scale·(x − mean)/√(var + epsilon) + bias.
-
-    This is inference (mean and var are then running or population statistics). Where
-    var + epsilon is 0, the result is `bias`.
-
-    Args:
-      x: floating-point array.
-      mean: means, shape of the feature axes in ascending order.
-      var: variances, shape as mean.
-      scale: γ, shape as mean; None is 1.
-      bias: β, shape as mean; None is 0.
-      feature_axes: axes of x that mean and var belong to.
-      epsilon: added to the variance; ≥ 0.
-      dtype: dtype of the result; None promotes the dtypes of x, scale and bias.
-
-    Raises:
-      ValueError: a bad axis, shape, dtype or epsilon.
-    """
-    x, _, axes = check_input(x, feature_axes, None)
-    _check_epsilon(epsilon)
-    kept = tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
-    mean, var = _per_feature("mean", mean, x, axes), _per_feature("var", var, x, axes)
-    result = _result_dtype(x, scale, bias, dtype)
-    scale, bias = _scale_and_bias(scale, bias, x, axes)
-    wide = jnp.promote_types(accumulator_dtype(x.dtype), var.dtype)
-    rstd = _rsqrt_or_zero(var.astype(wide) + jnp.asarray(epsilon, wide)).reshape(kept)
-    x_hat = (x.astype(wide) - mean.reshape(kept)) * rstd
-    return _scale_and_shift(x_hat, scale, bias, kept, result)
 
 
 def batch_norm(
@@ -139,36 +105,42 @@ def batch_norm(
       ValueError: a bad axis, shape, dtype, epsilon, mask or group size.
     """
     x, where, axes = check_input(x, feature_axes, where)
-    _check_epsilon(epsilon)
-    if axis_index_groups is not None and axis_name is None:
-        raise ValueError(
-            f"axis_index_groups={axis_index_groups!r} needs axis_name: name the axis of devices"
-        )
-    result = _result_dtype(x, scale, bias, dtype)
+    check_epsilon(epsilon)
+    groups = check_groups(axis_name, axis_index_groups)
+    result = result_dtype(x, scale, bias, dtype)
     kept = tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
-    scale, bias = _scale_and_bias(scale, bias, x, axes)
+    scale, bias = scale_and_bias(scale, bias, x, axes)
     x = x.astype(accumulator_dtype(x.dtype))
     reduced = tuple(axis for axis in range(x.ndim) if axis not in axes)
-    groups = None if axis_index_groups is None else tuple(map(tuple, axis_index_groups))
 
     gamma = jnp.ones(kept, x.dtype) if scale is None else scale.reshape(kept)
     beta = jnp.zeros(kept, x.dtype) if bias is None else bias.reshape(kept)
 
-    def transform(x, where, sharing):
-        _warn_of_too_few_values(x, sharing)
-        return _transform(x, where, gamma, beta, jnp.asarray(epsilon), sharing)
+    def apply(x, where, sharing):
+        return transform(x, where, gamma, beta, jnp.asarray(epsilon), sharing)
 
     if group_size is None:
-        y, shifted = transform(x, where, _Sharing(reduced, axis_name, groups))
+        y, shifted = apply(x, where, Sharing(reduced, axis_name, groups))
         moments = squeeze_moments(shifted, reduced)
     else:
-        y, moments = _transform_groups(
-            transform, x, where, axes, reduced, group_size, axis_name, groups
-        )
+        y, moments = _apply_to_groups(apply, x, where, axes, reduced, group_size, axis_name, groups)
     return y.astype(result), jax.lax.stop_gradient(moments)
 
 
-def _transform_groups(transform, x, where, axes, reduced, group_size, axis_name, groups):
+def check_groups(
+    axis_name: str | None, axis_index_groups: Sequence[Sequence[int]] | None
+) -> tuple[tuple[int, ...], ...] | None:
+    """Groups of devices as tuples; ValueError when there is no axis for them."""
+    if axis_index_groups is None:
+        return None
+    if axis_name is None:
+        raise ValueError(
+            f"axis_index_groups={axis_index_groups!r} needs axis_name: name the axis of devices"
+        )
+    return tuple(map(tuple, axis_index_groups))
+
+
+def _apply_to_groups(apply, x, where, axes, reduced, group_size, axis_name, groups):
     """Transforms groups of consecutive examples; the moments are pooled over local groups."""
     if 0 in axes:
         raise ValueError(
@@ -189,7 +161,7 @@ def _transform_groups(transform, x, where, axes, reduced, group_size, axis_name,
         shape = (batch // group_size, group_size, *x.shape[1:])
         mask = None if where is None else jnp.broadcast_to(where, x.shape).reshape(shape)
         inner = tuple(axis + 1 for axis in reduced)
-        y, shifted = transform(x.reshape(shape), mask, _Sharing(inner, None, None))
+        y, shifted = apply(x.reshape(shape), mask, Sharing(inner, None, None))
         return y.reshape(x.shape), _pool(squeeze_moments(shifted, inner))
     if axis_name is None:
         raise ValueError(
@@ -203,8 +175,8 @@ def _transform_groups(transform, x, where, axes, reduced, group_size, axis_name,
             "examples each must split into equal groups of whole devices"
         )
     groups = tuple(tuple(range(i, i + devices)) for i in range(0, size, devices))
-    sharing = _Sharing(reduced, axis_name, None if devices == size else groups)
-    y, shifted = transform(x, where, sharing)
+    sharing = Sharing(reduced, axis_name, None if devices == size else groups)
+    y, shifted = apply(x, where, sharing)
     return y, squeeze_moments(shifted, reduced)
 
 
@@ -245,9 +217,16 @@ class _Statistics(NamedTuple):
 # writes to memory and reads back, which costs more than everything else here.
 
 
+def transform(
+    x: Array, where: Array | None, scale: Array, bias: Array, epsilon: Array, sharing: Sharing
+) -> tuple[Array, ShiftedMoments]:
+    """Output and shifted moments of the elements that share statistics, axes kept throughout."""
+    _warn_of_too_few_values(x, sharing)
+    return _transform(x, where, scale, bias, epsilon, sharing)
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _transform(x, where, scale, bias, epsilon, sharing):
-    """Output and shifted moments of the elements that share statistics; axes kept."""
     x = x if where is None else jnp.where(where, x, 0)
     statistics, shared = _statistics(x, where, epsilon, sharing)
     return _standardize_and_affine(x, where, scale, bias, statistics), shared
@@ -284,7 +263,7 @@ def _statistics(x, where, epsilon, sharing):
     if sharing.axis_name is not None:
         shared = sync_shifted_moments(local, sharing.axis_name, sharing.axis_index_groups)
     var = shared.m2 / jnp.maximum(shared.count, 1).astype(shared.m2.dtype)
-    rstd = _rsqrt_or_zero(var + epsilon.astype(var.dtype))
+    rstd = rsqrt_or_zero(var + epsilon.astype(var.dtype))
     return _Statistics(shared.shift, -shared.mean, rstd), shared
 
 
@@ -317,48 +296,3 @@ def _standardize_and_affine(x, where, scale, bias, statistics):
     factor = rstd * scale
     y = (-centre + x) * factor + (rest * factor + bias)
     return y if where is None else jnp.where(where, y, bias)
-
-
-def _rsqrt_or_zero(v: Array) -> Array:
-    """1/√v, and 0 for v = 0: a feature without spread is not divided by it."""
-    return jax.lax.rsqrt(jnp.where(v == 0, jnp.inf, v))
-
-
-def _scale_and_shift(x_hat, scale, bias, kept, dtype):
-    y = x_hat
-    if scale is not None:
-        y = y * scale.reshape(kept)
-    if bias is not None:
-        y = y + bias.reshape(kept)
-    return y.astype(dtype)
-
-
-def _result_dtype(x, scale, bias, dtype):
-    if dtype is not None:
-        return jnp.dtype(dtype)
-    return jnp.result_type(*(v for v in (x, scale, bias) if v is not None))
-
-
-def _scale_and_bias(scale, bias, x, axes):
-    return (
-        None if value is None else _per_feature(name, value, x, axes)
-        for name, value in (("scale", scale), ("bias", bias))
-    )
-
-
-def _per_feature(name: str, value, x: Array, axes: tuple[int, ...]) -> Array:
-    value = jnp.asarray(value)
-    expected = tuple(x.shape[axis] for axis in axes)
-    if value.shape != expected:
-        raise ValueError(
-            f"{name} has shape {value.shape}: it must be {expected}, the feature axes of x, "
-            f"whose shape is {x.shape}"
-        )
-    return value
-
-
-def _check_epsilon(epsilon) -> None:
-    if isinstance(epsilon, jax.core.Tracer):
-        return
-    if not epsilon >= 0:
-        raise ValueError(f"epsilon={epsilon!r} is not allowed: it must be ≥ 0")

@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bn_research.normalization.batch_norm import normalize
 from bn_research.normalization.batch_stats import BatchStats
 from bn_research.normalization.moments import accumulator_dtype
+from bn_research.normalization.normalize import normalize
 
 
 def fold_after(

@@ -194,8 +194,13 @@ def sync_shifted_moments(
     count, shift, mean, m2 = (table[:, i] for i in range(4))
     total = jnp.sum(count, 0)
     share = count / jnp.maximum(total, 1)
-    # The reference of the merged moments: any value near the mean does, if all devices agree.
-    reference = jax.lax.stop_gradient(jnp.sum(share * (shift + mean), 0))
+    # The reference of the merged moments: any value near the mean does, if all devices agree. From
+    # differences, since the shares add up to 1 only nearly: equal means stay what they are.
+    centre = jax.lax.stop_gradient(shift + mean)
+    largest = jnp.max(jnp.where(count > 0, centre, -jnp.inf), 0)
+    largest = jnp.where(total > 0, largest, 0)
+    below = jnp.where(count > 0, centre - largest, 0)
+    reference = largest + jnp.sum(share * below, 0)
     deviation = (shift - reference) + mean
     merged_mean = jnp.sum(share * deviation, 0)
     between = jnp.where(count > 0, jnp.sqrt(count) * (deviation - merged_mean), 0)
