@@ -1,0 +1,216 @@
+"""The figures of `experiments.transform`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bn_research.claims.figures import (
+    PALETTE,
+    Figure,
+    band,
+    end_labels,
+    new_figure,
+    save_figure,
+    shared_legend,
+)
+from bn_research.claims.formatting import MINUS
+
+_COLORS = {
+    "pixels": PALETTE.blue,
+    "dense": PALETTE.vermillion,
+    "conv": PALETTE.green,
+    "offset": PALETTE.black,
+    "heavy tails": PALETTE.purple,
+    "BN": PALETTE.blue,
+    "ZCA": PALETTE.vermillion,
+    "Newton-Schulz": PALETTE.green,
+}
+
+
+_MARKERS = {"pixels": "o", "dense": "s", "conv": "D", "offset": "+", "heavy tails": "v"}
+_POWERS = {"BN": 1, "ZCA": 3}  # of d, in theory
+
+
+def draw(
+    config: Any,
+    records: Sequence[Mapping[str, Any]],
+    times: Sequence[Mapping[str, Any]],
+    slopes: Mapping[str, Any],
+    exponents: Mapping[tuple[str, str], Any],
+    clouds: Mapping[str, np.ndarray],
+    matrices: Mapping[str, np.ndarray],
+    folder: Path,
+) -> list[Figure]:
+    """All figures, in the order of the report.
+
+    Args:
+      config: of the run.
+      records: of each source and seed.
+      times: of each d.
+      slopes: source -> Estimate of the error's exponent in m, or None.
+      exponents: (arm, pass) -> Estimate of the time's exponent in d.
+      clouds: title -> points [examples, 2]: two features raw and transformed.
+      matrices: title -> correlation matrix [d, d].
+      folder: where the PNG files go.
+    """
+    return [
+        _draw_clouds(clouds, folder / "clouds.png"),
+        _draw_matrices(matrices, folder / "correlations.png"),
+        _draw_transfer(config, records, slopes, folder / "another_batch.png"),
+        _draw_cost(config, times, exponents, folder / "cost.png"),
+        _draw_rank(config, records, folder / "rank.png"),
+    ]
+
+
+def _draw_clouds(clouds, path):
+    fig, axes = new_figure(columns=2, rows=2, width=6.0, height=6.2)
+    for axis, (title, points) in zip(axes.flat, clouds.items(), strict=True):
+        axis.scatter(*points.T, s=4, color=PALETTE.sky, alpha=0.5, linewidth=0)
+        mean = points.mean(axis=0)
+        values, vectors = np.linalg.eigh(np.cov(points.T, bias=True))
+        root = vectors * np.sqrt(values)
+        angle = np.linspace(0, 2 * np.pi, 200)
+        for radius in (1, 2):
+            ellipse = mean[:, None] + radius * root @ np.stack([np.cos(angle), np.sin(angle)])
+            axis.plot(*ellipse, color=PALETTE.vermillion, linewidth=1.5)
+        for direction in root.T:
+            ends = mean + np.outer((-2, 2), direction)
+            axis.plot(*ends.T, color=PALETTE.black, linewidth=1)
+        rho = f"{np.corrcoef(points.T)[0, 1]:z.2f}".replace("-", MINUS)
+        axis.set_title(f"{title}\ncorrelation {rho}", fontsize=10.5)
+        axis.set_aspect("equal", adjustable="datalim")
+    return save_figure(
+        fig,
+        path,
+        title="BN stretches along the features, whitening along the principal axes",
+        alt="Four scatter plots of two correlated features: raw, after BN still a slanted ellipse, "
+        "after ZCA a circle, and with gamma and beta the raw cloud again.",
+        caption=f"Two of the dense pre-activations of {len(points)} examples. Ellipses: one and "
+        "two standard deviations of the covariance; lines: its principal axes. BN centres the "
+        "cloud and gives both features variance 1; the ellipse stays slanted, for the correlation "
+        "stays.",
+    )
+
+
+def _draw_matrices(matrices, path):
+    fig, axes = new_figure(columns=3, width=6.8, height=2.5)
+    order = np.argsort(np.linalg.eigh(matrices["raw"])[1][:, -1])
+    for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+        image = axis.imshow(
+            matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest"
+        )
+        axis.grid(visible=False)
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_title(title, fontsize=10.5)
+    fig.colorbar(image, ax=list(axes), label="correlation", ticks=(-1, 0, 1), shrink=0.85)
+    return save_figure(
+        fig,
+        path,
+        title="BN leaves every correlation as it was",
+        alt="Three correlation matrices: raw and after BN the same pattern of positive and "
+        "negative correlations, after ZCA the identity.",
+        caption=f"Correlations of {len(matrix)} dense pre-activations over all examples, seed 0, "
+        "in the order of the leading eigenvector: raw, after BN, and after ZCA whitening.",
+    )
+
+
+def _draw_transfer(config, records, slopes, path):
+    fig, axis = new_figure(height=3.8)
+    for source, fitted in slopes.items():
+        rows = [record["transfer"] for record in records if record["source"] == source]
+        exponent = f"$m^{{{fitted.mean:.2f}}}$" if fitted else "no fit"
+        line = band(
+            axis,
+            config.batch_sizes,
+            np.array(rows, dtype=float),
+            label=f"{source}: {exponent}",
+            color=_COLORS[source],
+        )
+        line.set(marker=_MARKERS[source], markersize=6, markerfacecolor="none")
+    sizes = np.array(config.batch_sizes, dtype=float)
+    axis.plot(
+        sizes, np.sqrt(3 / sizes), color="#777777", linestyle="--", label="Gaussian theory: √(3/m)"
+    )
+    _log_axes(axis, config.batch_sizes)
+    axis.set_xlabel("m, examples in a batch")
+    axis.set_ylabel("relative error on another batch")
+    shared_legend(fig, columns=2)
+    return save_figure(
+        fig,
+        path,
+        title="γ and β undo the normalization of their own batch only",
+        alt="Error of the recovered input against batch size, both logarithmic: falling lines of "
+        "slope about minus one half, the heavy-tailed control above and flatter.",
+        caption="γ and β that give batch A back exactly are used on a second batch B of the same "
+        "size. Root mean square error, relative to the standard deviation of all examples. Line: "
+        f"mean of {config.seeds} seeds, {config.pairs} pairs of batches each; band: lowest to "
+        "highest. Offset (mean up to 1e6 standard deviations) and heavy tails (Student's t, 3 "
+        "degrees of freedom) are controls.",
+    )
+
+
+def _draw_cost(config, times, exponents, path):
+    fig, axes = new_figure(rows=2, width=5.4, height=6.4)
+    dims = [record["d"] for record in times]
+    for axis, kind in zip(axes, ("forward", "with gradient"), strict=True):
+        for arm in ("ZCA", "Newton-Schulz", "BN"):
+            seconds = np.array([record["seconds"][f"{arm} {kind}"] for record in times])
+            low, middle, high = 1e3 * np.percentile(seconds, (25, 50, 75), axis=1)
+            axis.fill_between(dims, low, high, color=_COLORS[arm], alpha=0.18, linewidth=0)
+            label = f"{arm}: $d^{{{exponents[arm, kind].mean:.2f}}}$"
+            axis.plot(dims, middle, "o-", color=_COLORS[arm], markersize=4, label=label)
+            if arm in _POWERS:
+                law = middle[-1] * (np.array(dims) / dims[-1]) ** _POWERS[arm]
+                axis.plot(dims, law, color=_COLORS[arm], linestyle=":", linewidth=1.2)
+        _log_axes(axis, dims)
+        axis.set_ylabel(f"milliseconds, {kind}")
+        end_labels(axis)
+    axes[-1].set_xlabel("d, features")
+    return save_figure(
+        fig,
+        path,
+        title="What whitening costs",
+        alt="Time of a call against the number of features, both logarithmic, forward and with "
+        "gradient: BN lowest, Newton-Schulz between, ZCA highest and steepest.",
+        caption=f"One call on {config.timed_batch} examples in float32. Line: median of "
+        f"{config.repeats} repetitions, in turn with the other arms; band: their quartiles; "
+        "exponents are least squares over all d. Dotted: theory for large d, d for BN and d³ for "
+        "ZCA, through the last point.",
+    )
+
+
+def _draw_rank(config, records, path):
+    fig, axis = new_figure(height=3.4)
+    sizes = config.batch_sizes
+    axis.plot(sizes, np.array(sizes) - 1, color="black", linestyle="--", label="m − 1", zorder=3)
+    for source in ("pixels", "dense"):
+        rows = [record for record in records if record["source"] == source]
+        ranks = np.array([record["rank"] for record in rows], dtype=float)
+        label = f"{source}, {rows[0]['d']} features"
+        line = band(axis, sizes, ranks, label=label, color=_COLORS[source])
+        line.set(marker=_MARKERS[source], markersize=5)
+    _log_axes(axis, sizes)
+    axis.set_yscale("log", base=2)
+    axis.set_yticks(sizes, [str(size) for size in sizes])
+    axis.set_xlabel("m, examples in a batch")
+    axis.set_ylabel("rank of the covariance")
+    shared_legend(fig, columns=1)
+    return save_figure(
+        fig,
+        path,
+        title="A batch of m examples spans m − 1 directions",
+        alt="Rank of the batch covariance against batch size: both kinds of features follow "
+        "m minus 1 until the rank is near their number.",
+        caption="Numerical rank, from singular values in float64. Where it is below the number of "
+        f"features the covariance has no inverse. Line: mean of {config.seeds} seeds; band: lowest "
+        "to highest.",
+    )
+
+
+def _log_axes(axis, ticks):
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.set_xticks(ticks, [str(tick) for tick in ticks])
