@@ -83,6 +83,10 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
     n = n_a + n_b,  mean = mean_a + δ·n_b/n,  m2 = m2_a + m2_b + δ²·n_a·n_b/n,
     δ = mean_b − mean_a.
+
+    Args:
+      a: of one set; features in which it has no elements (count 0) take b's moments, bit by bit.
+      b: of the other, with leaves of the same shapes.
     """
     count = a.count + b.count
     share = b.count / jnp.maximum(count, 1)
@@ -106,6 +110,9 @@ def sync_moments(
       moments: this device's moments; counts may differ between devices, and be zero on some.
       axis_name: the axis of `pmap`, `shard_map` or `vmap`.
       axis_index_groups: merge within these groups of indices only; a partition of the axis.
+
+    Raises:
+      ValueError: axis_index_groups is not a partition of the axis.
     """
     zero = jnp.zeros_like(moments.mean)
     shifted = sync_shifted_moments(
@@ -117,7 +124,18 @@ def sync_moments(
 
 
 def variance(moments: Moments, *, unbiased: bool = False) -> Float[Array, "*features"]:
-    """Variance, m2/n, or m2/(n − 1) when unbiased; 0 where there are too few elements."""
+    """Variance σ² = m2/n, or m2/(n − 1) when unbiased; 0 where there are too few elements.
+
+    The biased one normalizes a batch and is what Flax, Haiku and Keras average; PyTorch averages
+    the unbiased one, as algorithm 2 of Ioffe & Szegedy (2015) does.
+
+    Args:
+      moments: of the elements.
+      unbiased: divide by n − 1.
+
+    Returns:
+      Of the shape and dtype of moments.mean.
+    """
     return moments.m2 / jnp.maximum(moments.count - unbiased, 1)
 
 
