@@ -13,6 +13,7 @@ with glibc told to keep what it has been given (--keep-memory does that in one p
 import argparse
 import ctypes
 import functools
+import importlib.util
 import json
 import random
 import subprocess
@@ -82,29 +83,66 @@ def torch_step(shape: tuple[int, ...]) -> Callable[[], object]:
     return run
 
 
-def measure(shape: tuple[int, ...], seconds: float) -> Times:
+def serve_torch(shape: tuple[int, ...]) -> None:
+    """Times one step of PyTorch for every line of input, until there is none."""
+    run = torch_step(shape)
+    for _ in sys.stdin:
+        print(_seconds(run), flush=True)
+
+
+class TorchProcess:
+    """PyTorch in a process of its own: beside XLA's its threads wait for each other."""
+
+    def __init__(self, shape: tuple[int, ...], keep: bool):
+        command = [sys.executable, "-m", "benchmarks.speed", f"--serve-torch={json.dumps(shape)}"]
+        self._process = subprocess.Popen(
+            command + ["--keep-memory"] * keep,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+        )
+
+    def seconds(self) -> float:
+        """Of one step."""
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write("\n")
+        return float(self._process.stdout.readline())
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._process.communicate()
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def measure(shape: tuple[int, ...], seconds: float, keep: bool) -> Times:
     """Times of every layer that is installed."""
     draw = np.random.default_rng(0).standard_normal
     x, g = (jnp.asarray(draw(shape), jnp.float32) for _ in range(2))
     scale, bias = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
-    runs: dict[str, Callable[[], object]] = {}
+    timers: dict[str, Callable[[], float]] = {}
     for peer in available((OURS, *OTHERS)):
-        runs[peer.name] = functools.partial(_wait, train_step(peer, shape[-1]), x, scale, bias, g)
-    try:
-        runs["PyTorch"] = torch_step(shape)
-    except ImportError:
-        pass
-    for run in runs.values():
-        run()
-        run()
-    times: Times = {name: [] for name in runs}
-    order, end = list(runs), time.monotonic() + seconds
+        run = functools.partial(_wait, train_step(peer, shape[-1]), x, scale, bias, g)
+        timers[peer.name] = functools.partial(_seconds, run)
+    torch = TorchProcess(shape, keep) if importlib.util.find_spec("torch") else None
+    if torch is not None:
+        timers["PyTorch"] = torch.seconds
+    for timer in timers.values():
+        timer()
+        timer()
+    times: Times = {name: [] for name in timers}
+    order, end = list(timers), time.monotonic() + seconds
     while time.monotonic() < end:
         random.shuffle(order)
         for name in order:
-            start = time.perf_counter()
-            runs[name]()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(timers[name]())
+    if torch is not None:
+        torch.close()
     return times
 
 
@@ -141,11 +179,16 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
     parser.add_argument("--keep-memory", action="store_true", help="see above")
     parser.add_argument("--json", action="store_true", help="print the times of this process")
+    parser.add_argument("--serve-torch", type=json.loads, metavar="SHAPE", help="used internally")
     arguments = parser.parse_args()
+    keep = arguments.keep_memory
+    if keep:
+        keep_memory()
+    if arguments.serve_torch:
+        serve_torch(tuple(arguments.serve_torch))
+        return
     if arguments.json:
-        if arguments.keep_memory:
-            keep_memory()
-        print(json.dumps({str(shape): measure(shape, arguments.seconds) for shape in SHAPES}))
+        print(json.dumps({str(shape): measure(shape, arguments.seconds, keep) for shape in SHAPES}))
         return
     measured = {}
     for mode, extra in (("as it comes", []), ("memory kept", ["--keep-memory"])):

@@ -1,7 +1,7 @@
 r"""Count, mean and sum of squared deviations of a batch: accurate, masked, mergeable, synced.
 
 The variance is never computed as E[x²] − E[x]²: with a mean of 1e4 standard deviations float32
-loses it entirely. A rough mean c is found first, from differences to the largest element of each
+loses it entirely. A rough mean c is found first, from differences to an element of each
 feature, so that a constant feature gives c exactly. Then d = x − c and d² are summed, from which
 
     mean = c + Σd/n        m2 = Σd² − (Σd)²/n
@@ -147,13 +147,13 @@ def shifted_moments(
     if where is None:
         kept = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
         count = jnp.full(kept, math.prod(x.shape[axis] for axis in axes), jnp.float32)
-        part = _part(x, axes)
-        shift = _rough_mean(part, axes, None, count * (part.size / max(x.size, 1)))
+        shift = _rough_mean(x, axes)
     else:
         x = jnp.where(where, x, 0)
         where = jnp.broadcast_to(where, x.shape)
         count = jnp.sum(where, axes, dtype=jnp.float32, keepdims=True)
-        shift = _rough_mean(x, axes, where, count)
+        largest = jnp.max(x, axes, keepdims=True, where=where, initial=-jnp.inf)
+        shift = _mean_from(largest, x, axes, where, count)
     shift = jax.lax.stop_gradient(shift)
 
     # Two ways to write a deviation, so that a compiler which fuses what is used once into the sum
@@ -169,23 +169,29 @@ def shifted_moments(
     return ShiftedMoments(count, shift, mean, jnp.maximum(m2, 0))
 
 
-def _part(x: Array, axes: tuple[int, ...]) -> Array:
-    """A sixteenth of x or a little more, or all of a small x.
+def _rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
+    """Mean of a sixteenth of x or a little more, or of all of a small x; as `_mean_from`.
 
-    It is not cut along an axis that is known to be sharded, and preferably not along the first,
-    which usually is when nothing is known: the part would have to be sent around.
+    The part is not cut along an axis that is known to be sharded, and preferably not along the
+    first, which usually is when nothing is known: it would have to be sent around.
     """
     spec = jax.typeof(x).sharding.spec
     free = [axis for axis in axes if x.shape[axis] >= _SHARE and spec[axis] is None]
-    if not free:
-        return x
-    cut = next((axis for axis in free if axis > 0), free[0])
-    return jax.lax.slice_in_dim(x, 0, -(-x.shape[cut] // _SHARE), axis=cut)
+    if free:
+        cut = next((axis for axis in free if axis > 0), free[0])
+        x = jax.lax.slice_in_dim(x, 0, -(-x.shape[cut] // _SHARE), axis=cut)
+        sample = jax.lax.slice_in_dim(x, 0, 1, axis=cut)
+    else:
+        sample = x
+    largest = jnp.max(sample, axes, keepdims=True, initial=-jnp.inf)
+    count = math.prod(x.shape[axis] for axis in axes)
+    return _mean_from(largest, x, axes, None, jnp.asarray(count))
 
 
-def _rough_mean(x: Array, axes: tuple[int, ...], where: Array | None, count: Array) -> Array:
-    """Mean of the unmasked elements of x, exact for constant features; 0 where there are none."""
-    largest = jnp.max(x, axes, keepdims=True, where=where, initial=-jnp.inf)
+def _mean_from(
+    largest: Array, x: Array, axes: tuple[int, ...], where: Array | None, count: Array
+) -> Array:
+    """Mean, from differences to an element, so that constant features are exact; 0 of nothing."""
     largest = jnp.where(count > 0, largest, 0)
     below = jnp.sum(x - largest, axes, keepdims=True, where=where)
     return largest + below / jnp.maximum(count, 1).astype(x.dtype)
