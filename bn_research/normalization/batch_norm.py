@@ -212,9 +212,9 @@ class _Statistics(NamedTuple):
     rstd: Array  # 1/√(σ² + ε)
 
 
-# Deviations are written x − c, −c + x or 8·x − 8·c, so that each sum over the batch has a full-size
-# operand of its own. XLA on a CPU fuses such an operand into its sum; one that is used twice it
-# writes to memory and reads back, which costs more than everything else here.
+# Deviations are written x − c, −c + x, 2·x − 2·c or 8·x − 8·c, all exact, so that each sum over the
+# batch has a full-size operand of its own. XLA on a CPU fuses such an operand into its sum; one that
+# is used twice it writes to memory and reads back, which costs more than everything else here.
 
 
 def transform(
@@ -249,7 +249,7 @@ def _transform_jvp(sharing, primals, tangents):
     for_one = bias_dot - factor * mean_t
     for_x_hat = scale_dot - factor * mean_xt
     slope = rstd * for_x_hat
-    y_dot = factor * t + (x - centre) * slope + (for_one - rest * slope)
+    y_dot = factor * t + (2 * x - 2 * centre) * (slope / 2) + (for_one - rest * slope)
     if where is not None:
         y_dot = jnp.where(where, y_dot, bias_dot)
     return (y, shared), (y_dot, jax.tree.map(jnp.zeros_like, shared))
