@@ -213,8 +213,8 @@ class _Statistics(NamedTuple):
 
 
 # Deviations are written x − c, −c + x, 2·x − 2·c or 8·x − 8·c, all exact, so that each sum over the
-# batch has a full-size operand of its own. XLA on a CPU fuses such an operand into its sum; one that
-# is used twice it writes to memory and reads back, which costs more than everything else here.
+# batch has a full-size operand of its own. XLA on a CPU fuses such an operand into its sum; one
+# used twice it writes to memory and reads back, which costs more than everything else here.
 
 
 def transform(
