@@ -190,7 +190,7 @@ def _warn_of_too_few_values(x, sharing):
         warnings.warn(
             f"batch_norm of {values} value(s) per feature: y is bias whatever x is; give at least "
             "2, or normalize by running statistics",
-            stacklevel=4,
+            stacklevel=5,  # the caller of batch_norm
         )
 
 
