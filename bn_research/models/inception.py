@@ -1,0 +1,262 @@
+"""BN-Inception: the network of Ioffe & Szegedy (2015), figure 5.
+
+    stem          7×7 of stride 2 → 64, max-pooling, 1×1 → 64, 3×3 → 192, max-pooling
+    inception_*   ten modules, the table MODULES below
+    head          mean over all positions, dense layer
+
+In a module four branches see the same input, and their outputs are concatenated: 1×1; 1×1 → 3×3;
+1×1 → 3×3 → 3×3; 3×3 pooling → 1×1. The modules 3c and 4e halve height and width: the last layer of
+every branch has stride 2, the first branch is missing, and pooling passes all channels through. The
+paper prints 576, 576 and 1024 as the widths of 4c, 4d and 4e, whose branches as printed add up to
+608, 608 and 1056; here they are what they add up to. With 1000 classes, BN and a stem that is not
+separable there are 11,285,224 parameters.
+
+Padding is "SAME" throughout; an average at the border is over the pixels there are.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Key
+
+from bn_research.layers.dropout import check_rate, dropout
+from bn_research.layers.local_response import local_response_normalization
+
+SMALLEST = 32  # height and width are halved five times
+
+
+class Widths(NamedTuple):
+    """Numbers of channels of one Inception module, in the columns of figure 5."""
+
+    name: str
+    conv_1x1: int  # 0: without this branch
+    reduce_3x3: int
+    conv_3x3: int
+    reduce_double_3x3: int
+    double_3x3: int
+    pool: Literal["avg", "max"]
+    projection: int  # 0: pooling passes all channels through
+    stride: int = 1
+
+
+MODULES = (
+    Widths("3a", 64, 64, 64, 64, 96, "avg", 32),
+    Widths("3b", 64, 64, 96, 64, 96, "avg", 64),
+    Widths("3c", 0, 128, 160, 64, 96, "max", 0, stride=2),
+    Widths("4a", 224, 64, 96, 96, 128, "avg", 128),
+    Widths("4b", 192, 96, 128, 96, 128, "avg", 128),
+    Widths("4c", 160, 128, 160, 128, 160, "avg", 128),
+    Widths("4d", 96, 128, 192, 160, 192, "avg", 128),
+    Widths("4e", 0, 128, 192, 192, 256, "max", 0, stride=2),
+    Widths("5a", 352, 192, 320, 160, 224, "avg", 128),
+    Widths("5b", 352, 192, 320, 192, 224, "max", 128),
+)
+
+
+class ConvBlock(nn.Module):
+    """Convolution → norm → activation; without norm the convolution has a bias.
+
+    Attributes:
+      features: output channels.
+      kernel_size: height and width of the kernel.
+      norm: a factory of normalization layers, called with `name`, or None.
+      activation: of the output.
+      kernel_init: initializer of kernels.
+      stride: of the convolution.
+      dtype: of the computation and of the result.
+      depth_multiplier: None, or a separable convolution: every input channel has this many filters
+        of its own, and a 1×1 convolution mixes them.
+    """
+
+    features: int
+    kernel_size: int
+    norm: Callable[..., nn.Module] | None
+    activation: Callable[[Array], Array]
+    kernel_init: Callable[..., Any]
+    stride: int = 1
+    dtype: Any = None
+    depth_multiplier: int | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width in_channels"]
+    ) -> Float[Array, "batch out_height out_width out_channels"]:
+        """Convolves, normalizes and activates x."""
+        options: dict[str, Any] = dict(kernel_init=self.kernel_init, dtype=self.dtype)
+        size, strides = (self.kernel_size,) * 2, (self.stride,) * 2
+        if self.depth_multiplier is not None:
+            channels = x.shape[-1]
+            x = nn.Conv(
+                self.depth_multiplier * channels,
+                size,
+                strides,
+                feature_group_count=channels,
+                use_bias=False,
+                name="depthwise",
+                **options,
+            )(x)
+            size, strides = (1, 1), (1, 1)
+        use_bias = self.norm is None
+        x = nn.Conv(self.features, size, strides, use_bias=use_bias, name="conv", **options)(x)
+        if self.norm is not None:
+            # A norm layer without dtype promotes to that of its float32 parameters. Rounding here
+            # gives the bits that it would give with dtype, and its statistics stay float32.
+            x = self.norm(name="batch_norm")(x).astype(x.dtype)
+        return self.activation(x)
+
+
+class InceptionModule(nn.Module):
+    """Four branches on the same input, concatenated along channels.
+
+    Attributes:
+      widths: numbers of channels.
+      block: `ConvBlock` with everything but features, kernel_size, stride and name.
+    """
+
+    widths: Widths
+    block: Callable[..., ConvBlock]
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "batch height width in_channels"]
+    ) -> Float[Array, "batch out_height out_width out_channels"]:
+        """Concatenated branches, in the order of figure 5."""
+        widths, block = self.widths, self.block
+        branches = []
+        if widths.conv_1x1:
+            branches.append(block(widths.conv_1x1, 1, name="conv_1x1")(x))
+        y = block(widths.reduce_3x3, 1, name="reduce_3x3")(x)
+        branches.append(block(widths.conv_3x3, 3, stride=widths.stride, name="conv_3x3")(y))
+        y = block(widths.reduce_double_3x3, 1, name="reduce_double_3x3")(x)
+        y = block(widths.double_3x3, 3, name="double_3x3_1")(y)
+        branches.append(block(widths.double_3x3, 3, stride=widths.stride, name="double_3x3_2")(y))
+        y = _max_pool(x, widths.stride) if widths.pool == "max" else _avg_pool(x)
+        if widths.projection:
+            y = block(widths.projection, 1, name="projection")(y)
+        branches.append(y)
+        return jnp.concatenate(branches, axis=-1)
+
+
+class Inception(nn.Module):
+    """BN-Inception, or with norm=None the same network without BN.
+
+    The paper's networks: Inception and BN-Baseline have dropout and local response normalization,
+    BN-x5 and BN-x30 have neither, BN-x5-Sigmoid has `activation=jax.nn.sigmoid` as well. Their
+    first convolution is separable with a depth multiplier of 8.
+
+    Attributes:
+      num_classes: units of the head.
+      norm: a factory of normalization layers, called with `name` and `use_running_average`, for
+        example `functools.partial(BatchNorm, epsilon=1e-3)`. None is no normalization;
+        convolutions then have biases.
+      width: multiplies every number of channels; they are rounded (half to even) and at least 1.
+      dropout: rate on the pooled features before the head, in training.
+      local_response_norm: GoogLeNet's two layers in the stem (Szegedy et al., 2014).
+      separable_stem: make the first convolution separable.
+      activation: after every convolution.
+      kernel_init: initializer of every kernel. He's keeps the signal where there is no BN: at
+        initialization logits vary by 0.06 between images, with LeCun's by 0.0007 (width 1/4).
+      dtype: of the computation, such as bfloat16; None promotes the dtypes of images and
+        parameters. Parameters, norm statistics, the pooled features and the logits are float32.
+    """
+
+    num_classes: int = 1000
+    norm: Callable[..., nn.Module] | None = None
+    width: float = 1.0
+    dropout: float = 0.0
+    local_response_norm: bool = False
+    separable_stem: bool = False
+    activation: Callable[[Array], Array] = jax.nn.relu
+    kernel_init: Callable[..., Any] = nn.initializers.he_normal()
+    dtype: Any = None
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool,
+        keys: Key[Array, "batch"] | None = None,
+    ) -> Float[Array, "batch classes"]:
+        """Logits of x.
+
+        Args:
+          x: floating-point images of at least 32×32, of any such size.
+          train: normalize by the batch and drop out.
+          keys: a PRNG key for each example, for dropout in training; see
+            `bn_research.layers.dropout`.
+
+        Raises:
+          ValueError: images of a bad shape or dtype, a bad width or rate of dropout, or dropout
+            without keys.
+        """
+        _check_images(x)
+        check_rate("dropout", self.dropout)
+        if not 0 < self.width < float("inf"):
+            raise ValueError(f"width={self.width!r} is not allowed: it must be positive and finite")
+        if train and self.dropout and keys is None:
+            raise ValueError(f"dropout={self.dropout!r} needs keys in training: one an example")
+
+        norm = self.norm
+
+        def block(features: int, kernel_size: int, **options: Any) -> ConvBlock:
+            return ConvBlock(
+                _scaled(features, self.width),
+                kernel_size,
+                norm and functools.partial(norm, use_running_average=not train),
+                self.activation,
+                self.kernel_init,
+                dtype=self.dtype,
+                **options,
+            )
+
+        multiplier = _scaled(8, self.width) if self.separable_stem else None
+        x = block(64, 7, stride=2, depth_multiplier=multiplier, name="stem_7x7")(x)
+        x = _max_pool(x, 2)
+        if self.local_response_norm:
+            x = local_response_normalization(x)
+        x = block(64, 1, name="stem_reduce_3x3")(x)
+        x = block(192, 3, name="stem_3x3")(x)
+        if self.local_response_norm:
+            x = local_response_normalization(x)
+        x = _max_pool(x, 2)
+        for widths in MODULES:
+            x = InceptionModule(widths, block, name=f"inception_{widths.name}")(x)
+        x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
+        if train and keys is not None:
+            x = dropout(x, keys, rate=self.dropout)
+        return nn.Dense(self.num_classes, kernel_init=self.kernel_init, name="head")(x)
+
+
+def _scaled(features: int, width: float) -> int:
+    return max(1, round(features * width))
+
+
+def _max_pool(x: Array, stride: int) -> Array:
+    return nn.max_pool(x, (3, 3), (stride, stride), "SAME")
+
+
+def _avg_pool(x: Array) -> Array:
+    """Mean over 3×3 pixels of stride 1, at the border over those of them that exist."""
+
+    def total(v: Array) -> Array:
+        return nn.pool(v, 0.0, jax.lax.add, (3, 3), (1, 1), "SAME")
+
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    count = total(jnp.ones((1, *x.shape[1:3], 1), wide.dtype))
+    return (total(wide) / count).astype(x.dtype)
+
+
+def _check_images(x: Array) -> None:
+    if x.ndim != 4:
+        raise ValueError(f"x has shape {x.shape}: allowed is (batch, height, width, channels)")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x has dtype {x.dtype}: scale images to floating point")
+    if min(x.shape[1:3]) < SMALLEST:
+        raise ValueError(
+            f"x has images of {x.shape[1]}×{x.shape[2]}: allowed are {SMALLEST}×{SMALLEST} and up"
+        )
