@@ -2,17 +2,21 @@
 
 A run started again in the same folder with the same config goes on where it stopped. What is
 finished stands in `metrics.jsonl`, one line for each measurement; a line cut short by a kill is
-dropped and measured anew, to the same bits.
+dropped and measured anew, to the same bits. Two runs at once in one folder would mix their lines,
+so the second is refused.
 """
 
+import contextlib
 import dataclasses
+import fcntl
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import socket
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +43,21 @@ class Workdir:
         """Looks, without writing, whether a run with this config may use the folder.
 
         Raises:
-          WorkdirError: it belongs to another config, or is somebody else's folder.
+          WorkdirError: it belongs to another config, is somebody else's folder, or in use.
         """
+        self._check_config()
+        if self._lock_path.exists():
+            with self._locked():
+                pass
+
+    def _check_config(self) -> None:
         if not self.path.exists():
             return
         if not self.path.is_dir():
             raise WorkdirError(f"workdir {self.path} is a file: give the name of a folder")
         if not self._config_path.exists():
-            if any(self.path.iterdir()):
+            # A run killed before it wrote its config has left its lock.
+            if any(self.path.iterdir()) and not self._lock_path.exists():
                 raise WorkdirError(
                     f"workdir {self.path} is not empty and holds no config.json of a run: give "
                     "another --workdir"
@@ -73,17 +84,70 @@ class Workdir:
                 "same config to continue it, or another --workdir"
             )
 
-    def create(self) -> None:
-        """Makes the folder with `config.json` and `environment.json`, unless they are there."""
-        self.check()
+    def check_shared(self) -> None:
+        """Looks whether this process sees the folder that process 0 of its job has opened.
+
+        Raises:
+          WorkdirError: it does not, or was started with another config.
+        """
+        if not self._config_path.exists():
+            raise WorkdirError(
+                f"workdir {self.path} is not where process 0 sees it: give a folder that all "
+                "processes see"
+            )
+        self._check_config()
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Makes the folder with `config.json` and `environment.json`, unless they are there.
+
+        Inside it the folder is this run's alone.
+
+        Raises:
+          WorkdirError: as `check`.
+        """
+        self._check_config()
         try:
-            (self.path / "figures").mkdir(parents=True, exist_ok=True)
+            self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise WorkdirError(f"workdir {self.path} cannot be made: {error}") from error
-        if not self._environment_path.exists():
-            write_json(self._environment_path, environment())
-        if not self._config_path.exists():
-            write_json(self._config_path, _plain(self.config))
+        with self._locked():
+            self._check_config()  # of the run that had the lock until now
+            (self.path / "figures").mkdir(exist_ok=True)
+            if not self._environment_path.exists():
+                write_json(self._environment_path, environment())
+            if not self._config_path.exists():
+                write_json(self._config_path, _plain(self.config))
+            yield
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder's lock, which the kernel frees whatever ends the process.
+
+        What stands in its file says who holds it, and nothing about whether anybody does.
+        """
+        try:
+            file = self._lock_path.open("a+")
+        except OSError as error:
+            raise WorkdirError(f"workdir {self.path} cannot be written to: {error}") from error
+        with file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                raise WorkdirError(
+                    f"workdir {self.path} is in use by {file.read().strip() or 'another run'}: "
+                    "wait until that has ended, or give another --workdir"
+                ) from None
+            except OSError as error:
+                raise WorkdirError(f"workdir {self.path} cannot be locked: {error}") from error
+            file.truncate(0)
+            file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            file.flush()
+            try:
+                yield
+            finally:
+                file.truncate(0)
 
     @property
     def environment(self) -> dict[str, Any]:
@@ -93,6 +157,10 @@ class Workdir:
     @property
     def _config_path(self) -> Path:
         return self.path / "config.json"
+
+    @property
+    def _lock_path(self) -> Path:
+        return self.path / ".lock"
 
     @property
     def _environment_path(self) -> Path:

@@ -3,12 +3,14 @@
 import dataclasses
 import html
 import json
+import os
 import re
 
 import pytest
 
 from bn_research.claims.registry import Claim
 from bn_research.claims.verdict import NOT_REPRODUCED, REPRODUCED, Finding
+from bn_research.training.preemption import Stopped
 from experiments import launch as launch_module
 from experiments.launch import Experiment, main
 
@@ -123,7 +125,80 @@ def test_the_report_asks_the_question_without_the_listings():
     assert launch_module._first_prose("What is one and two?") == "What is one and two?"
 
 
-def test_help_names_every_field_and_preset(capsys):
+def test_help_names_every_field_preset_and_status(capsys):
     assert launch("--help", "--preset=big") == 0
     out = capsys.readouterr().out
     assert "What is one and two?" in out and "quick|big" in out and "term = 3.0" in out
+    for status in (0, 2, 3, 4, 5):
+        assert f"\n  {status}  " in out
+    assert "--num_processes" not in out
+
+
+def test_a_run_stopped_by_sigterm_has_a_status_of_its_own(tmp_path, capsys):
+    def stop(config, data, path):
+        raise Stopped(20)
+
+    experiment = dataclasses.replace(EXPERIMENT, run=stop)
+    assert main(experiment, ["adding", f"--workdir={tmp_path / 'w'}"]) == 4
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == (
+        "adding: stopped by SIGTERM at step 20, saved; start again with the same command to go on\n"
+    )
+    assert not (tmp_path / "w" / "results.json").exists()
+    assert launch(f"--workdir={tmp_path / 'w'}") == 0
+
+
+def test_a_workdir_in_use_is_refused(tmp_path, capsys):
+    said = []
+
+    def second(config, data, path):
+        said.append(main(EXPERIMENT, ["adding", f"--workdir={path}"]))
+        said.append(capsys.readouterr().err)
+        return run(config, data, path)
+
+    experiment = dataclasses.replace(EXPERIMENT, run=second)
+    assert main(experiment, ["adding", f"--workdir={tmp_path / 'w'}"]) == 0
+    assert said[0] == 2 and f"in use by process {os.getpid()} on " in said[1]
+    assert said[1].count("\n") == 1
+
+
+def test_only_a_distributed_experiment_takes_the_flags_for_it(tmp_path, capsys):
+    asked = []
+
+    def parallel_run(config, data, path, *, parallel):
+        asked.append(parallel)
+        return run(config, data, path)
+
+    distributed = dataclasses.replace(EXPERIMENT, distributed=True, run=parallel_run)
+    flags = ["adding", f"--workdir={tmp_path / 'w'}"]
+    assert main(distributed, flags) == 0
+    assert main(distributed, [*flags, "--parallel=shard_map"]) == 0  # not a field of the config
+    assert asked == ["auto", "shard_map"]
+    assert main(distributed, ["adding", "--help"]) == 0
+    out = capsys.readouterr().out
+    assert "--parallel=auto|jit|pmap|shard_map" in out and "--coordinator_address=HOST" in out
+    for flag in ("--parallel=jit", "--multiprocess", "--num_processes=2"):
+        assert launch(f"--workdir={tmp_path / 'x'}", flag) == 2
+        assert flag.split("=")[0].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--parallel=threads"], "auto|jit|pmap|shard_map"),
+        (["--num_processes=two"], "num_processes"),
+        (["--num_processes=2"], "coordinator_address and process_id"),
+        (["--multiprocess", "--process_id=0"], "give it alone"),
+        (
+            ["--coordinator_address=localhost:1", "--num_processes=2", "--process_id=2"],
+            "process_id=2",
+        ),
+    ],
+)
+def test_a_job_that_cannot_be_is_one_line_and_writes_nothing(tmp_path, capsys, flags, said):
+    distributed = dataclasses.replace(EXPERIMENT, distributed=True)
+    assert main(distributed, ["adding", f"--workdir={tmp_path / 'w'}", *flags]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+    assert not (tmp_path / "w").exists()

@@ -2,41 +2,53 @@
 
 import json
 import math
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from experiments.workdir import Ledger, Workdir, WorkdirError
+
+ROOT = Path(__file__).parents[1]
 
 
 def fail():
     raise AssertionError("measured twice")
 
 
-def test_create_writes_config_and_environment_once(tmp_path):
+def open_once(path, config):
+    """Opens a workdir and closes it, as a run does that ends at once."""
+    with Workdir(path, config).opened():
+        pass
+
+
+def test_opening_writes_config_and_environment_once(tmp_path):
     workdir = Workdir(tmp_path / "run", {"seeds": 3, "rates": (0.1, 1.0)})
-    workdir.create()
+    open_once(workdir.path, workdir.config)
     config = (workdir.path / "config.json").read_bytes()
     assert json.loads(config) == {"seeds": 3, "rates": [0.1, 1.0]}
     assert {"python", "devices", "commit", "versions"} <= set(workdir.environment)
     (workdir.path / "environment.json").write_text('{"python": "as it was"}')
-    workdir.create()
+    open_once(workdir.path, workdir.config)
     assert (workdir.path / "config.json").read_bytes() == config
     assert workdir.environment == {"python": "as it was"}
 
 
 def test_another_config_is_refused_with_the_fields_that_differ(tmp_path):
-    Workdir(tmp_path / "run", {"seeds": 3, "a": 0.1}).create()
+    open_once(tmp_path / "run", {"seeds": 3, "a": 0.1})
     with pytest.raises(WorkdirError, match=r"seeds \(there 3, now 5\)") as error:
-        Workdir(tmp_path / "run", {"seeds": 5, "a": 0.1}).create()
+        open_once(tmp_path / "run", {"seeds": 5, "a": 0.1})
     assert "a (there" not in str(error.value)
 
 
 def test_somebody_elses_folder_and_a_file_are_refused(tmp_path):
     (tmp_path / "thesis.txt").write_text("do not touch")
     with pytest.raises(WorkdirError, match="not empty"):
-        Workdir(tmp_path, {}).create()
+        open_once(tmp_path, {})
     with pytest.raises(WorkdirError, match="is a file"):
-        Workdir(tmp_path / "thesis.txt", {}).create()
+        open_once(tmp_path / "thesis.txt", {})
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
@@ -44,6 +56,69 @@ def test_damaged_config_is_refused(tmp_path):
     (tmp_path / "config.json").write_text('{"seeds": ')
     with pytest.raises(WorkdirError, match="config.json cannot be read"):
         Workdir(tmp_path, {"seeds": 1}).check()
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from experiments.workdir import Workdir
+with Workdir(Path(sys.argv[1]), {"seeds": 1}).opened():
+    print("opened", flush=True)
+    time.sleep(120)
+"""
+
+
+def test_a_second_run_is_refused_until_the_first_has_ended_however(tmp_path):
+    """Another process holds the folder, and dies by SIGKILL."""
+    config = {"seeds": 1}
+    first = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, tmp_path / "run"], stdout=subprocess.PIPE, cwd=ROOT
+    )
+    try:
+        assert first.stdout.readline() == b"opened\n"
+        before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        said = f"in use by process {first.pid} on {socket.gethostname()}: wait"
+        with pytest.raises(WorkdirError, match=said):
+            Workdir(tmp_path / "run", config).check()
+        with pytest.raises(WorkdirError, match=said):
+            open_once(tmp_path / "run", config)
+        assert before == {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    finally:
+        first.kill()
+        first.communicate(timeout=30)
+    assert str(first.pid) in (tmp_path / "run" / ".lock").read_text()  # stale, and no obstacle
+    Workdir(tmp_path / "run", config).check()
+    open_once(tmp_path / "run", config)
+    assert (tmp_path / "run" / ".lock").read_text() == ""
+
+
+def test_two_runs_of_one_process_are_refused_too(tmp_path):
+    with Workdir(tmp_path / "run", {"seeds": 1}).opened():
+        with pytest.raises(WorkdirError, match="in use by process"):
+            Workdir(tmp_path / "run", {"seeds": 1}).check()
+    Workdir(tmp_path / "run", {"seeds": 1}).check()
+
+
+def test_a_run_that_fails_frees_the_folder(tmp_path):
+    with pytest.raises(KeyError), Workdir(tmp_path / "run", {"seeds": 1}).opened():
+        raise KeyError
+    open_once(tmp_path / "run", {"seeds": 1})
+
+
+def test_a_run_killed_before_it_wrote_its_config_is_no_obstacle(tmp_path):
+    (tmp_path / ".lock").write_text("process 1 on moon\n")
+    (tmp_path / "figures").mkdir()
+    open_once(tmp_path, {"seeds": 1})
+    assert json.loads((tmp_path / "config.json").read_text()) == {"seeds": 1}
+
+
+def test_another_process_of_the_job_must_see_the_folder(tmp_path):
+    with pytest.raises(WorkdirError, match="all processes see"):
+        Workdir(tmp_path / "run", {"seeds": 1}).check_shared()
+    with Workdir(tmp_path / "run", {"seeds": 1}).opened():
+        Workdir(tmp_path / "run", {"seeds": 1}).check_shared()
+        with pytest.raises(WorkdirError, match=r"seeds \(there 1, now 2\)"):
+            Workdir(tmp_path / "run", {"seeds": 2}).check_shared()
 
 
 def test_ledger_measures_each_name_once(tmp_path):
