@@ -22,8 +22,9 @@ from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import kernel_initializer
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import History, evaluate, run_steps, train
+from bn_research.training.loop import History, evaluate, padded_batches, run_steps, train
 from bn_research.training.optimizers import create_optimizer
+from bn_research.training.preemption import Preemption
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 from experiments.workdir import Ledger
@@ -132,27 +133,32 @@ class Trainer:
         steps_per_dispatch: int,
         total_steps: int,
     ):
-        """Opens the checkpoints; raises CheckpointError when the newest is damaged."""
+        """Opens the checkpoints; raises CheckpointError when all of them are damaged."""
         self._images = images
         self._ledger = ledger
         self._batch_size = batch_size
         self._steps_per_dispatch = steps_per_dispatch
         self._saver = Checkpointer(path / "checkpoints")
-        self._saver.verify()
+        self._saver.newest()
+        self._preemption = Preemption()
         self._saved_at = time.monotonic()
         self._last: Callable[[], None] = lambda: None
         self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05)
 
     def __enter__(self) -> "Trainer":
-        """Itself."""
+        """Itself, with SIGTERM noted: it saves and ends the run after the next dispatch."""
+        self._preemption.__enter__()
         return self
 
     def __exit__(self, *exception: Any) -> None:
         """Keeps the last trained state when all went well, and closes the progress bar."""
-        if exception[0] is None:
-            self._last()
-        self._saver.close()
-        self._bar.close()
+        try:
+            if exception[0] is None:
+                self._last()
+            self._saver.close()
+        finally:
+            self._bar.close()
+            self._preemption.__exit__(*exception)
 
     def describe(self, text: str) -> None:
         """Says beside the progress bar what is being done."""
@@ -209,7 +215,8 @@ class Trainer:
             saver=self._saver,
             save_when=self._checkpoint_is_due,
             stop_when=lambda loss: bool(np.min(loss) < arm.stop_below),
-            on_dispatch=self._bar.update,
+            on_dispatch=lambda _, steps: self._bar.update(steps),
+            preempted=self._preemption.requested,
         )
         self._bar.update(arm.num_steps - (self._bar.n - before))
         loss = {"loss": jnp.asarray(history.loss)}
@@ -238,8 +245,7 @@ class Trainer:
         scores = evaluate(
             lambda state, batch: eval_step(state, batch, epsilon),
             state,
-            self._images.test,
-            batch_size=min(_EVAL_BATCH, len(self._images.test.label)),
+            padded_batches(self._images.test, min(_EVAL_BATCH, len(self._images.test.label))),
         )
         return {"accuracy": scores["accuracy"], "test_loss": scores["loss"]}
 

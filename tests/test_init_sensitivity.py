@@ -274,7 +274,7 @@ def _stopping_bar(stop_at):
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, tmp_path):
-    """SIGKILL, three times, at whatever moment the ledger reaches some length."""
+    """SIGKILL, twice, and SIGTERM, at whatever moment the ledger reaches some length."""
     workdir = tmp_path / "run"
     command = [
         sys.executable,
@@ -296,8 +296,10 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, tmp_path):
         while not (metrics.exists() and metrics.read_bytes().count(b"\n") >= lines):
             assert process.poll() is None and time.monotonic() < deadline
             time.sleep(0.01)
-        os.kill(process.pid, signal.SIGKILL)
-        process.communicate()
+        os.kill(process.pid, signal.SIGTERM if lines == 9 else signal.SIGKILL)
+        said = process.communicate()[1].decode()
+        if lines == 9:
+            assert process.returncode == 4 and "stopped by SIGTERM at step" in said
     assert files_of(workdir) == files_of(finished)
 
 

@@ -11,7 +11,8 @@ from scipy.special import log_softmax
 
 from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import evaluate, padded_batches, run_steps, train
+from bn_research.training.loop import evaluate, padded_batches, run_steps, streamed, train
+from bn_research.training.preemption import Stopped
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, StepMetrics, make_eval_step, make_train_step
 
@@ -170,7 +171,7 @@ def test_evaluation_of_the_whole_set(count, batch_size):
     data, params = examples(count, seed=1), create_state().params
     stats = {"mean": np.full(4, 0.3, np.float32), "var": np.full(4, 2.0, np.float32)}
     state = create_state()._replace(params=params, batch_stats=stats)
-    result = evaluate(eval_step, state, data, batch_size=batch_size)
+    result = evaluate(eval_step, state, padded_batches(data, batch_size))
     h = data.image.astype(float) @ np.asarray(params["w"], float)
     log_p = log_softmax((h - 0.3) / np.sqrt(2 + 1e-5), 1)
     assert result["count"] == count
@@ -193,17 +194,19 @@ def test_examples_masked_by_the_caller_are_left_out():
     """Equal to evaluating the others alone, to the bit of the counts."""
     data, state = examples(9, seed=2), create_state()
     keep = np.arange(9) % 3 > 0
-    masked = evaluate(eval_step, state, data._replace(where=jnp.asarray(keep)), batch_size=4)
+    masked = evaluate(eval_step, state, padded_batches(data._replace(where=jnp.asarray(keep)), 4))
     kept = data._replace(image=data.image[keep], label=data.label[keep])
-    alone = evaluate(eval_step, state, kept, batch_size=4)
+    alone = evaluate(eval_step, state, padded_batches(kept, 4))
     assert masked["count"] == alone["count"] == 6
     assert masked["accuracy"] == alone["accuracy"]
     assert masked["loss"] == pytest.approx(alone["loss"], rel=1e-6)
 
 
 def test_nothing_to_evaluate():
-    with pytest.raises(ValueError, match="examples is empty"):
-        evaluate(eval_step, create_state(), examples(0), batch_size=4)
+    nothing = examples(4)._replace(where=jnp.zeros(4, bool))
+    for batches in ([], padded_batches(examples(0), 4), [nothing]):
+        with pytest.raises(ValueError, match="at least one example"):
+            evaluate(eval_step, create_state(), batches)
 
 
 RUN = dict(name="run", num_steps=6, steps_per_dispatch=2)
@@ -235,7 +238,7 @@ def test_train_takes_the_steps(undisturbed):
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path, undisturbed, interrupted_at, save_every):
     dispatches = 0
 
-    def interrupt(_):
+    def interrupt(*_):
         nonlocal dispatches
         dispatches += 1
         if dispatches == interrupted_at:
@@ -254,7 +257,12 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, undisturbed, interrupte
     first.close()
     told = []
     second = Checkpointer(tmp_path)
-    state, history = train(advance, create_state, saver=second, on_dispatch=told.append, **RUN)
+
+    def tell(state, steps):
+        told.append(steps)
+        assert state.step == sum(told)
+
+    state, history = train(advance, create_state, saver=second, on_dispatch=tell, **RUN)
     second.close()
     restored = 2 * ((interrupted_at - 1) // save_every * save_every)
     assert told == ([restored] if restored else []) + [2] * ((6 - restored) // 2)
@@ -300,20 +308,110 @@ def test_stop_when(tmp_path):
     same_bits(state, dispatch(create_state(), 4)[0])
 
 
-def test_divergence_ends_the_run(tmp_path):
-    """With the dispatch in which it happens; the steps are counted, also after resuming."""
-    poisoned = DATA._replace(image=np.where(DATA.image == DATA.image[0], np.nan, DATA.image))
-    saver = Checkpointer(tmp_path)
+def poisoned_at(*bad_steps):
+    """A run of single-step dispatches, some of whose batches hold a NaN."""
+    bad = jnp.array(bad_steps, int)
 
     @jax.jit
-    def diverging(state):
-        return run_steps(STEP, state, poisoned, batch_size=10, num_steps=2)
+    def advance(state):
+        spoil = jnp.where(jnp.any(state.step == bad), jnp.nan, 0)
+        return run_steps(STEP, state, DATA._replace(image=DATA.image + spoil), **ONE)
 
+    return advance
+
+
+ONE = dict(batch_size=10, num_steps=1)
+
+
+def test_one_divergence_is_survived():
+    """The bad step is counted, leaves the state as it was, and the run goes on to its end."""
+    options = {**RUN, "steps_per_dispatch": 1}
+    state, history = train(poisoned_at(2), create_state, **options)
+    assert state.step == 6 and history.diverged == 1
+    np.testing.assert_array_equal(np.isfinite(history.loss), np.arange(6) != 2)
+    assert all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves(state.params))
+    before, _ = train(poisoned_at(), create_state, **{**options, "num_steps": 2})
+    spoilt, _ = train(poisoned_at(2), create_state, **{**options, "num_steps": 3})
+    same_bits(spoilt, before._replace(step=jnp.int32(3)))
+
+
+def test_a_divergence_that_recurs_ends_the_run(tmp_path):
+    """With the dispatch in which it happens the second time, also after resuming."""
+    saver = Checkpointer(tmp_path)
     for _ in range(2):
-        state, history = train(diverging, create_state, saver=saver, **RUN)
-        assert history.diverged == 2 and history.loss.shape == (2,)
-        assert np.all(np.isnan(history.loss))
-        same_bits(state, create_state()._replace(step=jnp.int32(2)))
+        state, history = train(
+            poisoned_at(1, 3), create_state, saver=saver, **{**RUN, "steps_per_dispatch": 1}
+        )
+        assert state.step == 4 and history.diverged == 2 and history.loss.shape == (4,)
+
+
+class Preempting:
+    """Asks the run to leave after so many steps."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def __call__(self, step):
+        return step == self.step
+
+
+def test_a_preempted_run_saves_and_ends_with_the_same_bits(tmp_path, undisturbed):
+    """Saved though nobody asked for it otherwise."""
+    saver = Checkpointer(tmp_path)
+    options = dict(saver=saver, save_when=lambda: False, **RUN)
+    with pytest.raises(Stopped) as stopped:
+        train(advance, create_state, preempted=Preempting(4), **options)
+    assert stopped.value.step == 4 and saver.newest()[1]["steps"] == 4
+    told = []
+    state, history = train(
+        advance, create_state, on_dispatch=lambda _, steps: told.append(steps), **options
+    )
+    assert told == [4, 2]
+    same_bits(state, undisturbed[0])
+    same_bits(history.loss, undisturbed[1].loss)
+
+
+def stream_of(opened):
+    """Batches that depend on the step alone; notes where it was opened."""
+
+    def open_stream(step):
+        opened.append(step)
+        while True:
+            yield examples(8, seed=step)
+            step += 1
+
+    return open_stream
+
+
+def test_streamed_steps(tmp_path):
+    """Equal to the steps one by one, mean losses; resumed at the step of the checkpoint."""
+    step = jax.jit(STEP)
+    expected, losses = create_state(), []
+    for index in range(6):
+        expected, metrics = step(expected, examples(8, seed=index))
+        losses.append(metrics.loss)
+    opened, saver = [], Checkpointer(tmp_path)
+    options = dict(saver=saver, losses_per_dispatch=1, **RUN)
+
+    def fresh():
+        return streamed(step, stream_of(opened), num_steps=2)
+
+    with pytest.raises(Stopped):
+        train(fresh(), create_state, preempted=Preempting(2), **options)
+    state, history = train(fresh(), create_state, **options)
+    assert opened == [0, 2]
+    same_bits(state, expected)
+    np.testing.assert_allclose(history.loss, np.reshape(losses, (3, 2)).mean(1), rtol=1e-6)
+
+
+def test_streamed_steps_count_every_divergence():
+    def open_stream(step):
+        while True:
+            yield examples(8)._replace(image=np.full((8, 3), np.nan, np.float32))
+
+    advance = streamed(jax.jit(STEP), open_stream, num_steps=3)
+    _, metrics = advance(create_state())
+    assert metrics.diverged.sum() == 3 and metrics.loss.shape == (1,)
 
 
 @pytest.mark.parametrize(("num_steps", "length"), [(0, 2), (-2, 2), (5, 2), (1, 2)])

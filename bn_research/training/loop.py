@@ -1,6 +1,6 @@
 """Many steps per dispatch over a data set that lives on the device."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ from jaxtyping import Array, Int, PRNGKeyArray
 
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.metrics import Metrics
+from bn_research.training.preemption import Stopped
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, StepMetrics
 
@@ -79,26 +80,24 @@ def padded_batches(examples: Batch, batch_size: int) -> Iterator[Batch]:
 
 
 def evaluate(
-    eval_step: Callable[[TrainState, Batch], Metrics],
-    state: TrainState,
-    examples: Batch,
-    *,
-    batch_size: int,
+    eval_step: Callable[[TrainState, Batch], Metrics], state: TrainState, batches: Iterable[Batch]
 ) -> dict[str, float]:
-    """Mean loss and accuracy over the whole set, as sum over count.
+    """Mean loss and accuracy over a whole set, as sum over count.
 
     Args:
       eval_step: (state, batch) -> Metrics; jit it.
       state: its params and batch_stats are used.
-      examples: the whole set; where its mask is False an example is left out.
-      batch_size: examples per dispatch.
+      batches: of the whole set, such as `padded_batches`; masked examples are left out.
+
+    Raises:
+      ValueError: no batch, or every example masked.
     """
     total = None
-    for batch in padded_batches(examples, batch_size):
+    for batch in batches:
         metrics = eval_step(state, batch)
         total = metrics if total is None else jax.tree.map(jnp.add, total, metrics)
-    if total is None:
-        raise ValueError("examples is empty: evaluation needs at least one example")
+    if total is None or not total.count:
+        raise ValueError("batches is empty: evaluation needs at least one example")
     return {
         "loss": float(total.loss / total.count),
         "accuracy": float(total.correct / total.count),
@@ -106,10 +105,47 @@ def evaluate(
     }
 
 
+def streamed(
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
+    open_stream: Callable[[int], Iterator[Batch]],
+    *,
+    num_steps: int,
+) -> Callable[[TrainState], tuple[TrainState, StepMetrics]]:
+    """Steps over batches that stream in from outside, for `train`.
+
+    The position of the stream is the state's step, so a checkpoint that holds the state holds it.
+
+    Args:
+      train_step: a compiled step.
+      open_stream: step -> the batches of that step and those after it.
+      num_steps: steps of one call, dispatched without waiting for each other's results.
+
+    Returns:
+      state -> new state, and metrics of the call, shape=(1,): mean loss and accuracy of its steps,
+      number of steps that diverged.
+    """
+    batches: Iterator[Batch] | None = None
+
+    def advance(state: TrainState) -> tuple[TrainState, StepMetrics]:
+        nonlocal batches
+        if batches is None:
+            batches = open_stream(int(state.step))
+        steps = []
+        for _ in range(num_steps):
+            state, metrics = train_step(state, next(batches))
+            steps.append(metrics)
+        loss, accuracy, diverged = jax.tree.map(lambda *values: np.stack(values), *steps)
+        return state, StepMetrics(
+            np.mean(loss, keepdims=True), np.mean(accuracy, keepdims=True), np.sum(diverged)[None]
+        )
+
+    return advance
+
+
 class History(NamedTuple):
     """What a training run leaves besides its state."""
 
-    loss: np.ndarray  # shape=(steps taken,), float32: of each step's batch, before its update
+    loss: np.ndarray  # float32: losses that each dispatch reported, of batches before their update
     diverged: int  # number of steps that were not finite and so not taken
 
 
@@ -120,15 +156,18 @@ def train(
     name: str,
     num_steps: int,
     steps_per_dispatch: int,
+    losses_per_dispatch: int | None = None,
     saver: Checkpointer | None = None,
     save_when: Callable[[], bool] = lambda: True,
     stop_when: Callable[[np.ndarray], bool] = lambda loss: False,
-    on_dispatch: Callable[[int], None] = lambda steps: None,
+    on_dispatch: Callable[[TrainState, int], None] = lambda state, steps: None,
+    preempted: Callable[[int], bool] = lambda step: False,
 ) -> tuple[TrainState, History]:
     """Trains for num_steps steps, or until stopped; goes on from a checkpoint of the same name.
 
     The bits of the result depend neither on when it was saved nor on where it was interrupted.
-    A run whose steps diverge ends with the dispatch in which they do.
+    A step that is not finite is not taken (see `make_train_step`) and is counted; the run goes on,
+    and ends with the dispatch in which that happens again.
 
     Args:
       advance: takes steps_per_dispatch steps.
@@ -136,21 +175,26 @@ def train(
       name: of this run, written into its checkpoints.
       num_steps: a multiple of steps_per_dispatch.
       steps_per_dispatch: steps that advance takes.
+      losses_per_dispatch: losses that advance reports; None is one for each step.
       saver: keeps checkpoints; None keeps none.
       save_when: asked after each dispatch whether to save.
       stop_when: asked after each dispatch, with the losses so far, whether to stop early.
-      on_dispatch: told the number of steps after each dispatch, and first of any restored.
+      on_dispatch: given the state and the number of steps after each dispatch, before the state is
+        saved, and first of any restored.
+      preempted: asked after each dispatch, with the steps so far, whether to save and leave.
 
     Raises:
       ValueError: num_steps is not a positive multiple of steps_per_dispatch.
+      Stopped: preempted; the state is saved.
     """
     if num_steps < 1 or num_steps % steps_per_dispatch:
         raise ValueError(
             f"num_steps={num_steps} is not allowed: it must be a positive multiple of "
             f"steps_per_dispatch={steps_per_dispatch}"
         )
+    per_dispatch = steps_per_dispatch if losses_per_dispatch is None else losses_per_dispatch
     # A fixed shape, so that a checkpoint of any step has the same structure.
-    loss = np.full(num_steps, np.nan, np.float32)
+    loss = np.full(num_steps // steps_per_dispatch * per_dispatch, np.nan, np.float32)
     diverged, steps, state = 0, 0, create_state()
     newest = saver.newest() if saver is not None else None
     number = newest[0] if newest is not None else 0
@@ -158,15 +202,24 @@ def train(
         saved = saver.restore(number, {"state": state, "loss": loss})
         state, loss = saved["state"], np.array(saved["loss"])
         steps, diverged = newest[1]["steps"], newest[1]["diverged"]
-        on_dispatch(steps)
-    while steps < num_steps and not diverged and not (steps and stop_when(loss[:steps])):
+        on_dispatch(state, steps)
+
+    def losses() -> np.ndarray:
+        return loss[: steps // steps_per_dispatch * per_dispatch]
+
+    while steps < num_steps and diverged < 2 and not (steps and stop_when(losses())):
         state, metrics = advance(state)
-        loss[steps : steps + steps_per_dispatch] = metrics.loss
-        diverged += int(np.sum(metrics.diverged))
         steps += steps_per_dispatch
-        on_dispatch(steps_per_dispatch)
-        if saver is not None and save_when():
+        losses()[-per_dispatch:] = metrics.loss
+        diverged += int(np.sum(metrics.diverged))
+        on_dispatch(state, steps_per_dispatch)
+        leave = preempted(steps)
+        if saver is not None and (leave or save_when()):
             number += 1
             note = {"name": name, "steps": steps, "diverged": diverged}
-            saver.save(number, {"state": state, "loss": loss}, note)
-    return state, History(loss[:steps], diverged)
+            saver.save(number, {"state": state, "loss": loss}, note, wait=leave)
+        if leave:
+            raise Stopped(steps)
+    if saver is not None:
+        saver.wait()
+    return state, History(losses(), diverged)

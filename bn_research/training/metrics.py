@@ -21,7 +21,8 @@ def cross_entropy_metrics(
     where: Bool[Array, "batch"] | None = None,
 ) -> Metrics:
     """Metrics of a batch; examples where the mask is False count as if they were not there."""
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = jnp.argmax(logits, axis=-1) == labels
     if where is None:
         where = jnp.ones(labels.shape, bool)

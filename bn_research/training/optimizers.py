@@ -11,7 +11,7 @@ NAMES = ("sgd", "momentum", "adam")
 
 def create_optimizer(
     name: str,
-    learning_rate: float | Float[Array, ""],
+    learning_rate: float | Float[Array, ""] | optax.Schedule,
     *,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
@@ -22,7 +22,8 @@ def create_optimizer(
     Args:
       name: "sgd", θ ← θ − η·g; "momentum", v ← momentum·v + g, θ ← θ − η·v; "adam", optax's
         defaults (b1=0.9, b2=0.999, eps=1e-8).
-      learning_rate: η; may be traced, so that one program serves every rate.
+      learning_rate: η; may be traced, so that one program serves every rate; or a schedule, of
+        the number of updates made.
       momentum: of "momentum".
       weight_decay: λ. Added to the gradient, g + λ·θ (L2), for "sgd" and "momentum"; decoupled,
         θ ← θ − η·λ·θ, for "adam" (AdamW).
@@ -33,7 +34,8 @@ def create_optimizer(
     """
     if name not in NAMES:
         raise ValueError(f"optimizer={name!r} is unknown: allowed are {', '.join(NAMES)}")
-    if not isinstance(learning_rate, jax.core.Tracer) and not learning_rate >= 0:
+    known = not (callable(learning_rate) or isinstance(learning_rate, jax.core.Tracer))
+    if known and not learning_rate >= 0:
         raise ValueError(f"learning_rate={learning_rate!r} is not allowed: it must be ≥ 0")
     if not weight_decay >= 0:
         raise ValueError(f"weight_decay={weight_decay!r} is not allowed: it must be ≥ 0")

@@ -1,7 +1,7 @@
 """The train and eval step: pure, per replica, for any apply function."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +14,11 @@ from bn_research.training.state import TrainState
 # (variables, images, train) -> (logits, new batch_stats)
 ApplyFn = Callable[..., tuple[Array, Any]]
 
+AccumulatedStatistics = Literal["microbatch", "batch"]
+
 
 class Batch(NamedTuple):
-    """Examples of one step."""
+    """Examples of one step; with accumulation each leaf has a first axis of microbatches."""
 
     image: Float[Array, "batch height width channels"]
     label: Int[Array, "batch"]
@@ -32,37 +34,95 @@ class StepMetrics(NamedTuple):
 
 
 def make_train_step(
-    apply_fn: ApplyFn, optimizer: optax.GradientTransformation, *, axis_name: str | None = None
+    apply_fn: ApplyFn,
+    optimizer: optax.GradientTransformation,
+    *,
+    axis_name: str | None = None,
+    accumulated_statistics: AccumulatedStatistics | None = None,
+    stochastic: bool = False,
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A step of gradient descent on the mean cross-entropy.
 
     A step whose loss or gradient is not finite is reported as diverged and leaves params,
-    opt_state and batch_stats as they were; it counts as a step.
+    opt_state and batch_stats as they were; it counts as a step. Gradient, loss and batch_stats
+    are averaged over devices by one collective.
+
+    With accumulation the batch comes as microbatches, leaves [microbatches, examples, ...], and
+    the update is that of the whole batch. What BN then normalizes by has to be said:
+
+      - "microbatch": each microbatch by its own statistics, one after the other, in the memory of
+        one. The same numbers as a whole batch whose layers have the microbatch as `group_size`;
+        the running statistics move once, by the mean over microbatches.
+      - "batch": all by the statistics of the whole batch. A layer's statistics need every example
+        to have passed the layers below, so the microbatches go together; to save memory the
+        backward pass recomputes all but the convolutions and dense products. For layers
+        without `group_size`.
 
     Args:
       apply_fn: (variables, images, train=bool) -> (logits, batch_stats).
       optimizer: an optax transformation.
       axis_name: axis of devices over which loss and gradient are averaged; None on one device.
-        Map the step with `pmap`, or with `shard_map` and `check_vma=False`: with that check on,
-        gradients of replicated params arrive summed over the devices already.
-    """
+        Mapped by `bn_research.training.parallel`.
+      accumulated_statistics: None, a batch without microbatches; "microbatch" or "batch".
+      stochastic: give apply_fn `keys` in training too, a PRNG key for each example: a function of
+        the run's key, the step and the example's place in the batch of all devices.
 
-    def mean(tree):
-        return tree if axis_name is None else jax.lax.pmean(tree, axis_name)
+    Raises:
+      ValueError: other accumulated statistics.
+    """
+    if accumulated_statistics not in (None, "microbatch", "batch"):
+        raise ValueError(
+            f"accumulated_statistics={accumulated_statistics!r} is not allowed: None for a batch "
+            "without microbatches, 'microbatch' or 'batch'"
+        )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-        def loss_fn(params):
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            logits, batch_stats = apply_fn(variables, batch.image, train=True)
-            sums = cross_entropy_metrics(logits, batch.label, batch.where)
-            # Devices may hold unequal numbers of valid examples; each example weighs the same.
-            count = jnp.maximum(mean(sums.count), 1)
-            return sums.loss / count, (batch_stats, sums.correct / count)
+        def sums_and_gradient(batch, keys):
+            """Sums over this device's examples, the gradient of their loss, new batch_stats."""
 
-        (loss, (batch_stats, accuracy)), grads = jax.value_and_grad(loss_fn, has_aux=True)(
-            state.params
-        )
-        loss, accuracy, grads, batch_stats = mean((loss, accuracy, grads, batch_stats))
+            def loss_fn(params):
+                variables = {"params": params, "batch_stats": state.batch_stats}
+                options = {"keys": keys} if stochastic else {}
+                logits, batch_stats = apply_fn(variables, batch.image, train=True, **options)
+                sums = cross_entropy_metrics(logits, batch.label, batch.where)
+                return sums.loss, (sums, batch_stats)
+
+            if accumulated_statistics == "batch":
+                loss_fn = jax.checkpoint(loss_fn, policy=_is_product)
+            grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+            return sums, grads, batch_stats
+
+        keys = _example_keys(state, batch.label.shape, axis_name) if stochastic else None
+        if accumulated_statistics == "microbatch":
+            count = batch.label.shape[0]
+            first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
+            zero = jax.tree.map(
+                lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
+                jax.eval_shape(sums_and_gradient, *first),
+            )
+
+            def accumulate(total, microbatch):
+                return jax.tree.map(jnp.add, total, sums_and_gradient(*microbatch)), None
+
+            (sums, grads, batch_stats), _ = jax.lax.scan(accumulate, zero, (batch, keys))
+        else:
+            count = 1
+            if accumulated_statistics == "batch":
+                # Examples first, the axis that is cut over devices, so that it stays cut.
+                batch, keys = jax.tree.map(
+                    lambda leaf: leaf.swapaxes(0, 1).reshape(-1, *leaf.shape[2:]), (batch, keys)
+                )
+            sums, grads, batch_stats = sums_and_gradient(batch, keys)
+
+        if axis_name is not None:
+            count *= jax.lax.axis_size(axis_name)
+            sums, grads, batch_stats = jax.lax.psum((sums, grads, batch_stats), axis_name)
+        # Devices may hold unequal numbers of valid examples; each example weighs the same.
+        examples = jnp.maximum(sums.count, 1)
+        loss, accuracy = sums.loss / examples, sums.correct / examples
+        grads = jax.tree.map(lambda leaf: leaf / examples.astype(leaf.dtype), grads)
+        if count > 1:
+            batch_stats = jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), batch_stats)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss) & _all_finite(grads) & _all_finite(params)
@@ -82,15 +142,44 @@ def make_train_step(
     return train_step
 
 
-def make_eval_step(apply_fn: ApplyFn) -> Callable[[TrainState, Batch], Metrics]:
-    """Metrics of a batch by the state's batch_stats, as sums over its unmasked examples."""
+def make_eval_step(
+    apply_fn: ApplyFn, *, axis_name: str | None = None
+) -> Callable[[TrainState, Batch], Metrics]:
+    """Metrics of a batch by the state's batch_stats, as sums over its unmasked examples.
+
+    Args:
+      apply_fn: (variables, images, train=bool) -> (logits, batch_stats).
+      axis_name: axis of devices over which the sums run; None on one device.
+    """
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
         logits, _ = apply_fn(variables, batch.image, train=False)
-        return cross_entropy_metrics(logits, batch.label, batch.where)
+        metrics = cross_entropy_metrics(logits, batch.label, batch.where)
+        return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
 
     return eval_step
+
+
+def _example_keys(state: TrainState, shape: tuple[int, ...], axis_name: str | None) -> Array:
+    """A key for each example of this device, by its place in the batch of all devices."""
+    *microbatches, examples = shape
+    index: int | Array = 0
+    size = 1
+    if axis_name is not None:
+        index, size = jax.lax.axis_index(axis_name), jax.lax.axis_size(axis_name)
+    place = index * examples + jnp.arange(examples)
+    if microbatches:
+        place = jnp.arange(microbatches[0])[:, None] * (size * examples) + place
+    # Epochs, which are folded into the same key for the order of the examples, stay below this.
+    key = jax.random.fold_in(jax.random.fold_in(state.key, 2**32 - 1), state.step)
+    return jax.vmap(jax.random.fold_in, (None, 0))(key, place.ravel()).reshape(shape)
+
+
+def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
+    """What the backward pass keeps rather than recomputes."""
+    # The statistics of `batch_norm` are a custom_jvp_call by then: few numbers, one collective.
+    return primitive.name in ("conv_general_dilated", "dot_general", "custom_jvp_call")
 
 
 def _all_finite(tree: Any) -> Array:
