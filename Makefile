@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.init_sensitivity --preset=quick --workdir=runs/demo
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from imagenet_like import make_imagenet_like
 from PIL import Image
 from tensorflow_datasets.core.utils import tqdm_utils
 
-from bn_research.data import DATASETS, FULL_SCALE, DataError, builders, datasets
+from bn_research.data import DATASETS, EVALUATION_SPLIT, FULL_SCALE, DataError, builders, datasets
 from bn_research.data.datasets import data_source, prepare
 from bn_research.data.in_memory import load_examples
 from bn_research.data.quiet import quiet
@@ -85,8 +86,8 @@ def no_debian(monkeypatch, tmp_path):
 
 
 def test_every_set_has_a_one_line_description_and_a_full_scale():
-    assert list(DATASETS) == ["digits", "mnist", "fashion_mnist", "cifar10"]
-    assert list(FULL_SCALE) == list(DATASETS)
+    assert list(DATASETS) == ["digits", "mnist", "fashion_mnist", "cifar10", "imagenet2012"]
+    assert list(FULL_SCALE) == list(EVALUATION_SPLIT) == list(DATASETS)
     assert all(text and "\n" not in text for text in DATASETS.values())
 
 
@@ -96,7 +97,7 @@ def test_unknown_name_says_which_are_allowed(tmp_path, name):
     assert repr(name) in message and all(known in message for known in DATASETS)
 
 
-@pytest.mark.parametrize("name", ["digits", "cifar10"])
+@pytest.mark.parametrize("name", ["digits", "cifar10", "imagenet2012"])
 def test_manual_dir_where_it_means_nothing(tmp_path, name):
     assert "leave it empty" in refusal(name, data_dir=tmp_path, manual_dir=tmp_path)
 
@@ -204,6 +205,35 @@ def test_sets_prepared_by_tfds_are_read(tmp_path, name, no_tensorflow, no_debian
     np.testing.assert_array_equal(examples.image[np.argsort(examples.label)], images)
 
 
+def test_imagenet_is_read_without_tensorflow(tmp_path):
+    contents = make_imagenet_like(tmp_path, 10, 4, num_classes_used=3)
+    code = (
+        "import sys\n"
+        "from bn_research.data import EVALUATION_SPLIT, data_source, prepare\n"
+        f"builder = prepare('imagenet2012', data_dir={str(tmp_path)!r})\n"
+        "source = data_source(builder, EVALUATION_SPLIT['imagenet2012'], serialized=True)\n"
+        "assert len(source) == 4\n"
+        "assert builder.info.features['label'].num_classes == 1000\n"
+        "assert 'tensorflow' not in sys.modules\n"
+    )
+    finished = run_python(code)
+    assert (finished.returncode, finished.stdout, finished.stderr) == (0, "", "")
+    source = data_source(prepare("imagenet2012", data_dir=tmp_path), "train")
+    assert len(source) == 10
+    for record in source:
+        data, label = contents["train"][record["file_name"].decode()]
+        assert record["label"] == label
+        expected = np.asarray(Image.open(io.BytesIO(data)).convert("RGB"))
+        np.testing.assert_array_equal(record["image"], expected)
+
+
+def test_imagenet_is_not_downloaded_even_with_tensorflow(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "_has_tensorflow", lambda: True)
+    message = refusal("imagenet2012", data_dir=tmp_path / "data")
+    assert "cannot be downloaded" in message and "ILSVRC2012_img_val.tar" in message
+    assert "TensorFlow" in message and not (tmp_path / "data").exists()
+
+
 def test_ours_and_tfds_own_share_a_data_dir(tmp_path, no_tensorflow, no_debian):
     theirs = prepare_as_tfds_would("fashion_mnist", tmp_path / "data")
     ours = write_idx_set(tmp_path / "manual")
@@ -222,6 +252,7 @@ def test_ours_and_tfds_own_share_a_data_dir(tmp_path, no_tensorflow, no_debian):
             ["apt install dataset-fashion-mnist", "--config.manual_dir=DIR", "[tfds-build]"],
         ),
         ("cifar10", ["bn_research[tfds-build]", "network"]),
+        ("imagenet2012", ["--config.data_dir=DIR", "ILSVRC2012_img_train.tar", "tfds build"]),
     ],
 )
 def test_without_tensorflow_the_ways_out_are_named_and_nothing_is_tried(

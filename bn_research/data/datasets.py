@@ -24,10 +24,16 @@ DATASETS: dict[str, str] = {
     "mnist": "70,000 28x28 gray digits; idx files in manual_dir, or a network",
     "fashion_mnist": "70,000 28x28 gray images of clothes; Debian's package or a network",
     "cifar10": "60,000 32x32 color images, 50,000 train and 10,000 test; a network",
+    "imagenet2012": "1,331,167 photographs, 1,281,167 train and 50,000 validation; your own copy",
 }
 
-FULL_SCALE: dict[str, int] = {"digits": 16, "mnist": 255, "fashion_mnist": 255, "cifar10": 255}
+FULL_SCALE: dict[str, int] = {name: 16 if name == "digits" else 255 for name in DATASETS}
 """The largest value a pixel can take, a property of the format and not of the images at hand."""
+
+EVALUATION_SPLIT: dict[str, str] = {
+    name: "validation" if name == "imagenet2012" else "test" for name in DATASETS
+}
+"""The split with labels that results are published on."""
 
 FASHION_MNIST_DIR = Path("/usr/share/datasets/fashion-mnist")
 """Where Debian's package `dataset-fashion-mnist` puts the four idx files."""
@@ -43,6 +49,11 @@ _REMEDY = {
     "mnist": f"{_MANUAL_DIR}, or {_EXTRA}",
     "fashion_mnist": f"apt install dataset-fashion-mnist, or {_MANUAL_DIR}, or {_EXTRA}",
     "cifar10": f"{_EXTRA}, or give --config.data_dir=DIR where it is prepared as array_record",
+    "imagenet2012": (
+        "give --config.data_dir=DIR where it is prepared as array_record, by `tfds build "
+        "imagenet2012 --file_format=array_record --manual_dir=TARS --data_dir=DIR` with TensorFlow "
+        "and ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar in TARS"
+    ),
 }
 
 
@@ -60,7 +71,7 @@ def prepare(
       every call, and a build belongs to the very files it was made from: another `manual_dir`
       with other files gets a build of its own.
     - Otherwise the set is tfds's own: read if it is prepared in `data_dir`, else downloaded,
-      which needs TensorFlow and a network.
+      which needs TensorFlow and a network. `imagenet2012` cannot be downloaded.
 
     Args:
       name: a key of `DATASETS`.
@@ -75,7 +86,7 @@ def prepare(
     if name not in DATASETS:
         raise DataError(f"dataset is {name!r}; allowed: {', '.join(DATASETS)}")
     root = os.path.expanduser(data_dir) if data_dir else None
-    if manual_dir and name in ("digits", "cifar10"):
+    if manual_dir and name not in ("mnist", "fashion_mnist"):
         raise DataError(
             f"manual_dir is {os.fspath(manual_dir)!r}, and {name} is not made of idx files: leave "
             "it empty"
@@ -144,6 +155,8 @@ def _prepare_tfds_own(name: str, data_dir: str | None) -> "tfds.core.DatasetBuil
 def _download(name: str, builder: "tfds.core.DatasetBuilder") -> None:
     """Let tfds download and prepare a set; DataError where that cannot be or does not work."""
     cannot = f"{name} is not in {builder.data_dir_root}"
+    if builder.MANUAL_DOWNLOAD_INSTRUCTIONS:
+        raise DataError(f"{cannot}, and it cannot be downloaded; {_REMEDY[name]}")
     if not _has_tensorflow():
         raise DataError(f"{cannot}, and tfds needs TensorFlow to build it; {_REMEDY[name]}")
     url = next(iter(builder.url_infos))

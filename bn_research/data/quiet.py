@@ -6,10 +6,6 @@ import logging
 from collections.abc import Iterator
 
 
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Inside it tfds prints nothing and logs errors alone; outside, everything is as it was.
@@ -25,11 +21,15 @@ def quiet() -> Iterator[None]:
 
     bars_shown = getattr(tqdm_utils, "_active", True)  # tfds has a setter and no getter
     logger = logging.getLogger("absl")
+
+    def is_error(record: logging.LogRecord) -> bool:  # one for each block: blocks may be nested
+        return record.levelno >= logging.ERROR
+
     tqdm_utils.display_progress_bar(False)
-    logger.addFilter(_is_error)
+    logger.addFilter(is_error)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
-        logger.removeFilter(_is_error)
+        logger.removeFilter(is_error)
         tqdm_utils.display_progress_bar(bars_shown)
