@@ -110,3 +110,13 @@ def test_weight_mask():
 def test_bad_arguments(args, options, message):
     with pytest.raises(ValueError, match=message):
         create_optimizer(*args, **options)
+
+
+def test_a_schedule_is_the_rate_of_each_update():
+    """θ moves by −η_t·g with η_t of the number of updates made."""
+    optimizer = create_optimizer("sgd", lambda count: 0.5 / (count + 1))
+    params = jnp.zeros(())
+    state = optimizer.init(params)
+    for count in range(3):
+        update, state = optimizer.update(jnp.float32(2), state, params)
+        np.testing.assert_allclose(update, -2 * 0.5 / (count + 1), rtol=1e-6)

@@ -11,7 +11,7 @@ from jax.sharding import Mesh, PartitionSpec
 from scipy.special import log_softmax
 
 from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
-from bn_research.training.state import TrainState, create_train_state
+from bn_research.training.state import TrainState, create_train_state, digest
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 
 DEVICES = 4
@@ -82,6 +82,16 @@ def test_create_train_state():
     same_bits(state, create_train_state(init, optax.adam(0.1), jax.random.key(3)))
     without_bn = create_train_state(lambda k: {"params": jnp.ones(2)}, optax.sgd(0.1), key)
     assert without_bn.batch_stats == {}
+
+
+def test_digest():
+    """Of every bit of params and batch_stats, and of nothing else."""
+    state = create_train_state(linear_init, optax.sgd(0.1), jax.random.key(0))
+    found = digest(state)
+    assert len(found) == 64 and found == digest(state._replace(step=1, key=None, opt_state=()))
+    bit = jnp.nextafter(state.params["w"][0, 0], 9)
+    assert digest(state._replace(params={"w": state.params["w"].at[0, 0].set(bit)})) != found
+    assert digest(state._replace(batch_stats={"seen": jnp.ones(())})) != found
 
 
 @pytest.mark.parametrize("masked", [False, True])
