@@ -1,4 +1,4 @@
-"""Writes the tables of README.md from the committed results: python -m experiments.readme.
+"""Writes the tables of the pages from the committed results: python -m experiments.readme.
 
 Between `<!-- results:NAME -->` and `<!-- /results:NAME -->` stands what
 `docs/results/NAME/results.json` says, between `<!-- benchmark:NAME -->` and its end the text of
@@ -14,6 +14,7 @@ from bn_research.claims.formatting import format_duration
 from bn_research.claims.report import markdown_table
 
 ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "docs/scaling.md")
 _BLOCK = re.compile(r"(<!-- (results|benchmark):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 
 
@@ -36,5 +37,6 @@ def render(text: str, docs: Path) -> str:
 
 
 if __name__ == "__main__":
-    readme = ROOT / "README.md"
-    atomic.write_bytes(readme, render(readme.read_text(), ROOT / "docs").encode())
+    for page in PAGES:
+        path = ROOT / page
+        atomic.write_bytes(path, render(path.read_text(), ROOT / "docs").encode())

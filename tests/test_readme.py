@@ -1,4 +1,4 @@
-"""README.md says what the committed results say, and its code runs."""
+"""README.md and the pages of docs say what the committed results say, and the code runs."""
 
 import re
 import shutil
@@ -6,16 +6,18 @@ from pathlib import Path
 
 import pytest
 
-from experiments import init_sensitivity
-from experiments.readme import render
+from experiments import imagenet, init_sensitivity
+from experiments.readme import PAGES, render
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def test_results_are_those_committed():
-    assert render(README, ROOT / "docs") == README, (
-        "README.md differs from docs/results: run `python -m experiments.readme`"
+@pytest.mark.parametrize("page", PAGES)
+def test_results_are_those_committed(page):
+    text = (ROOT / page).read_text()
+    assert render(text, ROOT / "docs") == text, (
+        f"{page} differs from docs/results: run `python -m experiments.readme`"
     )
 
 
@@ -45,8 +47,21 @@ def test_python_blocks_run():
         exec(compile(block, "README.md", "exec"), {})
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_of_the_imagenet_job_exist(page, capsys):
+    """Every flag that a launch of it gives stands in its --help."""
+    assert imagenet.main(imagenet.EXPERIMENT, ["imagenet", "--help"]) == 0
+    known = capsys.readouterr().out
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    launches = re.findall(r"python -m experiments\.imagenet(.*)", text)
+    assert len(launches) >= 3
+    for flag in {flag for launch in launches for flag in re.findall(r"--([\w.]+)", launch)}:
+        assert (f"  {flag[7:]} = " if flag.startswith("config.") else f"--{flag}") in known, flag
+
+
 def test_files_and_presets_that_it_names_exist():
-    for target in re.findall(r"\]\(([\w./]+)\)", README):
-        assert (ROOT / target).exists(), target
+    for page in PAGES:
+        for target in re.findall(r"\]\(([\w./]+)\)", (ROOT / page).read_text()):
+            assert ((ROOT / page).parent / target).exists(), target
     named = re.findall(r"^\| `(\w+)` \| (?:every|a first|the evidence)", README, re.MULTILINE)
     assert sorted(named) == sorted(init_sensitivity.PRESETS)
