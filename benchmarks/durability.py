@@ -161,7 +161,11 @@ def main() -> None:
         lines.append(
             f"| {name} | {found.kills} | {found.before} | {found.saving} | {wait} | {same} |"
         )
-    lines += ["", "Measured with `python -m benchmarks.durability`, 2 CPU cores."]
+    lines += [
+        "",
+        "Measured with `python -m benchmarks.durability`, 2 CPU cores. A process whose peer is",
+        "killed before the two have met waits a minute for it.",
+    ]
     text = "\n".join(lines)
     print(text)
     if arguments.write:

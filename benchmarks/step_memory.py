@@ -1,15 +1,13 @@
-"""What a train step of BN-Inception needs on each device: memory and collectives, as a table.
+"""What a train step of BN-Inception needs of a device's memory, as a table.
 
     python -m benchmarks.step_memory [--write]
 
 Compiles the paper's job (224 × 224, 1000 classes, momentum SGD) without running it and asks the
-compiler what it will allocate. Batches are per device. On a CPU the figures are those of the
-CPU's compiler; on an accelerator, of its own.
+compiler what it will allocate. On a CPU the figures are those of the CPU's compiler, which takes
+some minutes for each; on an accelerator, of its own.
 """
 
 import argparse
-import dataclasses
-import re
 from pathlib import Path
 from typing import Any
 
@@ -25,56 +23,41 @@ from experiments.imagenet import Config
 from experiments.imagenet_programs import create_model, make_apply_fn
 
 TABLE = Path(__file__).parents[1] / "docs" / "benchmarks" / "step_memory.md"
-_DEVICES = 8
-_COLLECTIVE = re.compile(r" (?:all-reduce|all-gather|collective-permute)(?:-start)?\(")
+_SHAPE = (224, 224, 3)
 
 
-def compiled_step(config: Config, devices: int, batch: int) -> Any:
-    """The job's step on so many devices with so many images on each."""
-    parallel = create_parallel("auto" if devices == 1 else "shard_map", jax.devices()[:devices])
-    model = create_model(config, 1000, axis_name=parallel.axis_name)
+def compiled_step(batch: int, microbatches: int) -> Any:
+    """The job's step on one device with so many images, in so many pieces."""
+    parallel = create_parallel("jit", jax.devices()[:1])
+    model = create_model(Config(), 1000, axis_name=None)
     optimizer = optax.sgd(0.1, momentum=0.9)
-    shape = (224, 224, 3)
     state = jax.eval_shape(
         lambda: create_train_state(
-            lambda key: model.init(key, jnp.zeros((1, *shape)), train=False),
+            lambda key: model.init(key, jnp.zeros((1, *_SHAPE)), train=False),
             optimizer,
             jax.random.key(0),
         )
     )
+    pieces = (batch,) if microbatches == 1 else (microbatches, batch // microbatches)
     examples: Any = Batch(
-        jax.ShapeDtypeStruct((devices * batch, *shape), jnp.uint8),  # type: ignore[arg-type]
-        jax.ShapeDtypeStruct((devices * batch,), jnp.int32),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct((*pieces, *_SHAPE), jnp.uint8),  # type: ignore[arg-type]
+        jax.ShapeDtypeStruct(pieces, jnp.int32),  # type: ignore[arg-type]
     )
     step = make_train_step(
         make_apply_fn(model, 255),
         optimizer,
-        axis_name=parallel.axis_name,
-        accumulated_statistics=config.microbatch_statistics or None,  # type: ignore[arg-type]
+        accumulated_statistics=None if microbatches == 1 else "microbatch",
     )
-    if config.microbatches > 1:
-        examples = jax.tree.map(
-            lambda leaf: jax.ShapeDtypeStruct(
-                (config.microbatches, leaf.shape[0] // config.microbatches, *leaf.shape[1:]),
-                leaf.dtype,
-            ),
-            examples,
-        )
-    mapped = parallel.map(step, batch_axis=0 if config.microbatches == 1 else 1)
-    return mapped.lower(state, examples).compile()
+    return parallel.map(step, batch_axis=len(pieces) - 1).lower(state, examples).compile()
 
 
-def row(name: str, config: Config, devices: int, batch: int) -> str:
+def row(batch: int, microbatches: int) -> str:
     """A line of the table."""
-    compiled = compiled_step(config, devices, batch)
-    memory = compiled.memory_analysis()
+    memory = compiled_step(batch, microbatches).memory_analysis()
     # The new state takes the memory of the old, which is donated.
     held = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    collectives = len(_COLLECTIVE.findall(compiled.as_text())) if devices > 1 else 0
-    return (
-        f"| {name} | {devices} | {batch} | {held / 2**30:.2f} | "
-        f"{memory.temp_size_in_bytes / 2**30:.1f} | {collectives} |"
-    )
+    temporary = memory.temp_size_in_bytes
+    return f"| {batch} | {microbatches} | {held / 2**30:.2f} | {temporary / 2**30:.1f} |"
 
 
 def main() -> None:
@@ -82,26 +65,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
     arguments = parser.parse_args()
-    jax.config.update("jax_num_cpu_devices", _DEVICES)  # counts where there is nothing but a CPU
-    paper = Config()
-    pieces = dataclasses.replace(paper, microbatches=8, microbatch_statistics="microbatch")
     lines = [
-        "| step | devices | images each | state and batch, GiB | temporaries, GiB | collectives |",
-        "|---|---|---|---|---|---|",
+        "| images on a device | microbatches | state and batch, GiB | temporaries, GiB |",
+        "|---|---|---|---|",
     ]
-    for name, config, devices, batch in (
-        ("float32", paper, 1, 32),
-        ("float32", paper, 1, 256),
-        ("float32, 8 microbatches", pieces, 1, 256),
-        ("float32, statistics of all devices", paper, _DEVICES, 32),
-        ("float32, groups of 32", dataclasses.replace(paper, group_size=32), _DEVICES, 32),
-    ):
-        lines.append(row(name, config, devices, batch))
+    for batch, microbatches in ((32, 1), (256, 1), (256, 8)):
+        lines.append(row(batch, microbatches))
         print(lines[-1], flush=True)
-    backend = jax.devices()[0].device_kind
     lines += [
         "",
-        f"Compiled with `python -m benchmarks.step_memory`: jax {jax.__version__}, {backend}.",
+        "float32, as compiled with `python -m benchmarks.step_memory`: "
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}.",
     ]
     text = "\n".join(lines)
     if arguments.write:

@@ -63,14 +63,10 @@ class Programs:
       config: of `experiments.imagenet`.
       builder: of the data set.
       parallel: how devices are used.
-
-    Raises:
-      ValueError: a batch that the devices do not divide.
     """
 
     def __init__(self, config: Any, builder: Any, parallel: Parallel):
         """Builds the programs; nothing is compiled yet."""
-        parallel.check_batch_size(config.batch_size // config.microbatches)
         self._config = config
         self._builder = builder
         self._parallel = parallel

@@ -96,10 +96,11 @@ def test_networks_at_full_size(setting):
         assert len(stats) == 2 * 69 and sum(math.prod(leaf.shape) for leaf in stats) == 2 * CHANNELS
 
 
-def test_a_step_at_full_size():
-    """Shapes of the whole train step of the paper's job: 32 images of 224 × 224."""
-    config = Config()
-    model = create_model(config, 1000, axis_name=None)
+def traced_step(devices, group_size):
+    """The step of the paper's job at full size, 32 images on each device: jaxpr and shapes."""
+    parallel = create_parallel("shard_map", jax.devices()[:devices])
+    config = dataclasses.replace(Config(), group_size=group_size)
+    model = create_model(config, 1000, axis_name=parallel.axis_name)
     optimizer = optax.sgd(0.1, momentum=0.9)
     image = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32)
     state = jax.eval_shape(
@@ -109,14 +110,28 @@ def test_a_step_at_full_size():
         image,
     )
     batch = Batch(
-        jax.ShapeDtypeStruct((32, 224, 224, 3), jnp.uint8), jax.ShapeDtypeStruct((32,), jnp.int32)
+        jax.ShapeDtypeStruct((32 * devices, 224, 224, 3), jnp.uint8),
+        jax.ShapeDtypeStruct((32 * devices,), jnp.int32),
     )
-    step = make_train_step(make_apply_fn(model, 255), optimizer)
-    new, metrics = jax.eval_shape(step, state, batch)
-    assert jax.tree.map(lambda a: (a.shape, a.dtype), new) == jax.tree.map(
-        lambda a: (a.shape, a.dtype), state
-    )
-    assert metrics.loss.shape == ()
+    step = make_train_step(make_apply_fn(model, 255), optimizer, axis_name=parallel.axis_name)
+    jaxpr, shapes = jax.make_jaxpr(parallel.map(step), return_shape=True)(state, batch)
+    return state, jaxpr, shapes
+
+
+def shapes_of(tree):
+    return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+
+
+def test_a_step_at_full_size():
+    """224 × 224 on eight devices: the state keeps its shapes, and BN names two sums a layer."""
+    sums = {}
+    for group_size in (0, 32):
+        state, jaxpr, (new, metrics) = traced_step(8, group_size)
+        assert shapes_of(new) == shapes_of(state) and metrics.loss.shape == ()
+        sums[group_size] = len(re.findall(r"= psum\w*\[", str(jaxpr)))
+    assert sums[0] - sums[32] == 2 * 69
+    # Groups within a device: an array each of gradients, statistics and metrics; XLA joins them.
+    assert sums[32] == len(jax.tree.leaves((new.params, new.batch_stats))) + 3
 
 
 def test_the_five_settings():

@@ -277,7 +277,7 @@ def test_evaluation(mode):
 
 def test_auto():
     assert create_parallel("auto", jax.devices()[:1]).mode == "jit"
-    assert create_parallel("auto").mode == "pmap" and create_parallel().num_devices == 8
+    assert create_parallel("auto").mode == "pmap" and create_parallel().mesh.size == 8
 
 
 def test_a_checkpointed_state_has_no_device_axis():
@@ -292,11 +292,6 @@ def test_a_checkpointed_state_has_no_device_axis():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="parallel='tpu' is unknown: allowed are auto, jit, pmap"):
         create_parallel("tpu")
-    parallel = create_parallel("shard_map")
-    parallel.check_batch_size(24)
-    for size in (0, 4, 12):
-        with pytest.raises(ValueError, match=f"batch_size={size} .*multiples of 8"):
-            parallel.check_batch_size(size)
     for mode in MODES:
         with pytest.raises(ValueError, match="12 examples does not divide over 8 devices"):
             create_parallel(mode).shard(jax.tree.map(lambda leaf: leaf[:12], examples()))

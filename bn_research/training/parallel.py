@@ -32,22 +32,9 @@ class Parallel:
     mesh: Mesh  # one axis, AXIS_NAME; devices of a process lie side by side
 
     @property
-    def num_devices(self) -> int:
-        """Devices of all processes."""
-        return self.mesh.size
-
-    @property
     def axis_name(self) -> str | None:
         """What the step and its layers are to be given as `axis_name`: None under `jit`."""
         return None if self.mode == "jit" else AXIS_NAME
-
-    def check_batch_size(self, batch_size: int) -> None:
-        """ValueError unless the devices divide the batch evenly."""
-        if batch_size < 1 or batch_size % self.num_devices:
-            raise ValueError(
-                f"batch_size={batch_size} does not divide over {self.num_devices} devices: allowed "
-                f"are multiples of {self.num_devices}"
-            )
 
     def create(self, init: Callable[..., Any], *args: Any) -> Any:
         """What init(*args) returns, one copy over the devices, as the mapped step takes it.
@@ -75,11 +62,7 @@ class Parallel:
         sharding = NamedSharding(self.mesh, PartitionSpec(*[None] * batch_axis, AXIS_NAME))
 
         def place(leaf):
-            before, count, after = (
-                leaf.shape[:batch_axis],
-                leaf.shape[batch_axis],
-                leaf.shape[batch_axis + 1 :],
-            )
+            before, (count, *after) = leaf.shape[:batch_axis], leaf.shape[batch_axis:]
             if count == 0 or count % local:
                 raise ValueError(
                     f"a batch of {count} examples does not divide over {local} devices: allowed "
@@ -93,7 +76,7 @@ class Parallel:
 
     def map(
         self,
-        step: Callable[[Any, Any], tuple[Any, Any]] | Callable[[Any, Any], Any],
+        step: Callable[[Any, Any], Any],
         *,
         batch_axis: int = 0,
         donate_state: bool = True,

@@ -91,7 +91,9 @@ DEVIATIONS = [
 
 
 @pytest.mark.parametrize(
-    ("name", "error", "ratio", "dtype", "options", "least", "most"), DEVIATIONS, ids=str
+    ("name", "error", "ratio", "dtype", "options", "least", "most"),
+    DEVIATIONS,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_deviations_of_peers(name, error, ratio, dtype, options, least, most):
     if name not in PEERS:
