@@ -1,5 +1,6 @@
 """The ImageNet job: its networks at full size, real steps at a small one, and how it survives."""
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -22,6 +23,7 @@ import pytest
 from imagenet_like import make_imagenet_like
 
 from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.parallel import create_parallel
 from bn_research.training.state import create_train_state
 from bn_research.training.step import Batch, make_train_step
@@ -265,8 +267,25 @@ def close(a, b, tolerance=1e-5):
 
 @pytest.mark.parametrize("mode", ["jit", "shard_map"])
 def test_the_mode_changes_nothing(tmp_path, finished, mode):
-    assert launch(tmp_path / mode, f"--parallel={mode}") == 0
+    """And the last state is kept, though no checkpoint was due by then."""
+    assert launch(tmp_path / mode, f"--parallel={mode}", "--config.checkpoint_every=15") == 0
     close(measured(tmp_path / mode), measured(finished))
+    with contextlib.closing(Checkpointer(tmp_path / mode / "checkpoints")) as saver:
+        assert saver.newest()[1]["steps"] == 20
+
+
+def test_a_stream_opened_at_a_step():
+    """With microbatches too: the batches from there on, as a stream from the start gives them."""
+    config = dataclasses.replace(
+        SMOKE, batch_size=16, microbatches=2, microbatch_statistics="microbatch"
+    )
+    programs = Programs(config, prepare(config), create_parallel("jit"))
+    with programs.stream(0) as open_stream:
+        start, later = open_stream(0), open_stream(3)
+        for _ in range(3):
+            next(start)
+        for _ in range(2):
+            jax.tree.map(np.testing.assert_array_equal, next(start), next(later))
 
 
 def test_microbatches(tmp_path):
@@ -395,13 +414,13 @@ def test_sigterm_saves_and_sigkill_loses_nothing(tmp_path, undisturbed, compiled
 
 
 def test_a_second_run_in_the_workdir_is_refused(tmp_path, compiled):
-    workdir = tmp_path / "run"
-    first = begin(command(workdir), compiled)
-    wait_for_checkpoint(first, workdir)
-    said = end(begin(command(workdir), compiled), 2)
-    assert len(said) == 1 and str(first.pid) in said[0]
+    words = command(tmp_path / "run", "--config.num_steps=20000")  # it must not end before
+    first = begin(words, compiled)
+    wait_for_checkpoint(first, tmp_path / "run")
+    said = end(begin(words, compiled), 2)
     first.kill()
     first.communicate()
+    assert len(said) == 1 and str(first.pid) in said[0]
 
 
 def test_a_corrupt_newest_checkpoint(tmp_path, undisturbed, compiled):

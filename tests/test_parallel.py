@@ -236,9 +236,13 @@ def test_accumulation_with_statistics_of_the_batch(mode, devices):
 
 def test_collectives_of_accumulation():
     """The scan holds two for each layer; nothing is summed twice when the rest is recomputed."""
-    for accumulated in ("microbatch", "batch"):
+    named = {}
+    for accumulated in (None, "microbatch", "batch"):
         _, step, state, batch = build("shard_map", 4, accumulated=accumulated, layers=2)
-        assert count_collectives(step, state, batch) == 2 * 2 + 1
+        if accumulated == "microbatch":
+            assert count_collectives(step, state, batch) == 2 * 2 + 1
+        named[accumulated] = str(jax.make_jaxpr(step)(state, batch)).count("= psum")
+    assert named["batch"] == named["microbatch"] == named[None] > 2 * 2
 
 
 def test_a_bad_step_is_not_taken_under_any_mode():
