@@ -267,7 +267,6 @@ def main() -> None:
     text = f"{markdown(figures())}\n\nMeasured with `python -m benchmarks.accuracy`: {versions()}."
     print(text)
     if arguments.write:
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(TABLE, f"{text}\n".encode())
 
 

@@ -149,7 +149,6 @@ def main() -> None:
     )
     print(text)
     if arguments.write:
-        TABLE.parent.mkdir(parents=True, exist_ok=True)
         atomic.write_bytes(TABLE, f"{text}\n".encode())
 
 

@@ -8,6 +8,7 @@ some minutes for each; on an accelerator, of its own.
 """
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -72,10 +73,12 @@ def main() -> None:
     for batch, microbatches in ((32, 1), (256, 1), (256, 8)):
         lines.append(row(batch, microbatches))
         print(lines[-1], flush=True)
+    flags = os.environ.get("XLA_FLAGS", "")
     lines += [
         "",
         "float32, as compiled with `python -m benchmarks.step_memory`: "
-        f"jax {jax.__version__}, {jax.devices()[0].device_kind}.",
+        f"jax {jax.__version__}, {jax.devices()[0].device_kind}"
+        + (f", XLA_FLAGS `{flags}`." if flags else "."),
     ]
     text = "\n".join(lines)
     if arguments.write:
