@@ -10,8 +10,8 @@ from jaxtyping import Array, Float
 from bn_research.layers.conv import Conv as ConvLayer
 from bn_research.models.spec import Conv, Pool, parse_spec
 
-NormPlacement = Literal["none", "last", "all"]
-PLACEMENTS = ("none", "last", "all")
+NormPlacement = Literal["none", "last", "hidden", "all"]
+PLACEMENTS = ("none", "last", "hidden", "all")
 
 # The Notes do not give their seven layers; of the five candidates this one has seven weight layers
 # of widths that were usual then.
@@ -29,7 +29,7 @@ class CNN(nn.Module):
       spec: the layers, see `bn_research.models.spec`.
       norm: a factory of normalization layers, called with `name` and `use_running_average`, for
         example `functools.partial(BatchNorm, epsilon=1e-5)`.
-      placement: BN on no layer, on the last (the head) alone, or on all.
+      placement: BN on no layer, on the last (the head) alone, on all but the last, or on all.
       kernel_init: initializer of every kernel.
       use_bias: biases in convolution and dense layers (γ and β of BN are its own).
       activation: between weight layers.
@@ -73,7 +73,7 @@ class CNN(nn.Module):
                 x = x.reshape(x.shape[0], -1)
                 x = nn.Dense(layer.features, name=f"dense{number}", **options)(x)
             self.sow("intermediates", f"pre_activation_{number}", x)
-            placed = self.placement == "all" or (self.placement == "last" and number == count)
+            placed = self.placement in ("all", "last" if number == count else "hidden")
             if self.norm is not None and placed:
                 x = self.norm(name=f"batch_norm{number}", use_running_average=not train)(x)
             if number < count:

@@ -17,7 +17,8 @@ from bn_research.training.step import Batch, StepMetrics
 
 def epoch_order(key: PRNGKeyArray, epoch: Int[Array, ""], num_examples: int) -> Int[Array, "n"]:
     """The order of the examples in an epoch: a function of key and epoch alone."""
-    return jax.random.permutation(jax.random.fold_in(key, epoch), num_examples)
+    examples = jnp.arange(num_examples, dtype=jnp.int32)  # with float64 enabled too
+    return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
 
 
 def run_steps(
@@ -122,7 +123,7 @@ def streamed(
 
     Returns:
       state -> new state, and metrics of the call, shape=(1,): mean loss and accuracy of its steps,
-      number of steps that diverged.
+      number of steps that diverged; what was observed is that of each step, shape=(num_steps, ...).
     """
     batches: Iterator[Batch] | None = None
 
@@ -134,9 +135,12 @@ def streamed(
         for _ in range(num_steps):
             state, metrics = train_step(state, next(batches))
             steps.append(metrics)
-        loss, accuracy, diverged = jax.tree.map(lambda *values: np.stack(values), *steps)
+        loss, accuracy, diverged, observed = jax.tree.map(lambda *values: np.stack(values), *steps)
         return state, StepMetrics(
-            np.mean(loss, keepdims=True), np.mean(accuracy, keepdims=True), np.sum(diverged)[None]
+            np.mean(loss, keepdims=True),
+            np.mean(accuracy, keepdims=True),
+            np.sum(diverged)[None],
+            observed,
         )
 
     return advance
@@ -160,6 +164,7 @@ def train(
     saver: Checkpointer | None = None,
     save_when: Callable[[], bool] = lambda: True,
     stop_when: Callable[[np.ndarray], bool] = lambda loss: False,
+    on_metrics: Callable[[int, StepMetrics], None] = lambda steps, metrics: None,
     on_dispatch: Callable[[TrainState, int], None] = lambda state, steps: None,
     preempted: Callable[[int], bool] = lambda step: False,
 ) -> tuple[TrainState, History]:
@@ -179,6 +184,8 @@ def train(
       saver: keeps checkpoints; None keeps none.
       save_when: asked after each dispatch whether to save.
       stop_when: asked after each dispatch, with the losses so far, whether to stop early.
+      on_metrics: given the number of steps before each dispatch and its metrics, before the state
+        is saved; steps that a run takes again after it was interrupted are given again.
       on_dispatch: given the state and the number of steps after each dispatch, before the state is
         saved, and first of any restored.
       preempted: asked after each dispatch, with the steps so far, whether to save and leave.
@@ -212,6 +219,7 @@ def train(
         steps += steps_per_dispatch
         losses()[-per_dispatch:] = metrics.loss
         diverged += int(np.sum(metrics.diverged))
+        on_metrics(steps - steps_per_dispatch, metrics)
         on_dispatch(state, steps_per_dispatch)
         leave = preempted(steps)
         if saver is not None and (leave or save_when()):

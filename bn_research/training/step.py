@@ -31,6 +31,7 @@ class StepMetrics(NamedTuple):
     loss: Array  # shape=(): mean cross-entropy of the batch before the update, in nats
     accuracy: Array  # shape=(): of the batch, training mode, before the update
     diverged: Array  # shape=(), bool: loss or gradient was not finite, the update was not made
+    observed: Any = ()  # what `observe` of make_train_step returned
 
 
 def make_train_step(
@@ -40,6 +41,7 @@ def make_train_step(
     axis_name: str | None = None,
     accumulated_statistics: AccumulatedStatistics | None = None,
     stochastic: bool = False,
+    observe: Callable[[Any, Any, Any], Any] = lambda params, grads, new_params: (),
 ) -> Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]:
     """A step of gradient descent on the mean cross-entropy.
 
@@ -66,6 +68,8 @@ def make_train_step(
       accumulated_statistics: None, a batch without microbatches; "microbatch" or "batch".
       stochastic: give apply_fn `keys` in training too, a PRNG key for each example: a function of
         the run's key, the step and the example's place in the batch of all devices.
+      observe: (params, gradient of the whole batch, params after the step) -> arrays to report with
+        the step; on several devices the same on each.
 
     Raises:
       ValueError: other accumulated statistics.
@@ -130,14 +134,16 @@ def make_train_step(
         def keep(new, old):
             return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
 
+        params = keep(params, state.params)
         new_state = TrainState(
             step=state.step + 1,
-            params=keep(params, state.params),
+            params=params,
             batch_stats=keep(batch_stats, state.batch_stats),
             opt_state=keep(opt_state, state.opt_state),
             key=state.key,
         )
-        return new_state, StepMetrics(loss, accuracy, ~finite)
+        observed = observe(state.params, grads, params)
+        return new_state, StepMetrics(loss, accuracy, ~finite, observed)
 
     return train_step
 

@@ -1,0 +1,464 @@
+"""Which parameters of a network are scale-invariant? An audit of any loss function.
+
+    audit(loss_fn, params)["['dense']['kernel']"].scale_invariant
+
+A loss is invariant to the scale of a leaf w where L(a·w) = L(w) for every a > 0, as for the
+weights in front of BN. Then ⟨w, ∇L⟩ = 0, the gradient at a·w is that at w over a, and what moves
+the network is the angle of a step, set by the effective learning rate η/‖w‖². Weight decay on such
+a leaf leaves the function alone and only sets that rate (van Laarhoven, "L2 regularization versus
+batch and weight normalization", 2017, arXiv 1706.05350).
+
+Some leaves are invariant only together: a kernel and its bias in front of an activation and BN,
+scale and bias of one BN in front of the next, all that is written to a residual stream.
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float
+
+from bn_research.claims.figures import Figure
+from bn_research.probes import scale_invariance_report
+from bn_research.probes.scale_groups import smallest_groups
+
+LossFn = Callable[[Any], Float[Array, ""]]
+
+_ROWS = 16  # scaled losses of one compiled call, one after the other
+_NEARLY = 10  # times the tolerance: what is left out of groups
+_SPREAD = 0.5  # of the random points, relative to a leaf's root mean square
+_SUBSTITUTE = 0.1  # standard deviation of what stands in for a leaf of zeros
+
+
+@dataclass(frozen=True)
+class Row:
+    """What the audit says about one leaf.
+
+    Attributes:
+      path: of the leaf, as `jax.tree_util.keystr` prints it.
+      kind: "invariant"; "no effect", invariant because the loss does not depend on the leaf at
+        all; "homogeneous", L(a·w) = aᵏ·L(w) with k ≠ 0; or "none".
+      degree: of homogeneity: 0 where invariant, k where homogeneous, NaN where neither.
+      deviation: largest |L(a·w) − L(w)| over the scales, relative to the loss.
+      radial_share: ⟨w, g⟩/(‖w‖·‖g‖) at params, g the gradient; 0 where w or g is zero.
+      norm: ‖w‖.
+      gradient_norm: ‖g‖.
+      size: number of elements.
+    """
+
+    path: str
+    kind: Literal["invariant", "no effect", "homogeneous", "none"]
+    degree: float
+    deviation: float
+    radial_share: float
+    norm: float
+    gradient_norm: float
+    size: int
+
+    @property
+    def scale_invariant(self) -> bool:
+        """Whether the loss is invariant to the scale of this leaf alone."""
+        return self.kind in ("invariant", "no effect")
+
+    def effective_learning_rate(self, learning_rate: float) -> float:
+        """η/‖w‖², the rate at which a step turns an invariant leaf; ∞ for a leaf of zeros."""
+        return learning_rate / self.norm**2 if self.norm else float("inf")
+
+
+class Audit(Mapping[str, Row]):
+    """Rows by path of the leaf, in the order of the tree.
+
+    Attributes:
+      loss: at params.
+      scales: that leaves were multiplied by.
+      tolerance: of the verdicts.
+      groups: paths of leaves that are invariant only together, all scaled by one factor: each
+        group as small as it can be. A leaf can be in several.
+    """
+
+    def __init__(
+        self,
+        rows: Sequence[Row],
+        groups: Sequence[tuple[str, ...]],
+        *,
+        loss: float,
+        scales: Sequence[float],
+        tolerance: float,
+    ):
+        """Keeps what `audit` found."""
+        self._rows = {row.path: row for row in rows}
+        self.groups = tuple(groups)
+        self.loss, self.scales, self.tolerance = loss, tuple(scales), tolerance
+
+    def __getitem__(self, path: str) -> Row:
+        return self._rows[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    @property
+    def decay_sets_only_the_rate(self) -> tuple[str, ...]:
+        """Paths of leaves for which weight decay does nothing but set the learning rate."""
+        return tuple(path for path, row in self.items() if row.kind == "invariant")
+
+    def table(self, learning_rate: float = 1.0) -> str:
+        """All rows, the groups and what weight decay does, as text for a terminal."""
+        return scale_invariance_report.table(self, learning_rate)
+
+    def figure(self, path: str | Path, learning_rate: float = 1.0) -> Figure:
+        """Radial share and effective learning rate of every leaf, as a PNG file."""
+        return scale_invariance_report.draw(self, path, learning_rate)
+
+
+def audit(
+    loss_fn: LossFn,
+    params: Any,
+    *,
+    scales: Sequence[float] = (0.5, 2.0),
+    tolerance: float = 1e-4,
+) -> Audit:
+    """Finds out to which of its leaves' scales a loss is invariant.
+
+    A leaf is invariant where |L(a·w) − L(w)| ≤ tolerance·|L| for every scale a, and where
+    |⟨w, g⟩| ≤ tolerance·‖w‖·‖g‖ over random points around params, in root mean square: a leaf that
+    hardly moves this loss, such as a small bias, passes the first test and not the second. The loss
+    that counts is the larger of that at params and the median over those points, because one
+    fitted to 1e-6 consists of rounding. Leaves of zeros, which no factor changes, are given small
+    random values for all these tests; norms and radial share are those at params. Groups are
+    proposed by the null space of ⟨w, g⟩ over the points, and kept when both tests hold for them.
+
+    In float32 rounding stays below 1e-6, and an ε in BN gives deviations of the order of ε/σ², σ²
+    the variance of what is normalized: raise tolerance to 1e-2 for ε = 1e-3.
+
+    Cost: for each leaf one forward pass a scale and one more, twice that at most when there are
+    groups, and one backward pass; one after the other in two compiled programs, in the memory of
+    one training step.
+
+    Args:
+      loss_fn: params -> scalar loss, traceable and deterministic. A network with BN in training
+        mode, on a batch that the function holds.
+      params: a pytree of floating-point arrays.
+      scales: positive factors other than 1. Powers of two are exact in floating point, so that what
+        is left of the loss is the network's.
+      tolerance: relative, in (0, 1).
+
+    Raises:
+      ValueError: no leaves, or one that is not floating-point or not finite; a loss that is not a
+        floating-point scalar, not finite or not differentiable, with the leaf at fault; bad scales
+        or tolerance.
+    """
+    _check_options(scales, tolerance)
+    paths, leaves, treedef = _checked_leaves(params)
+
+    def loss_of(leaves: Sequence[Array]) -> Array:
+        return loss_fn(jax.tree.unflatten(treedef, leaves))
+
+    _check_loss(loss_of, leaves)
+    key = jax.random.key(0)
+    noise = _noise_like(key, leaves)
+    tested = [
+        jnp.where(jnp.any(w != 0), w, _SUBSTITUTE * n) for w, n in zip(leaves, noise, strict=True)
+    ]
+    random = [jnp.maximum(_size(w), 1) * n for w, n in zip(leaves, noise, strict=True)]
+
+    slopes = jax.jit(functools.partial(_slopes, loss_of))
+    try:
+        here = jax.device_get(slopes(leaves))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise _not_differentiable(loss_of, leaves, paths, error) from error
+    _check_finite(here, paths)
+    around = [slopes(_point(jax.random.fold_in(key, i), tested)) for i in range(1, len(leaves))]
+    points = [point for point in jax.device_get([here, *around]) if _is_finite(point)]
+    reference = max(abs(float(here.loss)), float(np.median([abs(p.loss) for p in points])))
+
+    scaled = jax.jit(functools.partial(_scaled_losses, loss_of))
+    count = len(leaves)
+    factors = np.ones((1 + count * (len(scales) + 1), count))
+    replaced = np.full(len(factors), -1)
+    for i in range(count):
+        first = 1 + i * (len(scales) + 1)
+        factors[first : first + len(scales), i] = scales
+        replaced[first + len(scales)] = i
+    losses = _in_chunks(scaled, tested, random, factors, replaced)
+    base, table = losses[0], losses[1:].reshape(count, -1)
+    _check_scaled(base, table[:, :-1], scales, paths)
+    scaling = np.abs(table[:, :-1] - base).max(axis=1) / reference
+    replacing = np.abs(table[:, -1] - base) / reference
+
+    shares = [_pooled_share(points, [i]) for i in range(count)]
+    rows = []
+    for i, path in enumerate(paths):
+        kind, degree = _classify(
+            base,
+            table[i, :-1],
+            scales,
+            tolerance,
+            scaling[i],
+            replacing[i],
+            shares[i],
+        )
+        rows.append(
+            Row(
+                path=path,
+                kind=kind,
+                degree=degree,
+                deviation=float(scaling[i]),
+                radial_share=float(here.share[i]),
+                norm=float(here.norm[i]),
+                gradient_norm=float(here.gradient_norm[i]),
+                size=leaves[i].size,
+            )
+        )
+
+    groups = _groups(points, rows, shares, tolerance)
+    if groups:
+        factors = np.ones((len(groups), len(scales), count))
+        for i, group in enumerate(groups):
+            factors[i, :, group] = scales
+        factors = factors.reshape(-1, count)
+        losses = _in_chunks(scaled, tested, random, factors, np.full(len(factors), -1))
+        off = np.abs(losses - base).reshape(len(groups), -1).max(axis=1) / reference
+        groups = _smallest(
+            [group for group, at in zip(groups, off, strict=True) if at <= tolerance]
+        )
+    together = [tuple(paths[i] for i in group) for group in groups]
+    return Audit(rows, together, loss=float(here.loss), scales=scales, tolerance=tolerance)
+
+
+class _Slopes(NamedTuple):
+    """Loss and gradient at a point, in what does not underflow: [leaves] each, but for the loss."""
+
+    loss: Array
+    share: Array  # ⟨w, g⟩/(‖w‖·‖g‖)
+    norm: Array
+    gradient_norm: Array
+    finite: Bool[Array, "leaves"]
+
+    @property
+    def influence(self) -> np.ndarray:
+        """‖w‖·‖g‖: how much a change of a leaf as large as itself can move the loss."""
+        return np.asarray(self.norm, np.float64) * np.asarray(self.gradient_norm, np.float64)
+
+
+def _slopes(loss_of: Callable[..., Array], leaves: Sequence[Array]) -> _Slopes:
+    loss, gradient = jax.value_and_grad(loss_of)(leaves)
+    share, norm, gradient_norm = [], [], []
+    for w, g in zip(leaves, gradient, strict=True):
+        (w_max, w_unit), (g_max, g_unit) = _normalized(w), _normalized(g)
+        w_norm, g_norm = jnp.linalg.norm(w_unit), jnp.linalg.norm(g_unit)
+        both = w_norm * g_norm
+        share.append(jnp.vdot(w_unit, g_unit) / jnp.where(both > 0, both, 1))
+        norm.append(w_max * w_norm)
+        gradient_norm.append(g_max * g_norm)
+    finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in gradient])
+    return _Slopes(loss, jnp.stack(share), jnp.stack(norm), jnp.stack(gradient_norm), finite)
+
+
+def _normalized(x: Array) -> tuple[Array, Array]:
+    """Largest magnitude, and x over it: squares of 1e-20 underflow in float32."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32)).ravel()
+    largest = jnp.max(jnp.abs(x), initial=0)
+    return largest, x / jnp.where(largest > 0, largest, 1)
+
+
+def _size(w: Array) -> Array:
+    """Root mean square."""
+    largest, unit = _normalized(w)
+    return (largest * jnp.linalg.norm(unit) / max(w.size, 1) ** 0.5).astype(w.dtype)
+
+
+def _noise_like(key: Array, leaves: Sequence[Array]) -> list[Array]:
+    return [
+        jax.random.normal(jax.random.fold_in(key, i), w.shape, w.dtype)
+        for i, w in enumerate(leaves)
+    ]
+
+
+@jax.jit
+def _point(key: Array, leaves: Sequence[Array]) -> list[Array]:
+    """A random point around leaves: each turned, and scaled by a factor from 1/2 to 2."""
+    scale_key, noise_key = jax.random.split(key)
+    factors = jnp.exp2(jax.random.uniform(scale_key, (len(leaves),), minval=-1.0, maxval=1.0))
+    noise = _noise_like(noise_key, leaves)
+    return [
+        factor.astype(w.dtype) * (w + _SPREAD * _size(w) * n)
+        for factor, w, n in zip(factors, leaves, noise, strict=True)
+    ]
+
+
+def _scaled_losses(
+    loss_of: Callable[..., Array],
+    leaves: Sequence[Array],
+    random: Sequence[Array],
+    factors: Float[Array, "rows leaves"],
+    replaced: Array,
+) -> Float[Array, "rows"]:
+    """Loss with every leaf times its factor, and leaf number `replaced` random instead."""
+
+    def loss(row):
+        factor, chosen = row
+        return loss_of(
+            [
+                jnp.where(chosen == i, r, factor[i].astype(w.dtype) * w)
+                for i, (w, r) in enumerate(zip(leaves, random, strict=True))
+            ]
+        )
+
+    return jax.lax.map(loss, (factors, replaced))
+
+
+def _in_chunks(program, leaves, random, factors, replaced) -> np.ndarray:
+    """Losses of any number of rows by a program of fixed shape; float64."""
+    short = -len(factors) % _ROWS
+    factors = np.pad(factors, [(0, short), (0, 0)], mode="edge")
+    replaced = np.pad(replaced, (0, short), mode="edge")
+    chunks = [
+        program(leaves, random, factors[i : i + _ROWS], replaced[i : i + _ROWS])
+        for i in range(0, len(factors), _ROWS)
+    ]
+    losses = np.concatenate([np.asarray(chunk, np.float64) for chunk in chunks])
+    return losses[: len(losses) - short]
+
+
+def _pooled_share(points: Sequence[_Slopes], leaves: Sequence[int]) -> float:
+    """Root mean square of ⟨w, g⟩ of some leaves together over that of ‖w‖·‖g‖; 0 without one."""
+    influence = np.stack([point.influence[leaves] for point in points])
+    influence /= influence.max(initial=0) or 1
+    radial = influence * np.stack([point.share[leaves] for point in points])
+    size = np.linalg.norm(influence)
+    return float(np.linalg.norm(radial.sum(axis=1)) / size) if size else 0.0
+
+
+def _groups(
+    points: Sequence[_Slopes], rows: Sequence[Row], shares: Sequence[float], tolerance: float
+) -> list[list[int]]:
+    """Leaves that may be invariant only together, by their slopes at the points."""
+    # A leaf that BN's ε alone keeps from being invariant would hide the groups below it.
+    rest = [
+        i
+        for i, (row, share) in enumerate(zip(rows, shares, strict=True))
+        if not row.scale_invariant and max(row.deviation, share) > _NEARLY * tolerance
+    ]
+    slopes = np.stack([point.share[rest] * point.influence[rest] for point in points])
+    proposed = [[rest[i] for i in group] for group in smallest_groups(slopes)]
+    return [group for group in proposed if _pooled_share(points, group) <= tolerance]
+
+
+def _smallest(groups: Sequence[list[int]]) -> list[list[int]]:
+    """Those that hold no other."""
+    return [group for group in groups if not any(set(other) < set(group) for other in groups)]
+
+
+def _classify(base, losses, scales, tolerance, scaling, replacing, share):
+    """Kind and degree of a leaf."""
+    if max(scaling, replacing) <= tolerance:  # its gradient is rounding, without a direction
+        return "no effect", 0.0
+    if scaling <= tolerance and share <= tolerance:
+        return "invariant", 0.0
+    with np.errstate(divide="ignore", invalid="ignore"):
+        degrees = np.log(losses / base) / np.log(scales)
+    degree = float(np.mean(degrees))
+    if np.all(np.abs(degrees - degree) <= tolerance * abs(degree)) and abs(degree) > tolerance:
+        return "homogeneous", degree
+    return "none", float("nan")
+
+
+def _check_options(scales: Sequence[float], tolerance: float) -> None:
+    if not len(scales) or not all(0 < a < float("inf") and a != 1 for a in scales):
+        raise ValueError(
+            f"scales={tuple(scales)} is not allowed: give at least one positive factor, none of "
+            "them 1"
+        )
+    if not 0 < tolerance < 1:
+        raise ValueError(f"tolerance={tolerance!r} is not allowed: it must lie between 0 and 1")
+
+
+def _checked_leaves(params: Any) -> tuple[list[str], list[Array], Any]:
+    named, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if not named:
+        raise ValueError("params has no leaves: give the parameters that loss_fn takes")
+    paths = [jax.tree_util.keystr(path) for path, _ in named]
+    leaves = []
+    for path, (_, leaf) in zip(paths, named, strict=True):
+        try:
+            leaf = jnp.asarray(leaf)
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"params{path} is a {type(leaf).__name__}: allowed are floating-point arrays"
+            ) from error
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise ValueError(
+                f"params{path} has dtype {leaf.dtype}: allowed are floating-point arrays; let "
+                "loss_fn hold what is not trained"
+            )
+        if not jnp.all(jnp.isfinite(leaf)):
+            raise ValueError(f"params{path} holds values that are not finite")
+        leaves.append(leaf)
+    return paths, leaves, treedef
+
+
+def _check_loss(loss_of: Callable[..., Array], leaves: Sequence[Array]) -> None:
+    found = jax.tree.leaves(jax.eval_shape(loss_of, leaves))
+    shapes = [getattr(leaf, "shape", None) for leaf in found]
+    if shapes != [()]:
+        what = f"an array of shape {shapes[0]}" if len(shapes) == 1 else f"{len(shapes)} arrays"
+        raise ValueError(f"loss_fn returns {what}: it must return one scalar, the loss")
+    if not jnp.issubdtype(found[0].dtype, jnp.floating):
+        raise ValueError(f"loss_fn returns dtype {found[0].dtype}: the loss must be floating-point")
+
+
+def _not_differentiable(loss_of, leaves, paths, error: Exception) -> ValueError:
+    """The first leaf that the loss cannot be differentiated in, for the message."""
+    reason = str(error).strip().split("\n")[0]
+    for i, path in enumerate(paths):
+
+        def loss_of_leaf(leaf, i=i):
+            return loss_of([*leaves[:i], leaf, *leaves[i + 1 :]])
+
+        try:
+            jax.eval_shape(jax.grad(loss_of_leaf), leaves[i])
+        except (TypeError, ValueError, NotImplementedError):
+            return ValueError(f"loss_fn cannot be differentiated in params{path}: {reason}")
+    return ValueError(f"loss_fn cannot be differentiated: {reason}")
+
+
+def _is_finite(point: _Slopes) -> bool:
+    return bool(np.isfinite(point.loss) and np.all(point.finite))
+
+
+def _check_finite(here: _Slopes, paths: Sequence[str]) -> None:
+    if not np.isfinite(here.loss):
+        raise ValueError(
+            f"loss_fn(params) is {here.loss}, and so for every leaf: it must be finite"
+        )
+    for path, finite in zip(paths, here.finite, strict=True):
+        if not finite:
+            raise ValueError(
+                f"loss_fn is not differentiable at params{path}: its gradient there is not finite"
+            )
+
+
+def _check_scaled(base, losses, scales, paths) -> None:
+    if not np.isfinite(base):
+        raise ValueError(
+            f"the loss is {base} when leaves of zeros are given small random values: give params "
+            "without zeros"
+        )
+    for path, row in zip(paths, losses, strict=True):
+        for scale, loss in zip(scales, row, strict=True):
+            if not np.isfinite(loss):
+                raise ValueError(
+                    f"the loss is {loss} when params{path} is scaled by {scale:g}: give scales "
+                    "nearer to 1"
+                )

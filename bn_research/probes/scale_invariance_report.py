@@ -1,0 +1,115 @@
+"""An audit of scale invariance as a table for a terminal and as a figure."""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from bn_research.claims.figures import PALETTE, Figure, new_figure, save_figure, shared_legend
+
+if typing.TYPE_CHECKING:
+    from bn_research.probes.scale_invariance import Audit, Row
+
+_LOOKS = {
+    "invariant": (PALETTE.blue, "o"),
+    "no effect": (PALETTE.black, "x"),
+    "only in a group": (PALETTE.green, "s"),
+    "homogeneous": (PALETTE.purple, "D"),
+    "not invariant": (PALETTE.vermillion, "^"),
+}
+_NAMED = 60  # leaves, above which the figure numbers them
+_FLOOR = 1e-9  # where a share of zero is drawn
+
+
+def verdict(audit: Audit, row: Row) -> str:
+    """Kind of a leaf, one of those that the figure tells apart."""
+    if row.scale_invariant:
+        return row.kind
+    if any(row.path in group for group in audit.groups):
+        return "only in a group"
+    return "homogeneous" if row.kind == "homogeneous" else "not invariant"
+
+
+def table(audit: Audit, learning_rate: float) -> str:
+    """See `Audit.table`."""
+    head = ("parameter", "scale", "degree", "deviation", "radial", "‖w‖", "‖g‖", "η/‖w‖²")
+    cells = [
+        (
+            row.path or "params",
+            verdict(audit, row),
+            "–" if np.isnan(row.degree) else f"{row.degree:.3g}",
+            f"{row.deviation:.1e}",
+            f"{row.radial_share:+.1e}",
+            f"{row.norm:.3g}",
+            f"{row.gradient_norm:.3g}",
+            f"{row.effective_learning_rate(learning_rate):.3g}",
+        )
+        for row in audit.values()
+    ]
+    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if i < 2 else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in (head, *cells)
+    ]
+    for group in audit.groups:
+        lines.append(f"invariant only together: {', '.join(group)}")
+    decayed = audit.decay_sets_only_the_rate
+    lines.append(
+        f"weight decay only sets the learning rate of: {', '.join(decayed) if decayed else 'none'}"
+    )
+    return "\n".join(lines)
+
+
+def draw(audit: Audit, path: str | Path, learning_rate: float) -> Figure:
+    """See `Audit.figure`."""
+    rows = list(audit.values())
+    named = len(rows) <= _NAMED
+    fig, axes = new_figure(columns=2, width=7.6, height=1.6 + 0.17 * min(len(rows), _NAMED))
+    places = np.arange(len(rows))
+    kinds = np.array([verdict(audit, row) for row in rows])
+    shares = np.array([max(abs(row.radial_share), _FLOOR) for row in rows])
+    rates = np.array([row.effective_learning_rate(learning_rate) for row in rows])
+    for kind, (color, marker) in _LOOKS.items():
+        chosen = kinds == kind
+        if not chosen.any():
+            continue
+        for axis, values in zip(axes, (shares, rates), strict=True):
+            shown = chosen & np.isfinite(values)
+            axis.plot(values[shown], places[shown], marker, color=color, markersize=5, label=kind)
+    axes[0].axvline(audit.tolerance, color="#777777", linestyle=":")
+    for axis, label in zip(axes, ("|⟨w, g⟩| / (‖w‖‖g‖)", "η/‖w‖²"), strict=True):
+        axis.set_xscale("log")
+        axis.set_xlabel(label)
+        low, high = np.log10(axis.get_xlim())
+        axis.set_xlim(10 ** np.floor(low), 10 ** np.ceil(high))
+        axis.xaxis.set_minor_formatter("")
+        axis.set_ylim(len(rows) - 0.5, -0.5)
+        if axis is axes[0] and named:
+            axis.set_yticks(places, [row.path or "params" for row in rows], fontsize=7.5)
+        elif axis is axes[0]:
+            axis.set_ylabel("leaf, in the order of the tree")
+        else:
+            axis.tick_params(labelleft=False)
+    shared_legend(fig)
+    return save_figure(
+        fig,
+        path,
+        title="Which weights are scale-invariant",
+        alt=f"Radial share of the gradient and effective learning rate of {len(rows)} parameters: "
+        + _counts(kinds),
+        caption="Left: share of the gradient that points along the parameter; that of an "
+        "invariant one is rounding (dotted: the tolerance of the verdict; zero is drawn at "
+        f"{_FLOOR:g}), and the gradient of one without effect is nothing but rounding. Right: the "
+        f"effective learning rate at η = {learning_rate:g}; parameters of norm 0 have none.",
+    )
+
+
+def _counts(kinds: Sequence[str] | np.ndarray) -> str:
+    names, counts = np.unique(kinds, return_counts=True)
+    return ", ".join(f"{count} {name}" for name, count in zip(names, counts, strict=True)) + "."
