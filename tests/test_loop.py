@@ -271,6 +271,32 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path, undisturbed, interrupte
     assert history.diverged == undisturbed[1].diverged
 
 
+def test_metrics_are_given_before_the_state_is_saved(tmp_path, undisturbed):
+    """What is saved was told; what was not saved is told again."""
+    told, happened = {}, []
+
+    def tell(steps, metrics):
+        happened.append(steps)
+        told[steps] = np.asarray(metrics.loss)
+
+    def save_when():
+        happened.append("saved")
+        return True
+
+    saver = Checkpointer(tmp_path)
+    options = dict(saver=saver, save_when=save_when, on_metrics=tell, **RUN)
+
+    def interrupt(*_):
+        if happened[-1] == 2:
+            raise Interrupt
+
+    with pytest.raises(Interrupt):
+        train(advance, create_state, on_dispatch=interrupt, **options)
+    train(advance, create_state, **options)
+    assert happened == [0, "saved", 2, 2, "saved", 4, "saved"]
+    same_bits(np.concatenate([told[steps] for steps in (0, 2, 4)]), undisturbed[1].loss)
+
+
 def test_a_finished_run_is_not_taken_again(tmp_path, undisturbed):
     saver = Checkpointer(tmp_path)
     train(advance, create_state, saver=saver, **RUN)
@@ -412,6 +438,36 @@ def test_streamed_steps_count_every_divergence():
     advance = streamed(jax.jit(STEP), open_stream, num_steps=3)
     _, metrics = advance(create_state())
     assert metrics.diverged.sum() == 3 and metrics.loss.shape == (1,)
+
+
+def test_what_is_observed_of_each_step():
+    """Stacked by scanned and by streamed steps alike: those of steps one by one."""
+
+    def observe(params, grads, new_params):
+        return {"moved": new_params["w"] - params["w"], "gradient": jnp.sum(grads["w"] ** 2)}
+
+    step = make_train_step(model, OPTIMIZER, observe=observe)
+    state, one_by_one = create_state(), []
+    for index in range(3):
+        new, metrics = jax.jit(step)(state, examples(8, seed=index))
+        np.testing.assert_array_equal(
+            metrics.observed["moved"], new.params["w"] - state.params["w"]
+        )
+        one_by_one.append(metrics)
+        state = new
+    _, streaming = streamed(jax.jit(step), stream_of([]), num_steps=3)(create_state())
+    observed = jax.tree.map(lambda *leaves: np.stack(leaves), *(m.observed for m in one_by_one))
+    assert observed["moved"].shape == (3, 3, 4) and streaming.loss.shape == (1,)
+    same_bits(streaming.observed, observed)
+    scan = functools.partial(run_steps, step, examples=DATA, batch_size=4)
+    whole = jax.jit(functools.partial(scan, num_steps=3))(create_state())[1].observed
+    one, state, parts = jax.jit(functools.partial(scan, num_steps=1)), create_state(), []
+    for _ in range(3):
+        state, metrics = one(state)
+        parts.append(metrics.observed)
+    joined = jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
+    jax.tree.map(close, whole, joined)
 
 
 @pytest.mark.parametrize(("num_steps", "length"), [(0, 2), (-2, 2), (5, 2), (1, 2)])

@@ -114,6 +114,23 @@ def test_train_step_by_hand(masked):
     same_bits(new.key, state.key)
 
 
+def seen(params, grads, new_params):
+    return params["w"], grads["w"], new_params["w"]
+
+
+def test_what_is_observed():
+    """Old params, the gradient that made the step, and the params that it led to."""
+    optimizer = optax.sgd(0.5)
+    state, batch = create_train_state(linear_init, optimizer, jax.random.key(0)), data()
+    new, metrics = jax.jit(make_train_step(linear, optimizer, observe=seen))(state, batch)
+    old, gradient, observed = metrics.observed
+    same_bits([old, observed], [state.params["w"], new.params["w"]])
+    np.testing.assert_allclose(observed, old - 0.5 * gradient, rtol=1e-6)
+    plain, metrics = jax.jit(make_train_step(linear, optimizer))(state, batch)
+    assert metrics.observed == ()
+    same_bits(plain, new)
+
+
 def rooted(variables, images, train):
     """A finite loss whose gradient is not: the root of zero."""
     logits, stats = linear(variables, images, train)
@@ -142,8 +159,9 @@ def test_a_step_that_is_not_finite_is_not_taken(kind):
     if kind != "params":  # so that momentum and statistics are away from zero
         state, metrics = jax.jit(make_train_step(linear, optimizer))(state, data())
         assert not metrics.diverged
-    new, metrics = jax.jit(make_train_step(apply_fn, optimizer))(state, bad)
+    new, metrics = jax.jit(make_train_step(apply_fn, optimizer, observe=seen))(state, bad)
     assert metrics.diverged and new.step == state.step + 1
+    same_bits(metrics.observed[2], state.params["w"])
     same_bits(new._replace(step=state.step), state)
 
 
@@ -181,7 +199,8 @@ def split(tree):
 def one_large_batch(batch, **options):
     optimizer = optax.sgd(0.5, momentum=0.9)
     state = create_train_state(bn_init, optimizer, jax.random.key(1))
-    step = jax.jit(make_train_step(functools.partial(with_bn, **options), optimizer))
+    apply_fn = functools.partial(with_bn, **options)
+    step = jax.jit(make_train_step(apply_fn, optimizer, observe=seen))
     return optimizer, state, step(state, batch)
 
 
@@ -196,12 +215,12 @@ def close(got, expected):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_devices_equal_one_large_batch(kind):
-    """With synced BN: params, batch_stats, opt_state and metrics."""
+    """With synced BN: params, batch_stats, opt_state and metrics, what is observed among them."""
     assert jax.device_count() >= DEVICES
     batch = data()
     optimizer, state, expected = one_large_batch(batch)
     step = make_train_step(
-        functools.partial(with_bn, axis_name="batch"), optimizer, axis_name="batch"
+        functools.partial(with_bn, axis_name="batch"), optimizer, axis_name="batch", observe=seen
     )
     close(replicated_step(kind, step)(state, split(batch)), expected)
 
@@ -212,7 +231,7 @@ def test_devices_with_unequal_numbers_of_valid_examples():
     batch = data()._replace(where=np.arange(16) < 9)
     optimizer, state, expected = one_large_batch(batch)
     step = make_train_step(
-        functools.partial(with_bn, axis_name="batch"), optimizer, axis_name="batch"
+        functools.partial(with_bn, axis_name="batch"), optimizer, axis_name="batch", observe=seen
     )
     close(replicated_step("pmap", step)(state, split(batch)), expected)
 

@@ -17,6 +17,7 @@ Source: R. Wan, Z. Zhu, X. Zhang, J. Sun, "Spherical motion dynamics", NeurIPS 2
 
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -33,40 +34,43 @@ class AngularUpdate(NamedTuple):
     """What a step does to groups of weights, each taken as one vector; [groups] each."""
 
     norm: Float[Array, "groups"]  # ‖w‖ before the step
-    gradient_norm: Float[Array, "groups"]
+    gradient_norm: Float[Array, "groups"] | None  # None without gradients
     angle: Float[Array, "groups"]  # between w before and after, radians; 0 where ‖w‖ is 0
 
 
 def angular_update(params: Any, grads: Any, new_params: Any, *, groups: Groups) -> AngularUpdate:
-    """Norms and angles of a step; accurate for small angles, in one pass over the weights.
+    """Norms and angles of a step, accurate for small angles and whatever decay does to the norm.
 
-    With d = w⁺ − w, tan(angle) = ‖d⊥‖·‖w‖/(‖w‖² + ⟨w, d⟩), where ‖d⊥‖² = ‖d‖² − ⟨w, d⟩²/‖w‖².
+    With s = ⟨w, w⁺⟩/‖w‖², tan(angle) = ‖w⁺ − s·w‖/(s·‖w‖). Rounding leaves about 1e-7 in float32.
 
     Args:
       params: before the step.
-      grads: like params.
+      grads: like params; or None, which saves a pass over memory.
       new_params: after the step.
       groups: paths of leaves as `jax.tree_util.keystr` prints them; a path alone, or the paths of
         weights that are invariant only together.
 
     Raises:
-      ValueError: no groups, or a path that params do not have.
+      ValueError: no groups, an empty group, or a path that params do not have.
     """
-    trees = [_by_path(tree) for tree in (params, grads, new_params)]
-    rows = []
-    for group in _checked(groups, trees[0]):
-        squared = gradient_squared = moved = along = jnp.zeros(())
-        for path in group:
-            w, g, new = (tree[path].astype(_wide(tree[path])) for tree in trees)
-            d = new - w
-            squared += jnp.sum(w * w)
-            gradient_squared += jnp.sum(g * g)
-            moved += jnp.sum(d * d)
-            along += jnp.sum(w * d)
-        across = jnp.maximum(moved - along**2 / jnp.where(squared > 0, squared, 1), 0)
-        angle = jnp.arctan2(jnp.sqrt(across * squared), squared + along)
-        rows.append((jnp.sqrt(squared), jnp.sqrt(gradient_squared), angle))
-    return AngularUpdate(*(jnp.stack(column) for column in zip(*rows, strict=True)))
+    before, after = _by_path(params), _by_path(new_params)
+    gradient = None if grads is None else _by_path(grads)
+    norms, gradient_norms, angles = [], [], []
+    for group in _checked(groups, before):
+        w, new = _wide(before, group), _wide(after, group)
+        squared = _dot(w, w)
+        # Not by d = w⁺ − w, which two sums would share: XLA would write it to memory in between.
+        share = _dot(w, new) / jnp.where(squared > 0, squared, 1)
+        across = [y - share * x for x, y in zip(w, new, strict=True)]
+        norm = jnp.sqrt(squared)
+        angle = jnp.arctan2(jnp.sqrt(_dot(across, across)), share * norm)
+        norms.append(norm)
+        angles.append(jnp.where(squared > 0, angle, 0))
+        if gradient is not None:
+            g = _wide(gradient, group)
+            gradient_norms.append(jnp.sqrt(_dot(g, g)))
+    gradient_norm = jnp.stack(gradient_norms) if gradient_norms else None
+    return AngularUpdate(jnp.stack(norms), gradient_norm, jnp.stack(angles))
 
 
 def equilibrium_angle(learning_rate: float, weight_decay: float, momentum: float = 0.0) -> float:
@@ -90,20 +94,24 @@ class ScaleLog:
         train_step = make_train_step(apply_fn, optimizer, observe=log.observe)
         train(..., on_metrics=log)
 
-    The file holds a line of JSON for each step: the step, and lists with an entry for each group.
-    When a run is resumed, what it had logged of steps that it takes again is dropped.
+    The file holds a line of JSON for each step: `step`, and lists with an entry for each group,
+    `group`, `norm`, `angle`, `effective_rate` and `equilibrium`; null (NaN) for what is
+    not finite, such as the rate at ‖w‖ = 0.
+    Numbers have the precision of float32. When a run is resumed, what it had logged of steps that
+    it takes again is dropped, so that the log ends as that of an undisturbed run. Of several
+    processes, one should log.
 
     Attributes:
       groups: see `angular_update`.
     """
 
-    FIELDS = ("norm", "gradient_norm", "angle", "effective_rate", "equilibrium")
+    FIELDS = ("norm", "angle", "effective_rate", "equilibrium")
 
     def __init__(
         self,
         groups: Groups,
         *,
-        learning_rate: float | Callable[[int], float],
+        learning_rate: float | Callable[[Any], Any],
         weight_decay: float,
         momentum: float = 0.0,
         path: str | Path | None = None,
@@ -112,7 +120,7 @@ class ScaleLog:
 
         Args:
           groups: see `angular_update`.
-          learning_rate: η, or a schedule of it by step.
+          learning_rate: η, or a schedule of it by step, of JAX operations as optax has them.
           weight_decay: λ.
           momentum: α.
           path: of the file; None keeps the log in memory alone.
@@ -120,43 +128,54 @@ class ScaleLog:
         Raises:
           ValueError: as `equilibrium_angle`.
         """
-        self.groups = groups
-        self._rate = learning_rate if callable(learning_rate) else lambda step: learning_rate
-        self._decay, self._momentum = weight_decay, momentum
-        equilibrium_angle(float(self._rate(0)), weight_decay, momentum)
+        self.groups = tuple(groups)
+        schedule = learning_rate if callable(learning_rate) else lambda step: learning_rate
+        equilibrium_angle(float(schedule(0)), weight_decay, momentum)
+        self._unit = equilibrium_angle(1.0, weight_decay, momentum)
+        # Compiled for all steps of a dispatch: operation by operation takes longer than a step.
+        self._rates = jax.jit(jax.vmap(lambda step: jnp.asarray(schedule(step), float)))
         self._path = None if path is None else Path(path)
-        self._rows: list[tuple[int, np.ndarray]] = []  # step, [fields, groups]
-        self._begun = False
+        self._rows: list[tuple[int, Float[np.ndarray, "fields groups"]]] = []
+        self._next: int | None = None  # the step that goes on from what is logged
+
+        names = json.dumps([group if isinstance(group, str) else [*group] for group in self.groups])
+        numbers = ", ".join(["%.9g"] * len(self.groups))  # tells float32 apart
+        lists = "".join(f', "{field}": [{numbers}]' for field in self.FIELDS)
+        self._line = f'{{"step": %d, "group": {names.replace("%", "%%")}', f"{lists}}}\n"
 
     def observe(self, params: Any, grads: Any, new_params: Any) -> AngularUpdate:
         """Give this to `make_train_step`."""
-        return angular_update(params, grads, new_params, groups=self.groups)
+        return angular_update(params, None, new_params, groups=self.groups)
 
     def __call__(self, steps: int, metrics: Any) -> None:
         """Give this to `train` as on_metrics.
 
         Args:
           steps: taken before those of the metrics.
-          metrics: with `observed` of each step.
+          metrics: with an `AngularUpdate` of each step as `observed`.
+
+        Raises:
+          ValueError: the file goes on from a log of other groups.
         """
-        norm, gradient_norm, angle = (
-            np.asarray(field, np.float64).reshape(-1, len(self.groups))
-            for field in metrics.observed
-        )
+        shape = (-1, len(self.groups))
+        norm = np.asarray(metrics.observed.norm, np.float32).reshape(shape)
+        angle = np.asarray(metrics.observed.angle, np.float32).reshape(shape)
         taken = range(steps, steps + len(norm))
-        rates = np.array([float(self._rate(step)) for step in taken])[:, None]
-        with np.errstate(divide="ignore"):
-            effective = rates / np.square(norm)
-        predicted = [equilibrium_angle(rate, self._decay, self._momentum) for rate in rates[:, 0]]
-        equilibrium = np.broadcast_to(np.array(predicted)[:, None], norm.shape)
-        table = np.stack([norm, gradient_norm, angle, effective, equilibrium], axis=1)
-        if not self._begun:
-            self._begun = True
-            self._resume(steps)
+        rates = np.asarray(self._rates(np.arange(taken.start, taken.stop)), np.float64)[:, None]
+        squared = np.square(norm, dtype=np.float64)
+        effective = rates / np.where(squared > 0, squared, np.nan)
+        equilibrium = np.broadcast_to(self._unit * np.sqrt(rates), norm.shape)
+        with np.errstate(over="ignore"):
+            table = np.stack([norm, angle, effective, equilibrium], axis=1).astype(np.float32)
+        table[~np.isfinite(table)] = np.nan
+        if self._next != steps:
+            self._go_back(steps)
+        self._next = taken.stop
         self._rows += zip(taken, table, strict=True)
         if self._path is not None:
+            rows = table.reshape(len(table), -1).tolist()
             with self._path.open("a") as file:
-                file.writelines(_line(step, row) for step, row in zip(taken, table, strict=True))
+                file.writelines(map(self._written, taken, rows))
 
     @property
     def steps(self) -> np.ndarray:
@@ -164,37 +183,48 @@ class ScaleLog:
         return np.array([step for step, _ in self._rows], int)
 
     def __getitem__(self, field: str) -> Float[np.ndarray, "steps groups"]:
-        """One of FIELDS, at every step that is logged."""
+        """One of FIELDS, float64, at every step that is logged."""
         column = self.FIELDS.index(field)
         rows = [row[column] for _, row in self._rows]
-        return np.array(rows).reshape(len(rows), len(self.groups))
+        return np.array(rows, np.float64).reshape(len(rows), len(self.groups))
 
-    def _resume(self, steps: int) -> None:
-        """Takes from the file what was logged of the steps before, and drops the rest."""
+    def _written(self, step: int, row: list[float]) -> str:
+        head, lists = self._line
+        return head % step + (lists % tuple(row)).replace("nan", "null")
+
+    def _go_back(self, steps: int) -> None:
+        """To what is logged of the first steps, by the file if there is one; drops the rest."""
+        self._rows = [(step, row) for step, row in self._rows if step < steps]
         if self._path is None:
             return
-        lines = self._path.read_text().splitlines(keepends=True) if self._path.exists() else []
-        kept = []
-        for line in lines[:steps]:
-            if not line.endswith("\n"):
-                break  # cut short by a kill
-            record = json.loads(line)
-            values = [record[field] for field in self.FIELDS]
-            self._rows.append((record["step"], np.array(values, np.float64)))
-            kept.append(line)
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        self._path.write_text("".join(kept))
+        self._path.touch()
+        self._rows, end = [], 0
+        with self._path.open("rb") as file:
+            for line in file:
+                record = json.loads(line) if line.endswith(b"\n") else None  # cut short by a kill
+                if record is None or record["step"] >= steps:
+                    break
+                self._check(record["group"])
+                values = [record[field] for field in self.FIELDS]
+                self._rows.append((record["step"], np.array(values, np.float32)))
+                end += len(line)
+        os.truncate(self._path, end)
+
+    def _check(self, logged: list) -> None:
+        ours = [group if isinstance(group, str) else [*group] for group in self.groups]
+        if logged != ours:
+            raise ValueError(f"path={str(self._path)!r} holds a log of {logged}, not of {ours}")
 
 
-def _line(step: int, row: np.ndarray) -> str:
-    record: dict[str, Any] = {"step": step}
-    for field, values in zip(ScaleLog.FIELDS, row, strict=True):
-        record[field] = [float(value) if math.isfinite(value) else None for value in values]
-    return json.dumps(record) + "\n"
+def _wide(leaves: dict[str, Array], group: Sequence[str]) -> list[Array]:
+    """Leaves of a group, in float32 or wider."""
+    found = (leaves[path] for path in group)
+    return [leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32)) for leaf in found]
 
 
-def _wide(x: Array) -> Any:
-    return jnp.promote_types(x.dtype, jnp.float32)
+def _dot(a: list[Array], b: list[Array]) -> Array:
+    return sum((jnp.sum(x * y) for x, y in zip(a, b, strict=True)), start=jnp.zeros(()))
 
 
 def _by_path(tree: Any) -> dict[str, Array]:
@@ -208,7 +238,10 @@ def _checked(groups: Groups, leaves: dict[str, Array]) -> list[Sequence[str]]:
     if not groups:
         raise ValueError("groups is empty: give at least one path of a leaf")
     found = [(group,) if isinstance(group, str) else group for group in groups]
-    for path in (path for group in found for path in group):
-        if path not in leaves:
-            raise ValueError(f"groups names {path!r}, which is not among {', '.join(leaves)}")
+    for group in found:
+        if not group:
+            raise ValueError(f"groups={groups!r} holds an empty group: give each at least one path")
+        for path in group:
+            if path not in leaves:
+                raise ValueError(f"groups names {path!r}, which is not among {', '.join(leaves)}")
     return found

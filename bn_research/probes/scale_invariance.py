@@ -194,7 +194,8 @@ def audit(
     base, table = losses[0], losses[1:].reshape(count, -1)
     _check_scaled(base, table[:, :-1], scales, paths)
     scaling = np.abs(table[:, :-1] - base).max(axis=1) / reference
-    replacing = np.abs(table[:, -1] - base) / reference
+    influence = np.max([point.influence for point in points], axis=0)
+    effect = np.maximum(np.abs(table[:, -1] - base), influence) / reference
 
     shares = [_pooled_share(points, [i]) for i in range(count)]
     rows = []
@@ -205,7 +206,7 @@ def audit(
             scales,
             tolerance,
             scaling[i],
-            replacing[i],
+            effect[i],
             shares[i],
         )
         rows.append(
@@ -360,9 +361,9 @@ def _smallest(groups: Sequence[list[int]]) -> list[list[int]]:
     return [group for group in groups if not any(set(other) < set(group) for other in groups)]
 
 
-def _classify(base, losses, scales, tolerance, scaling, replacing, share):
+def _classify(base, losses, scales, tolerance, scaling, effect, share):
     """Kind and degree of a leaf."""
-    if max(scaling, replacing) <= tolerance:  # its gradient is rounding, without a direction
+    if effect <= tolerance:  # its gradient is rounding, without a direction
         return "no effect", 0.0
     if scaling <= tolerance and share <= tolerance:
         return "invariant", 0.0
