@@ -186,8 +186,8 @@ class ResNet(nn.Module):
 
 
 def normalized(
-    norm: Callable[..., nn.Module] | None, x: Float[Array, "..."], *, name: str
+    norm: Callable[..., nn.Module] | None, x: Float[Array, "..."], *, name: str, **options: Any
 ) -> Float[Array, "..."]:
     """X through a norm layer made by norm, in the dtype of x; x itself without one."""
     # A norm layer without dtype promotes to that of its float32 parameters.
-    return x if norm is None else norm(name=name)(x).astype(x.dtype)
+    return x if norm is None else norm(name=name, **options)(x).astype(x.dtype)
