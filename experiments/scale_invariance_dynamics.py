@@ -12,12 +12,11 @@ import optax
 from jaxtyping import Array, Float
 
 from bn_research.layers.linen import BatchNorm
-from bn_research.models.cnn import CNN
+from bn_research.models.cnn import CNN, is_hidden_kernel
 from bn_research.probes.angular_updates import angular_update
 from bn_research.training.loop import run_steps
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_train_step
-from experiments.scale_invariance_identities import is_hidden_kernel
 
 
 class Network(NamedTuple):

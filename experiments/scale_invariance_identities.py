@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 
 from bn_research.layers.conv import Conv, conv2d
 from bn_research.layers.linen import BatchNorm
-from bn_research.models.cnn import CNN
+from bn_research.models.cnn import CNN, is_hidden_kernel
 from bn_research.normalization import batch_norm
 
 LAYERS = ("dense", "conv")
@@ -203,10 +203,3 @@ def _with_random_biases(params: Any, seed: int) -> Any:
         }
         for name, layer in params.items()
     }
-
-
-def is_hidden_kernel(path: tuple[Any, ...], params: Any) -> bool:
-    """Whether a leaf of a CNN's params is a kernel, and not the head's."""
-    layers = [name for name in params if "norm" not in name]
-    head = max(layers, key=lambda name: int("".join(filter(str.isdigit, name))))
-    return path[-1].key == "kernel" and path[0].key != head

@@ -87,3 +87,10 @@ def check_placement(placement: str, norm: Callable[..., nn.Module] | None) -> No
         raise ValueError(f"placement={placement!r} is unknown: allowed are {', '.join(PLACEMENTS)}")
     if placement != "none" and norm is None:
         raise ValueError(f"placement={placement!r} needs norm: a factory of normalization layers")
+
+
+def is_hidden_kernel(path: tuple[Any, ...], params: Any) -> bool:
+    """Whether a leaf of a CNN's params is a kernel, and not the head's."""
+    layers = [name for name in params if "norm" not in name]
+    head = max(layers, key=lambda name: int("".join(filter(str.isdigit, name))))
+    return path[-1].key == "kernel" and path[0].key != head
