@@ -95,11 +95,10 @@ class ScaleLog:
         train(..., on_metrics=log)
 
     The file holds a line of JSON for each step: `step`, and lists with an entry for each group,
-    `group`, `norm`, `angle`, `effective_rate` and `equilibrium`; null (NaN) for what is
-    not finite, such as the rate at ‖w‖ = 0.
-    Numbers have the precision of float32. When a run is resumed, what it had logged of steps that
-    it takes again is dropped, so that the log ends as that of an undisturbed run. Of several
-    processes, one should log.
+    `group`, `norm`, `angle`, `effective_rate` and `equilibrium`; null (NaN) for what is not
+    finite, such as the rate at ‖w‖ = 0. Numbers have the precision of float32. When a run is
+    resumed, what it had logged of steps that it takes again is dropped, so that the log ends as
+    that of an undisturbed run. Of several processes, one should log.
 
     Attributes:
       groups: see `angular_update`.
