@@ -26,6 +26,9 @@ Controls, where the identities must fail: the same without BN; and with a bias b
 + b)), or in networks BN on the last layer alone with biases below. A bias right before BN is
 different: BN subtracts it, and the identities hold.
 
+What counts as a control that fails, 1e-4, and as a norm that still drifts, 10 %, was 1e-3 and 5 %
+until a first run at quick on digits; both were set before any run at standard.
+
 The network is a CNN with BN on all layers but the head and no biases, trained by plain SGD or with
 momentum. Only the hidden kernels, which are invariant, have decay and the rates above; scale and
 bias of BN and the head's kernel have a rate of their own and no decay, in both of what is compared.
@@ -63,6 +66,7 @@ from bn_research.claims.verdict import (
     conjunction,
     estimate,
 )
+from bn_research.models.spec import num_logits
 from bn_research.probes.angular_updates import ScaleLog, equilibrium_angle
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.loop import train
@@ -151,7 +155,7 @@ class Config:
     manual_dir: str = ""  # where source files lie; "" is the set's default
     image_size: int = 0  # height and width the images are resized to; 0 keeps theirs
     network: str = "c4 P c8 P f16 f10"  # small, so that it does not fit its training set
-    fitting_network: str = "c16 P c32 P f64 f10"  # a control: large enough to fit it
+    wide_network: str = "c16 P c32 P f64 f10"  # a control, nearer to fitting it
     scales: tuple[float, ...] = tuple(10.0 ** (k / 2) for k in range(-6, 7))  # a
     epsilon: float = 1e-5  # of the exact form, and in training to equilibrium
     batch_size: int = 16
@@ -171,7 +175,7 @@ PRESETS = {
     "smoke": Config(
         seeds=2,
         network="c2 P f4 f10",
-        fitting_network="c3 P f4 f10",
+        wide_network="c3 P f4 f10",
         scales=(0.01, 0.5, 30.0),
         num_steps=20,
         factors=(3.0,),
@@ -186,7 +190,7 @@ PRESETS = {
         dataset="fashion_mnist",
         image_size=14,
         network="c8 P c16 P f32 f10",
-        fitting_network="c32 P c64 P f128 f10",
+        wide_network="c32 P c64 P f128 f10",
         batch_size=32,
         num_steps=400,
         equilibrium_steps=8000,
@@ -198,7 +202,12 @@ PRESETS = {
 
 def prepare(config: Config) -> Batch:
     """Checks the config and loads the training images, from 0 to 1."""
-    for name, least in (("seeds", 1), ("num_steps", 2), ("equilibrium_steps", 2)):
+    for name, least in (
+        ("seeds", 1),
+        ("num_steps", 2),
+        ("equilibrium_steps", 2),
+        ("steps_per_dispatch", 1),
+    ):
         if getattr(config, name) < least:
             raise ValueError(
                 f"{name}={getattr(config, name)} is not allowed: at least {least} is needed"
@@ -219,6 +228,10 @@ def prepare(config: Config) -> Batch:
             f"equilibrium_steps={config.equilibrium_steps} is not allowed: it must be a multiple "
             f"of steps_per_dispatch={config.steps_per_dispatch}"
         )
+    if config.wide_network == config.network:
+        raise ValueError(
+            f"wide_network={config.wide_network!r} is not allowed: network is the same"
+        )
     images = load_images(
         config.dataset,
         data_dir=config.data_dir,
@@ -232,6 +245,13 @@ def prepare(config: Config) -> Batch:
             f"batch_size={config.batch_size} is not allowed: it must lie between 2 and "
             f"{len(examples.label)}, the number of training examples"
         )
+    for network in (config.network, config.wide_network):
+        dynamics.check_network(Network(network, "hidden"), examples.image.shape[1:])
+        if num_logits(network) != images.num_classes:
+            raise ValueError(
+                f"network {network!r} has {num_logits(network)} logits: {config.dataset} has "
+                f"{images.num_classes} classes"
+            )
     return examples
 
 
@@ -247,13 +267,24 @@ def networks(config: Config) -> dict[str, Network]:
     }
 
 
+def measure_losses(config: Config, examples: Batch, seed: int) -> dict[str, Any]:
+    """Network -> loss at initialization at each scale of its hidden kernels."""
+    nets = networks(config)
+    with_epsilon = {"BN, ε > 0": nets["BN"]._replace(epsilon=config.epsilon)}
+    return {
+        name: dynamics.losses(network, examples, config.scales, seed)
+        for name, network in (nets | with_epsilon).items()
+    }
+
+
 def measure_tangent(config: Config, examples: Batch, name: str, seed: int) -> dict[str, Any]:
     """Orthogonality and Pythagoras over a run of plain SGD, [steps, kernels] at their worst."""
     run = setting(config.learning_rate, steps=config.num_steps, other_rate=config.other_rate)
     loss, norms = trajectory(
         networks(config)[name], examples, seed, run, batch_size=config.batch_size
     )
-    share = np.abs(norms.radial) / np.sqrt(norms.squared * norms.gradient_squared)
+    size = np.sqrt(norms.squared * norms.gradient_squared)
+    share = np.abs(norms.radial) / np.where(size > 0, size, 1)  # a dead network has no gradient
     growth = config.learning_rate**2 * norms.gradient_squared
     error = np.abs(norms.squared_after - norms.squared - growth) / norms.squared
     predicted = norms.squared[0] + np.cumsum(growth, axis=0)
@@ -371,7 +402,7 @@ class Equilibrium:
         """Record of a run in float32: angles per step over its second half, by hidden kernel."""
         config, steps = self._config, self._config.equilibrium_steps
         shape = self._examples.image.shape[1:]
-        groups = tuple(dynamics.kernel_paths(network, shape))
+        groups = tuple(dynamics.kernel_paths(network))
         create, advance = dynamics.equilibrium_programs(
             network, shape, config.batch_size, config.steps_per_dispatch, groups
         )
@@ -424,7 +455,7 @@ class Equilibrium:
 
 
 def equilibrium_settings(config: Config) -> list[tuple[str, float, float, float]]:
-    """(network, η, λ, momentum) of every run to equilibrium; the last is the control that fits."""
+    """(network, η, λ, momentum) of every run to equilibrium; the last is the wide control."""
     network = config.network
     settings = [
         (network, rate, product / rate, momentum)
@@ -433,7 +464,7 @@ def equilibrium_settings(config: Config) -> list[tuple[str, float, float, float]
         for product in config.equilibrium_products
     ]
     rate, product = config.equilibrium_rates[-1], config.equilibrium_products[-1]
-    return [*settings, (config.fitting_network, rate, product / rate, 0.0)]
+    return [*settings, (config.wide_network, rate, product / rate, 0.0)]
 
 
 # --- verdicts ---
@@ -560,7 +591,7 @@ def judge_exponential(records: list[dict]) -> Finding:
 def judge_equilibrium(config: Config, records: list[dict]) -> Finding:
     """equilibrium-angle."""
     judged = [record for record in records if record["network"] == config.network]
-    fitting = [record for record in records if record["network"] != config.network]
+    wide = [record for record in records if record["network"] != config.network]
     diverged = sum(record["diverged"] for record in judged)
 
     def ratios(chosen: list[dict], key: str) -> np.ndarray:
@@ -591,18 +622,27 @@ def judge_equilibrium(config: Config, records: list[dict]) -> Finding:
             ratios(chosen, "mean").mean()
         )
     measured["loss, largest"] = max(record["loss"] for record in judged)
-    measured["loss, network that fits"] = float(np.mean([record["loss"] for record in fitting]))
-    measured["ratio, network that fits"] = float(ratios(fitting, "rms").mean())
-    measured["ratio of the mean angle, network that fits"] = float(ratios(fitting, "mean").mean())
+    measured["loss, wide network"] = float(np.mean([record["loss"] for record in wide]))
+    measured["ratio, wide network"] = float(ratios(wide, "rms").mean())
+    measured["ratio of the mean angle, wide network"] = float(ratios(wide, "mean").mean())
+    index, off_layer = _worst(judged)
     note = (
-        "interval: over seeds, of the largest deviation in a hidden layer and setting. Network "
-        f"that fits: {config.fitting_network}, wide enough to fit its training set, without "
-        "momentum: its gradients come in bursts, so the mean of the angle falls below its root "
-        "mean square"
+        "interval: over seeds, of the largest deviation in a hidden layer and setting. The largest "
+        f"of all is that of {off_layer} at η = {judged[index]['rate']:g}, "
+        f"λ = {judged[index]['decay']:g}, momentum {judged[index]['momentum']:g}. Wide network: "
+        f"{config.wide_network}, without momentum. Where gradients come in bursts, the mean of the "
+        "angle falls below its root mean square, which the law is about"
     )
     if diverged:
         note += f"; {diverged} steps were not finite and not taken"
     return Finding(CLAIMS[4], measured, off.interval, verdict, note)
+
+
+def _worst(records: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+    """Number of the record, and the layer, whose angle is farthest from theory."""
+    off = [np.abs(np.array(record["rms"]) / record["predicted"] - 1) for record in records]
+    index, layer = np.unravel_index(np.argmax(off), np.shape(off))
+    return int(index), records[0]["layers"][layer]
 
 
 def _drift(config: Config, record: Mapping[str, Any]) -> float:
@@ -619,7 +659,8 @@ def run(config: Config, examples: Batch, path: Path):
     """Measures what is not yet in the workdir, decides, and draws."""
     ledger = Ledger(path / "metrics.jsonl")
     seeds = range(config.seeds)
-    images, labels = np.asarray(examples.image), np.asarray(examples.label)
+    images = np.asarray(examples.image)
+    first = jax.tree.map(lambda leaf: leaf[:256], examples)
     with Preemption() as preemption:
         equilibrium = Equilibrium(config, examples, path, preemption)
         groups: dict[str, list[tuple[str, Callable[[], Mapping[str, Any]]]]] = {
@@ -635,14 +676,7 @@ def run(config: Config, examples: Batch, path: Path):
             "losses": [
                 (
                     f"loss seed={seed}",
-                    functools.partial(
-                        identities.losses,
-                        config.network,
-                        images[:256],
-                        labels[:256],
-                        config.scales,
-                        seed,
-                    ),
+                    functools.partial(measure_losses, config, first, seed),
                 )
                 for seed in seeds
             ],

@@ -1,4 +1,4 @@
-"""The training runs of `experiments.scale_invariance`."""
+"""The networks of `experiments.scale_invariance`: their loss, and their training runs."""
 
 import functools
 from collections.abc import Sequence
@@ -12,11 +12,12 @@ import optax
 from jaxtyping import Array, Float
 
 from bn_research.layers.linen import BatchNorm
-from bn_research.models.cnn import CNN, is_hidden_kernel
+from bn_research.models.cnn import CNN, hidden_layers
 from bn_research.probes.angular_updates import angular_update
 from bn_research.training.loop import run_steps
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_train_step
+from experiments.launch import UsageError
 
 
 class Network(NamedTuple):
@@ -102,7 +103,11 @@ def trajectory(
         examples = Batch(examples.image.astype(np.float64), examples.label)
         metrics = program(jax.random.key(seed), examples, jax.tree.map(jnp.asarray, run))
         if np.any(metrics.diverged):
-            raise FloatingPointError(f"{network} diverged with {run._replace(rates=run.rates[:1])}")
+            raise UsageError(
+                f"network {network.spec!r}, BN {network.placement}, diverged at a rate of "
+                f"{run.rates[0]:g}, weights times {run.factor:g}: give a smaller learning_rate or "
+                "factors nearer to 1"
+            )
         return np.asarray(metrics.loss), jax.tree.map(np.asarray, metrics.observed)
 
 
@@ -111,7 +116,8 @@ def _trajectory_program(network: Network, shape: tuple[int, ...], batch_size: in
     @jax.jit
     def program(key, examples, run):
         state = create_state(network, shape[1:], key, run, jnp.float64)
-        step = make_train_step(apply_fn(network), optimizer(run), observe=_observe)
+        observe = functools.partial(_observe, hidden_layers(network.spec))
+        step = make_train_step(apply_fn(network), optimizer(network, run), observe=observe)
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=steps)[1]
 
     return program
@@ -126,23 +132,17 @@ def create_state(
     def init(key):
         variables = model.init(key, jnp.zeros((1, *shape)), train=False)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-        params = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: (
-                run.factor * leaf if is_hidden_kernel(path, variables["params"]) else leaf
-            ),
-            variables["params"],
-        )
-        return {**variables, "params": params}
+        return {**variables, "params": _scaled(network, variables["params"], run.factor)}
 
-    return create_train_state(init, optimizer(run), key)
+    return create_train_state(init, optimizer(network, run), key)
 
 
-def optimizer(run: Setting) -> optax.GradientTransformation:
+def optimizer(network: Network, run: Setting) -> optax.GradientTransformation:
     """Momentum SGD; rates of their own and L2 decay for the hidden kernels."""
 
     def labels(params):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, _: "hidden" if is_hidden_kernel(path, params) else "other", params
+        return jax.tree.map(
+            lambda hidden: "hidden" if hidden else "other", _is_hidden_kernel(network, params)
         )
 
     def rate(count):
@@ -176,32 +176,75 @@ def _model(network: Network) -> CNN:
     )
 
 
-def hidden_kernels(tree: Any) -> list[Array]:
-    """Those of a tree like params, first layer to last."""
-    named = jax.tree_util.tree_leaves_with_path(tree)
-    chosen = [(path[0].key, leaf) for path, leaf in named if is_hidden_kernel(path, tree)]
-    return [leaf for _, leaf in sorted(chosen, key=lambda pair: int(pair[0].lstrip("convdes")))]
+def _is_hidden_kernel(network: Network, params: Any) -> Any:
+    """True for the hidden kernels; a pytree like params."""
+    layers = hidden_layers(network.spec)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: path[0].key in layers and path[-1].key == "kernel", params
+    )
 
 
-def _observe(params: Any, grads: Any, new_params: Any) -> Norms:
-    trees = (hidden_kernels(tree) for tree in (params, new_params, grads))
-    rows = [
-        (jnp.vdot(w, w), jnp.vdot(new, new), jnp.vdot(g, g), jnp.vdot(w, g))
-        for w, new, g in zip(*trees, strict=True)
-    ]
+def _scaled(network: Network, params: Any, factor: Array | float) -> Any:
+    """The params, with all hidden kernels times a factor."""
+    return jax.tree.map(
+        lambda hidden, leaf: factor * leaf if hidden else leaf,
+        _is_hidden_kernel(network, params),
+        params,
+    )
+
+
+def losses(
+    network: Network, examples: Batch, scales: Sequence[float], seed: int
+) -> Float[np.ndarray, "scales"]:
+    """Training loss at initialization with all hidden kernels times each scale, float64.
+
+    Biases, if there are any, are random, and not scaled.
+    """
+    with jax.enable_x64(True):
+        image = jnp.asarray(examples.image, jnp.float64)
+        run = setting(0.0, steps=1, other_rate=0.0)
+        params, batch_stats = create_state(
+            network, image.shape[1:], jax.random.key(seed), run, jnp.float64
+        )[1:3]
+        if network.use_bias:
+            rng = np.random.default_rng(seed)
+            params = {
+                name: {**layer, "bias": 0.1 * rng.standard_normal(layer["bias"].shape)}
+                if "kernel" in layer
+                else layer
+                for name, layer in params.items()
+            }
+
+        @jax.jit
+        def loss(a):
+            variables = {"params": _scaled(network, params, a), "batch_stats": batch_stats}
+            logits, _ = apply_fn(network)(variables, image, train=True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, examples.label).mean()
+
+        return np.array([loss(np.float64(a)) for a in scales])
+
+
+def _observe(layers: Sequence[str], params: Any, grads: Any, new_params: Any) -> Norms:
+    rows = []
+    for layer in layers:
+        w, new, g = (tree[layer]["kernel"] for tree in (params, new_params, grads))
+        rows.append((jnp.vdot(w, w), jnp.vdot(new, new), jnp.vdot(g, g), jnp.vdot(w, g)))
     return Norms(*(jnp.stack(column) for column in zip(*rows, strict=True)))
 
 
-def kernel_paths(network: Network, shape: Sequence[int]) -> list[str]:
+def kernel_paths(network: Network) -> list[str]:
     """Paths of the hidden kernels, first layer to last."""
-    variables = jax.eval_shape(
+    return [f"['{layer}']['kernel']" for layer in hidden_layers(network.spec)]
+
+
+def check_network(network: Network, shape: Sequence[int]) -> None:
+    """ValueError unless it has a hidden layer and takes images of this shape."""
+    if not hidden_layers(network.spec):
+        raise ValueError(f"network {network.spec!r} has no hidden layer: give one before the head")
+    jax.eval_shape(
         lambda key: _model(network).init(key, jnp.zeros((1, *shape)), train=False),
         jax.random.key(0),
     )
-    paths = jax.tree_util.tree_map_with_path(
-        lambda path, _: jax.tree_util.keystr(path), variables["params"]
-    )
-    return [str(path) for path in hidden_kernels(paths)]
 
 
 @functools.cache
@@ -217,7 +260,7 @@ def equilibrium_programs(
     @functools.partial(jax.jit, donate_argnums=0)
     def advance(state, examples, run):
         observe = functools.partial(angular_update, groups=groups)
-        step = make_train_step(apply_fn(network), optimizer(run), observe=observe)
+        step = make_train_step(apply_fn(network), optimizer(network, run), observe=observe)
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=steps)
 
     return create, advance

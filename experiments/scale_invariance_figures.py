@@ -11,8 +11,7 @@ from bn_research.claims.figures import PALETTE, Figure, band, new_figure, save_f
 _FLOOR = 1e-17  # where a deviation of zero is drawn
 _NETWORKS = {
     "BN": PALETTE.blue,
-    "BN, ε = 0": PALETTE.blue,
-    "BN, ε = 1e-5": PALETTE.sky,
+    "BN, ε > 0": PALETTE.sky,
     "BN, bias inside": PALETTE.purple,
     "no BN": PALETTE.vermillion,
 }
@@ -44,8 +43,8 @@ def _draw_losses(config, records, path) -> Figure:
     for name in names:
         curves = np.array([record[name] for record in records], dtype=float)
         line = band(axis, config.scales, curves, label=name, color=_NETWORKS[name])
-        line.set(linewidth=3.2 if name == "BN, ε = 1e-5" else 1.8)
-        if name == "BN, ε = 0":
+        line.set(linewidth=3.2 if name == "BN, ε > 0" else 1.8)
+        if name == "BN":
             line.set(linestyle="--", color=PALETTE.black, zorder=4)
     axis.axhline(np.log(10), color=_GREY, linestyle=":", linewidth=1.2)
     axis.set_xscale("log")
@@ -61,7 +60,8 @@ def _draw_losses(config, records, path) -> Figure:
         alt="Loss against the factor of the weights, logarithmic: flat with BN and epsilon 0; with "
         "epsilon 1e-5 flat but for the smallest factors; without BN it leaves the figure, and with "
         "a bias inside it is not flat.",
-        caption="Kernels of all layers but the head times a. Bias inside: BN on the last layer "
+        caption="Kernels of all layers but the head times a; BN with ε = 0, and with "
+        f"ε = {config.epsilon:g}. Bias inside: BN on the last layer "
         "alone, and biases below it, which are not scaled. Dotted: ln 10. Line: mean of "
         f"{config.seeds} seeds; band: lowest to highest.",
     )
@@ -274,13 +274,9 @@ def _draw_angles(config, records, path) -> Figure:
 
 def _draw_approach(config, records, path) -> Figure:
     fig, axes = new_figure(rows=2, width=5.4, height=6.2)
-    picks: dict[bool, Any] = {}
-    for record in records:
-        fits = record["network"] != config.network
-        if fits or record["momentum"] == config.momentum:
-            picks[fits] = record if fits else picks.get(fits, record)
-    for fits, axis in zip((False, True), axes, strict=True):
-        record = picks[fits]
+    judged = next(r for r in records if r["momentum"] == config.momentum)
+    wide = next(r for r in records if r["network"] != config.network)
+    for record, axis in zip((judged, wide), axes, strict=True):
         angles = np.array(record["angles"], dtype=float)
         for index, color in zip(range(angles.shape[1]), PALETTE, strict=False):
             axis.plot(record["steps"], np.maximum(angles[:, index], 1e-9), color=color, linewidth=1,
@@ -288,19 +284,18 @@ def _draw_approach(config, records, path) -> Figure:
         axis.axhline(record["predicted"], color=PALETTE.black, linestyle="--", linewidth=1.4)
         axis.set_yscale("log")
         axis.set_ylabel("angle of a step, radians")
-        what = "fits its training set" if fits else "does not fit its training set"
-        axis.set_title(f"{record['network']}: {what}, momentum {record['momentum']:g}", fontsize=10)
+        title = f"{record['network']}, momentum {record['momentum']:g}, loss {record['loss']:.2g}"
+        axis.set_title(title, fontsize=10)
     axes[-1].set_xlabel("step")
     shared_legend(fig, columns=3)
     return save_figure(
         fig,
         path,
         title="The way to equilibrium",
-        alt="Angle of single steps against time: in the small network all layers settle around the "
-        "predicted value; in the one that fits its training set they fall below it and come in "
-        "bursts.",
-        caption="Dashed: √(2ηλ/(1 + α)). Single steps, thinned out for the figure. A network that "
-        "has fitted its training set has no gradient to speak of until decay has made its weights "
-        "small enough for a burst: the law then holds for the mean square over many bursts, not "
-        "for the typical step.",
+        alt="Angle of single steps against time, in the judged network and in the wide one, around "
+        "the dashed value that theory predicts for their root mean square.",
+        caption="Dashed: √(2ηλ/(1 + α)). Single steps, thinned out for the figure; the loss is the "
+        "mean over the second half. The better a network fits its training set, the more its "
+        "gradients come in bursts: the law then holds for the mean square, not for the typical "
+        "step.",
     )

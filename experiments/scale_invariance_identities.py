@@ -1,19 +1,17 @@
-"""The identities of `experiments.scale_invariance`: layers and losses under scaled weights."""
+"""The identities of `experiments.scale_invariance`: one layer under scaled weights, float64."""
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from bn_research.layers.conv import Conv, conv2d
 from bn_research.layers.linen import BatchNorm
-from bn_research.models.cnn import CNN, is_hidden_kernel
 from bn_research.normalization import batch_norm
 
 LAYERS = ("dense", "conv")
@@ -52,28 +50,25 @@ def measure(images: np.ndarray, layer: str, scales: tuple[float, ...], epsilon: 
     record: dict[str, Any] = {"layer": layer, "seed": seed}
     with jax.enable_x64(True):
         for interface in INTERFACES:
-            program = functools.partial(_value_and_gradients, layer, interface)
-            found = {
-                (a, e): jax.device_get(program("BN", u, a * w, b, scale, bias, c, np.float64(e)))
-                for a in (1.0, *scales)
-                for e in {0.0, epsilon, epsilon / a**2}
-            }
-            rows = [
-                _compare(found[a, 0.0], found[1.0, 0.0], a)
-                | {
-                    "exact form": max(
-                        _compare(
-                            found[a, epsilon],
-                            jax.device_get(
-                                program("BN", u, w, b, scale, bias, c, np.float64(epsilon / a**2))
-                            ),
-                            a,
-                        ).values()
-                    ),
-                    "ε ignored": _relative(found[a, epsilon][0], found[1.0, epsilon][0]),
-                }
-                for a in scales
-            ]
+
+            def scaled_by(a, e, interface=interface):
+                found = _value_and_gradients(
+                    layer, interface, "BN", u, a * w, b, scale, bias, c, np.float64(e)
+                )
+                return jax.device_get(found)
+
+            plain, with_epsilon = scaled_by(1.0, 0.0), scaled_by(1.0, epsilon)
+            rows = []
+            for a in scales:
+                scaled = scaled_by(a, epsilon)
+                exact = _compare(scaled, scaled_by(1.0, epsilon / a**2), a)
+                rows.append(
+                    _compare(scaled_by(a, 0.0), plain, a)
+                    | {
+                        "exact form": max(exact.values()),
+                        "ε ignored": _relative(scaled[0], with_epsilon[0]),
+                    }
+                )
             record[interface] = {key: [row[key] for row in rows] for key in rows[0]}
         for control in CONTROLS:
             program = functools.partial(_value_and_gradients, layer, "functions", control)
@@ -137,69 +132,3 @@ def _linen(layer, u, w, b, scale, bias, epsilon):
         "batch_stats": {"mean": zeros, "var": zeros + 1},
     }
     return norm.apply(variables, x, mutable=["batch_stats"])[0]
-
-
-# --- the loss of a network whose hidden kernels are all scaled by a ---
-
-NETWORKS: Mapping[str, tuple[str, bool, float]] = {  # name -> placement, biases, ε
-    "BN, ε = 0": ("hidden", False, 0.0),
-    "BN, ε = 1e-5": ("hidden", False, 1e-5),
-    "BN, bias inside": ("last", True, 0.0),
-    "no BN": ("none", False, 0.0),
-}
-
-
-def losses(
-    spec: str,
-    images: Float[np.ndarray, "batch height width channels"],
-    labels: np.ndarray,
-    scales: tuple[float, ...],
-    seed: int,
-) -> dict[str, list[float]]:
-    """Network -> training loss at each scale of all kernels but the head's, float64.
-
-    "BN, bias inside" has BN on the last layer alone, and biases, which are not scaled, below it.
-    """
-    with jax.enable_x64(True):
-        x = jnp.asarray(images, jnp.float64)
-        found = {}
-        for name, (placement, use_bias, epsilon) in NETWORKS.items():
-            norm = functools.partial(BatchNorm, epsilon=epsilon)
-            model = CNN(
-                spec,
-                norm,
-                placement,  # type: ignore[arg-type]
-                use_bias=use_bias,
-                kernel_init=nn.initializers.he_normal(),
-            )
-            variables = model.init(jax.random.key(seed), x[:1], train=False)
-            variables = jax.tree.map(lambda leaf: leaf.astype(jnp.float64), variables)
-            params = (
-                _with_random_biases(variables["params"], seed) if use_bias else variables["params"]
-            )
-
-            @jax.jit
-            def loss(a, params, model=model, variables=variables):
-                scaled = jax.tree_util.tree_map_with_path(
-                    lambda path, leaf: a * leaf if is_hidden_kernel(path, params) else leaf, params
-                )
-                logits, _ = model.apply(
-                    {**variables, "params": scaled}, x, train=True, mutable=["batch_stats"]
-                )
-                return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-            found[name] = [float(loss(np.float64(a), params)) for a in scales]
-    return found
-
-
-def _with_random_biases(params: Any, seed: int) -> Any:
-    rng = np.random.default_rng([seed, len(LAYERS)])
-    return {
-        name: {
-            key: 0.1 * rng.standard_normal(leaf.shape)
-            if key == "bias" and "norm" not in name
-            else leaf
-            for key, leaf in layer.items()
-        }
-        for name, layer in params.items()
-    }

@@ -8,7 +8,7 @@ import jax
 from jaxtyping import Array, Float
 
 from bn_research.layers.conv import Conv as ConvLayer
-from bn_research.models.spec import Conv, Pool, parse_spec
+from bn_research.models.spec import Conv, Dense, Pool, parse_spec
 
 NormPlacement = Literal["none", "last", "hidden", "all"]
 PLACEMENTS = ("none", "last", "hidden", "all")
@@ -54,7 +54,8 @@ class CNN(nn.Module):
         layers = parse_spec(self.spec)
         check_placement(self.placement, self.norm)
         options: dict[str, Any] = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
-        count = sum(not isinstance(layer, Pool) for layer in layers)
+        names = _names(layers)
+        count = len(names)
         number = 0
         for layer in layers:
             if isinstance(layer, Pool):
@@ -65,13 +66,14 @@ class CNN(nn.Module):
                     )
                 x = nn.max_pool(x, (2, 2), (2, 2))
                 continue
+            name = names[number]
             number += 1
             if isinstance(layer, Conv):
                 size = (layer.kernel, layer.kernel)
-                x = ConvLayer(layer.features, size, name=f"conv{number}", **options)(x)
+                x = ConvLayer(layer.features, size, name=name, **options)(x)
             else:
                 x = x.reshape(x.shape[0], -1)
-                x = nn.Dense(layer.features, name=f"dense{number}", **options)(x)
+                x = nn.Dense(layer.features, name=name, **options)(x)
             self.sow("intermediates", f"pre_activation_{number}", x)
             placed = self.placement in ("all", "last" if number == count else "hidden")
             if self.norm is not None and placed:
@@ -89,8 +91,19 @@ def check_placement(placement: str, norm: Callable[..., nn.Module] | None) -> No
         raise ValueError(f"placement={placement!r} needs norm: a factory of normalization layers")
 
 
-def is_hidden_kernel(path: tuple[Any, ...], params: Any) -> bool:
-    """Whether a leaf of a CNN's params is a kernel, and not the head's."""
-    layers = [name for name in params if "norm" not in name]
-    head = max(layers, key=lambda name: int("".join(filter(str.isdigit, name))))
-    return path[-1].key == "kernel" and path[0].key != head
+def hidden_layers(spec: str) -> list[str]:
+    """Names of a CNN's weight layers in its params, first to last, without the head.
+
+    Raises:
+      ValueError: a bad spec.
+    """
+    return _names(parse_spec(spec))[:-1]
+
+
+def _names(layers: tuple[Conv | Dense | Pool, ...]) -> list[str]:
+    """Names of the weight layers, first to last."""
+    weighted = [layer for layer in layers if not isinstance(layer, Pool)]
+    return [
+        f"{'conv' if isinstance(layer, Conv) else 'dense'}{number}"
+        for number, layer in enumerate(weighted, start=1)
+    ]

@@ -24,6 +24,8 @@ def smallest_groups(slopes: Float[np.ndarray, "points leaves"]) -> list[tuple[in
     Args:
       slopes: r_i at random points, at least as many as leaves.
     """
+    if slopes.shape[1] < 2:
+        return []
     found: set[tuple[int, ...]] = set()
     for tolerance in _RANK_TOLERANCES:
         null_space = _null_space(slopes, tolerance)

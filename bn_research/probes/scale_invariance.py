@@ -180,7 +180,7 @@ def audit(
     _check_finite(here, paths)
     around = [slopes(_point(jax.random.fold_in(key, i), tested)) for i in range(1, len(leaves))]
     points = [point for point in jax.device_get([here, *around]) if _is_finite(point)]
-    reference = max(abs(float(here.loss)), float(np.median([abs(p.loss) for p in points])))
+    reference = max(abs(float(here.loss)), float(np.median([abs(p.loss) for p in points]))) or 1.0
 
     scaled = jax.jit(functools.partial(_scaled_losses, loss_of))
     count = len(leaves)
@@ -201,13 +201,7 @@ def audit(
     rows = []
     for i, path in enumerate(paths):
         kind, degree = _classify(
-            base,
-            table[i, :-1],
-            scales,
-            tolerance,
-            scaling[i],
-            effect[i],
-            shares[i],
+            base, table[i, :-1], scales, tolerance, scaling[i], effect[i], shares[i]
         )
         rows.append(
             Row(
