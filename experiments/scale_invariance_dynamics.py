@@ -62,6 +62,11 @@ class Norms(NamedTuple):
     radial: Array  # ⟨w, ∇L⟩
 
 
+def largest_product(momentum: float) -> float:
+    """ηλ up to which momentum and decay do not overshoot, (1 − √γ)² (Li & Arora, 2019)."""
+    return (1 - momentum**0.5) ** 2
+
+
 def exponential_rates(
     rates: Sequence[float] | np.ndarray, decay: float, momentum: float
 ) -> Float[np.ndarray, "steps"]:
@@ -75,7 +80,7 @@ def exponential_rates(
       ValueError: ηλ > (1 − √γ)² at some step, where α can turn negative.
     """
     rates = np.asarray(rates, np.float64)
-    bound = (1 - momentum**0.5) ** 2
+    bound = largest_product(momentum)
     if np.max(rates) * decay > bound:
         raise ValueError(
             f"decay={decay:g} at a rate of {np.max(rates):g} is not allowed: their product must be "

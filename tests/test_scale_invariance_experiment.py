@@ -285,6 +285,7 @@ def test_verdict_of_equilibrium(ratio, drift, verdict):
             "rms": [0.1, 0.1 * (ratio + 0.001 * seed)],
             "mean": [0.09, 0.09],
             "norm_drift": [drift, 1.0],
+            "norms": [[9.0, 9.0], [9.0, 9.0], [3.0, 1.0], [3.0, 3.0]],
             "layers": ["first", "second"],
             "diverged": 0,
             "loss": 0.4,
@@ -294,4 +295,10 @@ def test_verdict_of_equilibrium(ratio, drift, verdict):
     ]
     finding = judge_equilibrium(config, records)
     assert finding.verdict == verdict
-    assert "second at η = 0.1, λ = 0.02, momentum 0.9" in finding.note or ratio == 1.0
+    where = "second at η = 0.1, λ = 0.02, momentum 0.9, where ‖w‖ has a standard deviation of 50%"
+    assert where in finding.note or ratio == 1.0
+    bounded = "largest, where ηλ ≤ (1 − √α)²"
+    assert finding.measured[bounded] == finding.measured["largest, over seeds"]
+    swinging = [record | {"decay": 0.03, "rms": [0.1, 0.2]} for record in records]
+    finding = judge_equilibrium(config, [*records, *swinging])
+    assert finding.measured[bounded] < 0.3 < finding.measured["largest, over seeds"]
