@@ -25,6 +25,7 @@ def test_results_are_those_committed(page):
     ("name", "old", "new"),
     [
         ("results/init_sensitivity/results.json", '"verdict": "', '"verdict": "not '),
+        ("results/scale_invariance/results.json", '"verdict": "', '"verdict": "not '),
         ("results/transform/results.json", '"verdict": "', '"verdict": "not '),
         ("benchmarks/accuracy.md", "NaN", "0"),
         ("benchmarks/speed.md", " ms", " s"),
@@ -45,6 +46,20 @@ def test_python_blocks_run():
     assert len(blocks) >= 2
     for block in blocks:
         exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_audit_prints_what_it_shows(capsys):
+    """Of each parameter the verdict; the digits are the machine's."""
+    block, shown = re.search(
+        r"```python\n(import jax[^`]*audit[^`]*)```\n\n```\n(.*?)```", README, re.S
+    ).groups()
+    assert len([line for line in block.splitlines() if line]) < 10
+    exec(compile(block, "README.md", "exec"), {})
+    printed = capsys.readouterr().out
+    for text in (shown, printed):
+        assert re.search(r"\['w1'\] +invariant", text) and "together: ['b'], ['w2']" in text
+    verdicts = [re.findall(r"^(\[\S+|\w[^-+–\d]*)", text, re.M) for text in (shown, printed)]
+    assert verdicts[0] == verdicts[1]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -20,7 +20,7 @@ _LOOKS = {
     "homogeneous": (PALETTE.purple, "D"),
     "not invariant": (PALETTE.vermillion, "^"),
 }
-_NAMED = 60  # leaves, above which the figure numbers them
+_NAMED = 80  # leaves, above which the figure numbers them
 _FLOOR = 1e-9  # where a share of zero is drawn
 
 
@@ -73,7 +73,9 @@ def draw(audit: Audit, path: str | Path, learning_rate: float) -> Figure:
     fig, axes = new_figure(columns=2, width=7.6, height=1.6 + 0.17 * min(len(rows), _NAMED))
     places = np.arange(len(rows))
     kinds = np.array([verdict(audit, row) for row in rows])
-    shares = np.array([max(abs(row.radial_share), _FLOOR) for row in rows])
+    shares = np.array(
+        [max(abs(row.radial_share), _FLOOR) if row.norm else np.nan for row in rows]
+    )  # a parameter of zeros has no direction
     rates = np.array([row.effective_learning_rate(learning_rate) for row in rows])
     for kind, (color, marker) in _LOOKS.items():
         chosen = kinds == kind
@@ -106,7 +108,7 @@ def draw(audit: Audit, path: str | Path, learning_rate: float) -> Figure:
         caption="Left: share of the gradient that points along the parameter; that of an "
         "invariant one is rounding (dotted: the tolerance of the verdict; zero is drawn at "
         f"{_FLOOR:g}), and the gradient of one without effect is nothing but rounding. Right: the "
-        f"effective learning rate at η = {learning_rate:g}; parameters of norm 0 have none.",
+        f"effective learning rate at η = {learning_rate:g}. Parameters of norm 0 have neither.",
     )
 
 
