@@ -134,7 +134,7 @@ def create_model(config: Config, arm: str, num_classes: int) -> Any:
     return ResNet(
         (config.blocks,) * 3,
         num_classes,
-        round(_RESNET_WIDTH * config.width),
+        max(1, round(_RESNET_WIDTH * config.width)),
         norm,
         preactivation=config.model == "preactivation_resnet",
     )
