@@ -12,8 +12,8 @@ images, and says of every parameter why it is invariant or not.
     quick     a small ResNet on digits, 3 seeds: 90 s on 2 CPU cores
     standard  ResNet-20 on Fashion-MNIST, 5 seeds: within 40 min on 2 CPU cores
 
-Of Inception XLA compiles for minutes: six audits at quick take a quarter of an hour on 2 CPU cores,
-and with --config.seeds=1 --config.width=0.0625 --config.batch_size=32 two take 2.5 min.
+Of Inception XLA compiles for minutes: one of the six audits at quick took three on 2 CPU cores, and
+with --config.seeds=1 --config.width=0.0625 --config.batch_size=32 both together 2.5.
 
 Whether BN comes after a parameter is measured too: then, and only then, some layer's batch
 statistics change when the parameter is replaced by random numbers.

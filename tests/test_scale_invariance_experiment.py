@@ -11,24 +11,21 @@ import pytest
 from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from experiments import scale_invariance_identities as identities
 from experiments.launch import main
-from experiments.scale_invariance import (
-    EXPERIMENT,
-    PRESETS,
-    exactly,
-    judge_effective_rate,
-    judge_equilibrium,
-    judge_exponential,
-    judge_tangent,
-    measure_losses,
-    measure_tangent,
-    prepare,
-)
+from experiments.scale_invariance import EXPERIMENT, PRESETS, prepare
 from experiments.scale_invariance_dynamics import (
     Network,
     exponential_rates,
     losses,
     setting,
     trajectory,
+)
+from experiments.scale_invariance_measurements import measure_losses, measure_tangent
+from experiments.scale_invariance_verdicts import (
+    exactly,
+    judge_effective_rate,
+    judge_equilibrium,
+    judge_exponential,
+    judge_tangent,
 )
 
 CONFIG = PRESETS["smoke"]
