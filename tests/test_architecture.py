@@ -64,6 +64,18 @@ def folder_of(module: str) -> str | None:
     return next((folder for folder in FLOORS if within(module, folder)), None)
 
 
+def are_parts_of_one_experiment(module: str, name: str) -> bool:
+    """Whether both are files beside one experiment's own, NAME_something.py beside NAME.py."""
+
+    def experiment_of(file: str) -> str | None:
+        words = file.split("_")
+        prefixes = ("_".join(words[:count]) for count in range(1, len(words)))
+        return next((p for p in prefixes if (ROOT / "experiments" / f"{p}.py").exists()), None)
+
+    experiments = [experiment_of(dotted.split(".")[1]) for dotted in (module, name)]
+    return experiments[0] is not None and experiments[0] == experiments[1]
+
+
 def violations(path: Path, source: str) -> list[str]:
     """What is wrong with a file, path relative to the root; empty when nothing is."""
     module, wrong = module_name(path), []
@@ -83,6 +95,7 @@ def violations(path: Path, source: str) -> list[str]:
             wrong.append(f"{path}: imports {name}, which is not on a floor below")
         if folder == target == "experiments" and module != IMPORTS_EVERY_EXPERIMENT:
             own = name == "experiments" or within(name, module) or name.startswith(f"{module}_")
+            own = own or are_parts_of_one_experiment(module, name)
             if not own and not any(within(name, shared) for shared in SHARED_BY_EXPERIMENTS):
                 wrong.append(f"{path}: imports {name}, another experiment")
     return wrong
@@ -141,6 +154,8 @@ EXPERIMENT = "experiments/x.py"
         (EXPERIMENT, "from experiments import y"),
         (EXPERIMENT, "from . import y"),
         ("experiments/launch.py", "import experiments.y"),
+        ("experiments/transform_figures.py", "from experiments.transform import run"),
+        ("experiments/transform_figures.py", "from experiments import imagenet_figures"),
         ("bn_research/utils.py", ""),
         ("bn_research/data/common.py", ""),
         ("bn_research/extras/x.py", ""),
@@ -166,6 +181,7 @@ def test_a_bad_import_is_found(path, source):
         (EXPERIMENT, "from absl import flags\nfrom experiments import launch\nimport jax"),
         (EXPERIMENT, "from experiments.workdir import Workdir\nfrom bn_research.models import cnn"),
         (EXPERIMENT, "from experiments import x_figures\nfrom experiments.x_figures import draw"),
+        ("experiments/transform_figures.py", "from experiments.transform_verdicts import judge"),
         ("experiments/reproduce.py", "from experiments import x, y\nimport experiments.z"),
         ("bn_research/__init__.py", '__version__ = "1"'),
     ],
