@@ -141,7 +141,7 @@ def create_model(config: Config, arm: str, num_classes: int) -> Any:
 
 
 def prepare(config: Config) -> Images:
-    """Checks the config and loads a batch of training images, from 0 to 1."""
+    """Checks the config and loads a batch of training images, standardized."""
     if config.model not in MODELS:
         raise ValueError(f"model={config.model!r} is unknown: allowed are {', '.join(MODELS)}")
     if config.network and config.model not in _SPECS:

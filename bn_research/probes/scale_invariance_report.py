@@ -99,6 +99,9 @@ def draw(audit: Audit, path: str | Path, learning_rate: float) -> Figure:
         else:
             axis.tick_params(labelleft=False)
     shared_legend(fig)
+    fig.set_layout_engine(
+        "constrained", wspace=0.06
+    )  # the outermost ticks of two panels would touch
     return save_figure(
         fig,
         path,
