@@ -1,0 +1,374 @@
+"""Many seeds and settings as one program: a sweep.
+
+    sweep = Sweep(advance, steps_per_dispatch=100)
+    for member, state, history in sweep.run(create, members, examples):
+        ...
+
+What differs between members (seed, learning rate, width of the initialization, epsilon of BN) is
+traced, so that all of them are one compiled program. It has lanes, with a member in each:
+
+    in_turn   one lane on one device
+    devices   one lane on each device; the devices exchange nothing
+    vmap      a lane for every member, batched into one program and shared out over the devices
+
+A lane whose member has ended (finished, diverged or stopped) takes the next one; under "vmap" all
+members stay in step. In turn and over devices a member's numbers are those of
+`bn_research.training.loop.train` to the last bit. Batched products round in another order, so
+under "vmap" they agree to rounding, which training then amplifies as any other perturbation.
+
+A small network cannot use all cores of a CPU: `use_cpu_cores` makes each core a device.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bn_research.training.checkpoint import Checkpointer
+from bn_research.training.lanes import (
+    STRATEGIES,
+    AdvanceFn,
+    CreateFn,
+    Lanes,
+    Strategy,
+    with_key,
+    with_key_data,
+)
+from bn_research.training.loop import History
+from bn_research.training.preemption import Stopped
+from bn_research.training.state import TrainState
+
+_MOST_CORES = 8
+_SECONDS_OF_TIMING = 0.3
+_FORCED = "xla_force_host_platform_device_count"
+
+
+class Member(NamedTuple):
+    """One run of a sweep."""
+
+    name: str  # tells it from the others, in checkpoints and messages
+    seed: int
+    hyper: Any  # pytree of numbers, traced; of one structure in all members
+    num_steps: int  # a multiple of steps_per_dispatch
+
+
+class Choice(NamedTuple):
+    """How a sweep runs, and what was measured to choose it."""
+
+    strategy: Strategy
+    seconds: dict[Strategy, float]  # per member and step; empty where nothing was measured
+
+    def __str__(self) -> str:
+        """One line for people."""
+        times = ", ".join(f"{name} {value * 1e3:.3g}" for name, value in self.seconds.items())
+        reason = f"ms per member and step: {times}" if times else "as asked"
+        return f"sweep: {self.strategy} ({reason})"
+
+
+@dataclasses.dataclass
+class _Run:
+    """A member and how far it has come."""
+
+    member: Member
+    loss: np.ndarray
+    state: Any = None  # on the host; None before its first step and once it is given
+    steps: int = 0
+    diverged: int = 0
+    ended: bool = False
+
+
+class Sweep:
+    """The programs of a sweep, compiled once for all its members.
+
+    Args:
+      advance: (state, hyper, data) -> state after steps_per_dispatch steps, and their metrics as
+        of `run_steps`; pure.
+      steps_per_dispatch: steps that advance takes.
+      strategy: one of `STRATEGIES`, or "auto": the fastest as measured when the first sweep begins.
+      devices: None is all of this process.
+      compiler_options: XLA's, of advance.
+
+    Attributes:
+      choice: how its sweeps run; None while nothing has been measured. It may be set.
+
+    Raises:
+      ValueError: an unknown strategy, or steps_per_dispatch below 1.
+    """
+
+    def __init__(
+        self,
+        advance: AdvanceFn,
+        *,
+        steps_per_dispatch: int,
+        strategy: str = "auto",
+        devices: Sequence[jax.Device] | None = None,
+        compiler_options: dict[str, Any] | None = None,
+    ):
+        """Compiles nothing yet."""
+        if strategy not in ("auto", *STRATEGIES):
+            raise ValueError(
+                f"strategy={strategy!r} is unknown: allowed are auto, {', '.join(STRATEGIES)}"
+            )
+        if steps_per_dispatch < 1:
+            raise ValueError(
+                f"steps_per_dispatch={steps_per_dispatch} is not allowed: at least 1 is needed"
+            )
+        self.choice = None if strategy == "auto" else Choice(strategy, {})  # type: ignore[arg-type]
+        self._advance, self._compiler_options = advance, compiler_options
+        self._steps_per_dispatch = steps_per_dispatch
+        self._devices = list(devices or jax.local_devices())
+        self._lanes: dict[tuple[Strategy, int], Lanes] = {}
+
+    def run(
+        self,
+        create: CreateFn,
+        members: Sequence[Member],
+        data: Any = None,
+        *,
+        done: Collection[str] = (),
+        saver: Checkpointer | None = None,
+        save_when: Callable[[], bool] = lambda: True,
+        stop_when: Callable[[Member, np.ndarray], bool] = lambda member, loss: False,
+        on_choice: Callable[[Choice], None] = lambda choice: print(choice, flush=True),
+        on_steps: Callable[[int], None] = lambda steps: None,
+        preempted: Callable[[int], bool] = lambda step: False,
+    ) -> Iterator[tuple[Member, TrainState, History]]:
+        """Trains the members and gives each with its last state, in order, as soon as it can.
+
+        The rules are those of `train`: a step that is not finite is not taken, and a member ends
+        with the dispatch in which that happens again; the others never notice. A sweep goes on from
+        a checkpoint of its members, each at its own step, on any number of devices.
+
+        Args:
+          create: (key, hyper) -> state before the first step; jit it.
+          members: at least one, no two alike.
+          data: pytree of arrays that advance is given; each device holds a copy.
+          done: names of members whose result is known: they are not trained.
+          saver: keeps checkpoints; None keeps none.
+          save_when: asked after each dispatch whether to save.
+          stop_when: asked after each dispatch, with a member and its losses, whether it shall end.
+          on_choice: told how the sweep will run, before its first dispatch.
+          on_steps: told the number of steps that a member has taken; first of those restored.
+          preempted: asked after each dispatch, with the steps so far, whether to save and leave.
+
+        Raises:
+          ValueError: no members, two alike, or a number of steps that is not a positive multiple of
+            steps_per_dispatch; before anything is computed.
+          Stopped: preempted; the members are saved.
+        """
+        _check(members, self._steps_per_dispatch)
+        hooks = _Hooks(saver, save_when, stop_when, on_choice, on_steps, preempted)
+        return self._run(create, members, data, done, hooks)
+
+    def measure(self, create: CreateFn, members: Sequence[Member], data: Any = None) -> Choice:
+        """Times a dispatch under every strategy that fits, from the first members' first states.
+
+        Each is compiled for that; those not chosen are dropped.
+        """
+        seconds: dict[Strategy, float] = {}
+        for strategy in STRATEGIES:
+            if strategy != "in_turn" and len(members) == 1:
+                continue
+            if strategy == "devices" and len(self._devices) == 1:
+                continue
+            lanes = self._lanes_for(strategy, len(members))
+            used = members[: lanes.count]
+            placed = lanes.place(data)
+            lanes.load([_created(create, member) for member in used], _hypers(used))
+            lanes.advance(placed)  # compiles
+            times: list[float] = []
+            while sum(times) < _SECONDS_OF_TIMING:
+                start = time.perf_counter()
+                lanes.advance(placed)
+                times.append(time.perf_counter() - start)
+            seconds[strategy] = min(times) / len(used) / self._steps_per_dispatch
+        best = min(seconds, key=lambda strategy: seconds[strategy])
+        self._lanes = {key: lanes for key, lanes in self._lanes.items() if key[0] == best}
+        return Choice(best, seconds)
+
+    def _run(
+        self,
+        create: CreateFn,
+        members: Sequence[Member],
+        data: Any,
+        done: Collection[str],
+        hooks: "_Hooks",
+    ) -> Iterator[tuple[Member, TrainState, History]]:
+        runs = _restored(create, members, hooks.saver)
+        runs = [run for run in runs if run.member.name not in done]
+        for run in runs:
+            hooks.on_steps(run.steps)
+            run.ended = _has_ended(run, hooks)
+        queue = collections.deque(run for run in runs if not run.ended)
+        waiting = collections.deque(runs)  # until those before them are given
+        if queue:
+            if self.choice is None:
+                self.choice = self.measure(create, members, data)
+            hooks.on_choice(self.choice)
+            lanes = self._lanes_for(self.choice.strategy, len(members))
+            data = lanes.place(data)
+            held: list[_Run | None] = [None] * lanes.count
+        while waiting:
+            if waiting[0].ended:
+                yield _result(waiting.popleft())
+                continue
+            if _refill(held, queue, in_step=lanes.in_step):
+                _load(lanes, held, create)
+            losses = lanes.advance(data)
+            running = [(lane, run) for lane, run in enumerate(held) if run is not None]
+            for lane, run in running:
+                run.steps += self._steps_per_dispatch
+                run.loss[run.steps - self._steps_per_dispatch : run.steps] = losses.loss[lane]
+                run.diverged += int(np.sum(losses.diverged[lane]))
+                run.ended = _has_ended(run, hooks)
+                hooks.on_steps(self._steps_per_dispatch)
+            leave = hooks.preempted(sum(run.steps for run in runs))
+            saver = hooks.saver if leave or hooks.save_when() else None
+            if saver is not None or any(run.ended for _, run in running):
+                states = lanes.states()
+                for lane, run in running:
+                    run.state = states[lane]
+                    if run.ended:
+                        held[lane] = None
+            if saver is not None:
+                _save(waiting, saver, wait=leave)
+            if leave:
+                raise Stopped(sum(run.steps for run in runs))
+        if hooks.saver is not None:
+            hooks.saver.wait()
+
+    def _lanes_for(self, strategy: Strategy, members: int) -> Lanes:
+        key = strategy, members if strategy == "vmap" else min(members, len(self._devices))
+        if key not in self._lanes:
+            self._lanes[key] = Lanes(
+                self._advance,
+                strategy,
+                members,
+                self._devices,
+                compiler_options=self._compiler_options,
+            )
+        return self._lanes[key]
+
+
+def use_cpu_cores(most: int = _MOST_CORES) -> None:
+    """Makes each CPU core a device of JAX; call it before anything asks JAX for its devices.
+
+    Later it does nothing, nor where the number of CPU devices has been set.
+
+    Args:
+      most: devices at most; each holds a copy of the data.
+    """
+    if jax.config.values["jax_num_cpu_devices"] == -1 and _FORCED not in os.environ.get(
+        "XLA_FLAGS", ""
+    ):
+        with contextlib.suppress(RuntimeError):  # JAX has its devices already
+            jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), most))
+
+
+class _Hooks(NamedTuple):
+    """What the caller of a sweep has asked for."""
+
+    saver: Checkpointer | None
+    save_when: Callable[[], bool]
+    stop_when: Callable[[Member, np.ndarray], bool]
+    on_choice: Callable[[Choice], None]
+    on_steps: Callable[[int], None]
+    preempted: Callable[[int], bool]
+
+
+def _check(members: Sequence[Member], steps_per_dispatch: int) -> None:
+    if not members:
+        raise ValueError("a sweep has no members: give at least one")
+    first: dict[Any, str] = {}
+    for member in members:
+        if member.num_steps < 1 or member.num_steps % steps_per_dispatch:
+            raise ValueError(
+                f"member {member.name!r}: num_steps={member.num_steps} is not allowed: it must be "
+                f"a positive multiple of steps_per_dispatch={steps_per_dispatch}"
+            )
+        values = tuple(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(member.hyper))
+        for key in (member.name, (member.seed, values, member.num_steps)):
+            if key in first:
+                raise ValueError(
+                    f"members {first[key]!r} and {member.name!r} are the same run: give each "
+                    "name, and each seed with its hyperparameters, once"
+                )
+            first[key] = member.name
+
+
+def _created(create: CreateFn, member: Member) -> Any:
+    """State on the host before the first step."""
+    state = create(jax.random.key(member.seed), member.hyper)
+    return jax.tree.map(np.asarray, with_key_data(state))
+
+
+def _restored(
+    create: CreateFn, members: Sequence[Member], saver: Checkpointer | None
+) -> list[_Run]:
+    """A run of each member, at its step where the newest checkpoint is of these members."""
+    runs = {m.name: _Run(m, np.full(m.num_steps, np.nan, np.float32)) for m in members}
+    newest = saver.newest() if saver is not None else None
+    notes = newest[1].get("members", []) if newest is not None else []
+    if saver is None or newest is None or not runs.keys() >= {note["name"] for note in notes}:
+        return list(runs.values())
+    saved = [runs[note["name"]] for note in notes]
+    template = [{"state": _created(create, run.member), "loss": run.loss} for run in saved]
+    restored = saver.restore(newest[0], template) if template else []
+    for run, note, tree in zip(saved, notes, restored, strict=True):
+        run.state, run.loss = tree["state"], np.array(tree["loss"])
+        run.steps, run.diverged = note["steps"], note["diverged"]
+    return list(runs.values())
+
+
+def _hypers(members: Sequence[Member]) -> list[Any]:
+    return [jax.tree.map(np.asarray, member.hyper) for member in members]
+
+
+def _has_ended(run: _Run, hooks: _Hooks) -> bool:
+    if run.steps == 0:
+        return False
+    if run.steps == run.member.num_steps or run.diverged >= 2:
+        return True
+    return hooks.stop_when(run.member, run.loss[: run.steps])
+
+
+def _refill(held: list[_Run | None], queue: collections.deque[_Run], *, in_step: bool) -> bool:
+    """Puts runs from the queue into lanes that are free; whether there were any."""
+    if not queue or (in_step and any(held)):
+        return False
+    step, changed = queue[0].steps, False
+    for lane, run in enumerate(held):
+        if run is None and queue and (not in_step or queue[0].steps == step):
+            held[lane], changed = queue.popleft(), True
+    return changed
+
+
+def _load(lanes: Lanes, held: list[_Run | None], create: CreateFn) -> None:
+    used = [run for run in held if run is not None]
+    for run in used:
+        if run.state is None:
+            run.state = _created(create, run.member)
+    # A lane left over repeats one in use.
+    runs = [used[-1] if run is None else run for run in held]
+    lanes.load([run.state for run in runs], _hypers([run.member for run in runs]))
+
+
+def _save(runs: Collection[_Run], saver: Checkpointer, *, wait: bool) -> None:
+    begun = [run for run in runs if run.steps]
+    newest = saver.newest()
+    notes = [
+        {"name": run.member.name, "steps": run.steps, "diverged": run.diverged} for run in begun
+    ]
+    tree = [{"state": run.state, "loss": run.loss} for run in begun]
+    saver.save((newest[0] if newest else 0) + 1, tree, {"members": notes}, wait=wait)
+
+
+def _result(run: _Run) -> tuple[Member, TrainState, History]:
+    state, run.state = run.state, None
+    return run.member, with_key(state), History(run.loss[: run.steps], run.diverged)
