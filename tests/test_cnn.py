@@ -54,7 +54,8 @@ def test_default_network_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("placement", "numbers"), [("none", []), ("last", [7]), ("all", [1, 2, 3, 4, 5, 6, 7])]
+    ("placement", "numbers"),
+    [("none", []), ("last", [7]), ("all", [1, 2, 3, 4, 5, 6, 7]), (1, [1]), (4, [4]), (7, [7])],
 )
 def test_placement(placement, numbers):
     net = CNN(SPEC, NORM, placement)
@@ -74,6 +75,13 @@ def test_use_bias_and_initializer():
     params = net.init(jax.random.key(0), images(), train=False)["params"]
     assert all(set(layer) == {"kernel"} for layer in params.values())
     assert all(np.all(layer["kernel"] == 0.5) for layer in params.values())
+
+
+def test_the_head_may_have_an_initializer_of_its_own():
+    net = CNN("c4 f5 f3", kernel_init=nn.initializers.ones, head_init=nn.initializers.zeros)
+    params = net.init(jax.random.key(0), images(), train=False)["params"]
+    kernels = {name: np.unique(layer["kernel"]).tolist() for name, layer in params.items()}
+    assert kernels == {"conv1": [1], "dense2": [1], "dense3": [0]}
 
 
 def test_logits_do_not_depend_on_other_examples_in_evaluation(trained):
@@ -105,7 +113,7 @@ def by_hand(variables, x, placement, train):
             x = x.reshape(len(x), -1) @ layer["kernel"]
         x = np.asarray(x + layer["bias"])
         sown[f"pre_activation_{number}"] = x
-        if placement == "all" or (placement == "last" and number == 7):
+        if placement in ("all", number) or (placement == "last" and number == 7):
             bn = params[f"batch_norm{number}"]
             axes = tuple(range(x.ndim - 1))
             stats = variables["batch_stats"][f"batch_norm{number}"]
@@ -117,7 +125,7 @@ def by_hand(variables, x, placement, train):
 
 
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize("placement", ["none", "last", "all"])
+@pytest.mark.parametrize("placement", ["none", "last", "all", 3])
 def test_sown_pre_activations_and_logits(trained, placement, train):
     """Each pre-activation is the layer's output before BN; the activation comes after BN."""
     x = images()
@@ -161,6 +169,10 @@ def test_one_program_serves_every_traced_initialization():
         (dict(spec="c4 P P P P f3"), images(), "'c4 P P P P f3' pools images that are only 1×1"),
         (dict(spec="P f3"), images((1, 4, 1, 2)), "only 4×1.*remove a P or use larger images"),
         (dict(placement="first"), images(), "placement='first' is unknown: allowed are none, last"),
+        (dict(placement=8, norm=NORM, spec=SPEC), images(), "placement=8.*layer, 1 to 7"),
+        (dict(placement=0, norm=NORM, spec=SPEC), images(), "placement=0 is unknown"),
+        (dict(placement=True, norm=NORM), images(), "placement=True is unknown"),
+        (dict(placement=1), images(), "placement=1 needs norm"),
         (dict(placement="all"), images(), "placement='all' needs norm"),
         (dict(placement="last"), images(), "placement='last' needs norm"),
         (dict(spec="c4"), images(), "does not end in a dense layer"),

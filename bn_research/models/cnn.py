@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 from bn_research.layers.conv import Conv as ConvLayer
 from bn_research.models.spec import Conv, Dense, Pool, parse_spec
 
-NormPlacement = Literal["none", "last", "hidden", "all"]
+NormPlacement = Literal["none", "last", "hidden", "all"] | int
 PLACEMENTS = ("none", "last", "hidden", "all")
 
 # The Notes do not give their seven layers; of the five candidates this one has seven weight layers
@@ -29,8 +29,10 @@ class CNN(nn.Module):
       spec: the layers, see `bn_research.models.spec`.
       norm: a factory of normalization layers, called with `name` and `use_running_average`, for
         example `functools.partial(BatchNorm, epsilon=1e-5)`.
-      placement: BN on no layer, on the last (the head) alone, on all but the last, or on all.
+      placement: BN on no layer ("none"), on the head alone ("last"), on all but the head
+        ("hidden"), on all ("all"), or on one weight layer alone, given by its number from 1.
       kernel_init: initializer of every kernel.
+      head_init: initializer of the head's kernel; None is kernel_init.
       use_bias: biases in convolution and dense layers (γ and β of BN are its own).
       activation: between weight layers.
     """
@@ -39,6 +41,7 @@ class CNN(nn.Module):
     norm: Callable[..., nn.Module] | None = None
     placement: NormPlacement = "none"
     kernel_init: Callable[..., Any] = nn.initializers.lecun_normal()
+    head_init: Callable[..., Any] | None = None
     use_bias: bool = True
     activation: Callable[[Array], Array] = jax.nn.relu
 
@@ -52,10 +55,9 @@ class CNN(nn.Module):
           ValueError: a bad spec or placement, placement without norm, or images too small to pool.
         """
         layers = parse_spec(self.spec)
-        check_placement(self.placement, self.norm)
-        options: dict[str, Any] = dict(use_bias=self.use_bias, kernel_init=self.kernel_init)
         names = _names(layers)
         count = len(names)
+        check_placement(self.placement, self.norm, count)
         number = 0
         for layer in layers:
             if isinstance(layer, Pool):
@@ -68,6 +70,10 @@ class CNN(nn.Module):
                 continue
             name = names[number]
             number += 1
+            init = self.kernel_init
+            if number == count and self.head_init is not None:
+                init = self.head_init
+            options: dict[str, Any] = dict(use_bias=self.use_bias, kernel_init=init)
             if isinstance(layer, Conv):
                 size = (layer.kernel, layer.kernel)
                 x = ConvLayer(layer.features, size, name=name, **options)(x)
@@ -75,7 +81,8 @@ class CNN(nn.Module):
                 x = x.reshape(x.shape[0], -1)
                 x = nn.Dense(layer.features, name=name, **options)(x)
             self.sow("intermediates", f"pre_activation_{number}", x)
-            placed = self.placement in ("all", "last" if number == count else "hidden")
+            part = "last" if number == count else "hidden"
+            placed = self.placement in ("all", part, number)
             if self.norm is not None and placed:
                 x = self.norm(name=f"batch_norm{number}", use_running_average=not train)(x)
             if number < count:
@@ -83,10 +90,22 @@ class CNN(nn.Module):
         return x
 
 
-def check_placement(placement: str, norm: Callable[..., nn.Module] | None) -> None:
-    """ValueError unless placement is known and, when BN is placed, a norm is given."""
-    if placement not in PLACEMENTS:
-        raise ValueError(f"placement={placement!r} is unknown: allowed are {', '.join(PLACEMENTS)}")
+def check_placement(
+    placement: NormPlacement, norm: Callable[..., nn.Module] | None, count: int
+) -> None:
+    """ValueError unless placement is known and, when BN is placed, a norm is given.
+
+    Args:
+      placement: of BN.
+      norm: the factory.
+      count: number of weight layers.
+    """
+    numbers = range(1, count + 1)
+    if placement not in PLACEMENTS and (isinstance(placement, bool) or placement not in numbers):
+        raise ValueError(
+            f"placement={placement!r} is unknown: allowed are {', '.join(PLACEMENTS)}, or the "
+            f"number of one weight layer, 1 to {count}"
+        )
     if placement != "none" and norm is None:
         raise ValueError(f"placement={placement!r} needs norm: a factory of normalization layers")
 

@@ -66,3 +66,8 @@ def num_logits(spec: str) -> int:
     head = parse_spec(spec)[-1]
     assert isinstance(head, Dense)  # parse_spec sees to it
     return head.features
+
+
+def num_weight_layers(spec: str) -> int:
+    """Convolutions and dense layers, the head included."""
+    return sum(not isinstance(layer, Pool) for layer in parse_spec(spec))
