@@ -7,7 +7,7 @@ static; rate, ε and the initialization's width are traced, so that a sweep over
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,25 +22,31 @@ from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import kernel_initializer
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import History, evaluate, padded_batches, run_steps, train
+from bn_research.training.evaluation import make_evaluation, place_batches
+from bn_research.training.loop import History, run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.preemption import Preemption
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_eval_step, make_train_step
+from bn_research.training.sweep import Choice, Member, Sweep
 from experiments.workdir import Ledger
 
-_EVAL_BATCH = 128
+FIXUP = "fixup"  # He's, with a head of zeros: Zhang et al. (2019) without residual branches
+_EVAL_BATCH = 32
 _POPULATION_BATCHES = 32
 _SECONDS_BETWEEN_CHECKPOINTS = 10.0
+_STRATEGY = "strategy of the sweeps"  # in the ledger
 
 
 class Arm(NamedTuple):
     """A setting; the first five fields are static, the next three traced."""
 
     network: str
-    placement: NormPlacement  # of BN: none, last, all
+    placement: NormPlacement  # of BN
     optimizer: str = "sgd"
-    initializer: str = "uniform"
+    initializer: str = (
+        "uniform"  # of kernels: a name of `bn_research.models.initializers`, or FIXUP
+    )
     use_bias: bool = False
     learning_rate: float = 0.1
     epsilon: float = 1e-5
@@ -121,6 +127,7 @@ class Trainer:
       batch_size: examples a step.
       steps_per_dispatch: steps of one call into the compiled program.
       total_steps: for the progress bar.
+      strategy: of the sweeps; "auto" measures once, prints the choice and keeps it in the ledger.
     """
 
     def __init__(
@@ -132,12 +139,15 @@ class Trainer:
         batch_size: int,
         steps_per_dispatch: int,
         total_steps: int,
+        strategy: str = "auto",
     ):
         """Opens the checkpoints; raises CheckpointError when all of them are damaged."""
         self._images = images
         self._ledger = ledger
         self._batch_size = batch_size
         self._steps_per_dispatch = steps_per_dispatch
+        self._strategy = strategy
+        self._test = place_batches(images.test, batch_size=_EVAL_BATCH)
         self._saver = Checkpointer(path / "checkpoints")
         self._saver.newest()
         self._preemption = Preemption()
@@ -164,70 +174,82 @@ class Trainer:
         """Says beside the progress bar what is being done."""
         self._bar.set_description(text)
 
-    def train(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """Record of an arm: loss of each step, and accuracy on the whole test set at the end.
+    def train(self, runs: Sequence[tuple[Arm, int]]) -> list[dict[str, Any]]:
+        """Records of arms with their seeds: loss of each step, and accuracy on the whole test set.
 
         The accuracy is that of inference by population statistics (algorithm 2 of Ioffe &
-        Szegedy, 2015) over batches of the training set.
+        Szegedy, 2015) over batches of the training set. Arms that differ in traced fields alone
+        are one sweep.
         """
-        return self._record("train", arm, seed, self._evaluate)
+        return self._records("train", runs, self._evaluate)
 
-    def tune(self, arm: Arm, seed: int) -> dict[str, Any]:
-        """Record of an arm trained to choose between settings: losses only, no test set."""
-        return self._record("tune", arm, seed, lambda arm, state: {})
+    def tune(self, runs: Sequence[tuple[Arm, int]]) -> list[dict[str, Any]]:
+        """Records of arms trained to choose between settings: losses only, no test set."""
+        return self._records("tune", runs, lambda arm, state: {})
 
-    def _record(self, purpose, arm, seed, score):
-        name = f"{purpose}/{arm.name} seed={seed}"
-        if name in self._ledger:
-            self._bar.update(arm.num_steps)
+    def _records(self, purpose, runs, score):
+        arms = {f"{purpose}/{arm.name} seed={seed}": (arm, seed) for arm, seed in runs}
+        sweeps: dict[tuple, list[str]] = {}
+        for name, (arm, _) in arms.items():
+            sweeps.setdefault(arm[:5], []).append(name)
+        for names in sweeps.values():
+            done = [name for name in names if name in self._ledger]
+            self._bar.update(sum(arms[name][0].num_steps for name in done))
+            if len(done) < len(names):
+                self._sweep({name: arms[name] for name in names}, done, score)
+        return [self._ledger.get(f"{purpose}/{arm.name} seed={seed}", dict) for arm, seed in runs]
 
-        def measure():
-            state, history = self._fit(arm, seed, name)
-            return {
+    def _sweep(self, arms, done, score):
+        """Trains the arms of one sweep and writes their records."""
+        first = next(iter(arms.values()))[0]
+        static = (first.network, first.placement, first.optimizer)
+        shape = (1, *self._images.train.image.shape[1:])
+        create = _create_program(*static, first.initializer, first.use_bias, shape)
+        sweep = _sweep_program(*static, first.use_bias, self._batch_size, self._steps_per_dispatch)
+        members = [
+            Member(name, seed, _hyper(arm), arm.num_steps) for name, (arm, seed) in arms.items()
+        ]
+        self._bar.set_description(f"BN {first.placement}, {first.optimizer}, {first.initializer}")
+        self._choose(sweep, create, members)
+        for member, state, history in sweep.run(
+            create,
+            members,
+            self._images.train,
+            done=done,
+            saver=self._saver,
+            save_when=self._checkpoint_is_due,
+            stop_when=lambda member, loss: bool(np.min(loss) < arms[member.name][0].stop_below),
+            on_choice=lambda choice: None,
+            on_steps=self._bar.update,
+            preempted=self._preemption.requested,
+        ):
+            arm, seed = arms[member.name]
+            record = {
                 **arm._asdict(),
                 "seed": seed,
                 "loss": history.loss,
                 "diverged": history.diverged,
                 **score(arm, state),
             }
+            self._ledger.get(member.name, lambda record=record: record)
+            self._bar.update(arm.num_steps - len(history.loss))
+            self._last = functools.partial(self._save_last, member.name, state, history)
 
-        return self._ledger.get(name, measure)
+    def _choose(self, sweep, create, members):
+        """Sets the strategy of a sweep: that of the first one of this workdir."""
+        if self._strategy == "auto":
+            if _STRATEGY not in self._ledger:
+                choice = sweep.measure(create, members, self._images.train)
+                self._bar.write(str(choice))
+                self._ledger.get(_STRATEGY, choice._asdict)
+            self._strategy = self._ledger.get(_STRATEGY, dict)["strategy"]
+        sweep.choice = Choice(self._strategy, {})
 
-    def _fit(self, arm: Arm, seed: int, name: str) -> tuple[TrainState, History]:
-        hyper = _hyper(arm)
-        shape = (1, *self._images.train.image.shape[1:])
-        static = (arm.network, arm.placement)
-        create = _create_program(*static, arm.optimizer, arm.initializer, arm.use_bias, shape)
-        advance = _advance_program(
-            *static, arm.optimizer, arm.use_bias, self._batch_size, self._steps_per_dispatch
-        )
-        self._bar.set_description(
-            f"BN {arm.placement}, {arm.optimizer} {arm.learning_rate:g}, "
-            f"ε {arm.epsilon:g}, a {arm.a:g}, seed {seed}"
-        )
-        before = self._bar.n
-        state, history = train(
-            lambda state: advance(state, self._images.train, hyper),
-            lambda: create(jax.random.key(seed), hyper),
-            name=name,
-            num_steps=arm.num_steps,
-            steps_per_dispatch=self._steps_per_dispatch,
-            saver=self._saver,
-            save_when=self._checkpoint_is_due,
-            stop_when=lambda loss: bool(np.min(loss) < arm.stop_below),
-            on_dispatch=lambda _, steps: self._bar.update(steps),
-            preempted=self._preemption.requested,
-        )
-        self._bar.update(arm.num_steps - (self._bar.n - before))
-        loss = {"loss": jnp.asarray(history.loss)}
-
-        def save_last() -> None:
-            newest = self._saver.newest()
-            note = {"name": name, "steps": len(history.loss), "diverged": history.diverged}
-            self._saver.save((newest[0] if newest else 0) + 1, {"state": state, **loss}, note)
-
-        self._last = save_last
-        return state, history
+    def _save_last(self, name: str, state: TrainState, history: History) -> None:
+        newest = self._saver.newest()
+        note = {"name": name, "steps": len(history.loss), "diverged": history.diverged}
+        saved = {"state": state, "loss": jnp.asarray(history.loss)}
+        self._saver.save((newest[0] if newest else 0) + 1, saved, note)
 
     def _evaluate(self, arm: Arm, state: TrainState) -> dict[str, float]:
         static = (arm.network, arm.placement, arm.use_bias)
@@ -241,12 +263,8 @@ class Trainer:
                 self._population_batches(),
             )
             state = state._replace(batch_stats=population)
-        eval_step = _eval_program(*static)
-        scores = evaluate(
-            lambda state, batch: eval_step(state, batch, epsilon),
-            state,
-            padded_batches(self._images.test, min(_EVAL_BATCH, len(self._images.test.label))),
-        )
+        evaluation = _evaluation_program(*static, self._test.mesh)
+        scores = evaluation(self._test.batches, state, epsilon)
         return {"accuracy": scores["accuracy"], "test_loss": scores["loss"]}
 
     def _population_batches(self) -> list[Array]:
@@ -295,8 +313,15 @@ def compiler_options(level: int) -> dict[str, Any]:
 def _create_program(network, placement, optimizer, initializer, use_bias, shape):
     @functools.partial(jax.jit, compiler_options=compiler_options(0))
     def create(key, hyper):
-        init = kernel_initializer(initializer, a=hyper.a)
-        model = _model(network, placement, use_bias, hyper.epsilon, kernel_init=init)
+        fixup = initializer == FIXUP
+        model = _model(
+            network,
+            placement,
+            use_bias,
+            hyper.epsilon,
+            kernel_init=kernel_initializer("he" if fixup else initializer, a=hyper.a),
+            head_init=jax.nn.initializers.zeros if fixup else None,
+        )
         return create_train_state(
             lambda key: model.init(key, jnp.zeros(shape), train=False),
             create_optimizer(optimizer, hyper.learning_rate),
@@ -307,14 +332,13 @@ def _create_program(network, placement, optimizer, initializer, use_bias, shape)
 
 
 @functools.cache
-def _advance_program(network, placement, optimizer, use_bias, batch_size, num_steps):
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(1))
-    def advance(state, examples, hyper):
+def _sweep_program(network, placement, optimizer, use_bias, batch_size, num_steps):
+    def advance(state, hyper, examples):
         apply_fn = _apply_fn(_model(network, placement, use_bias, hyper.epsilon))
         step = make_train_step(apply_fn, create_optimizer(optimizer, hyper.learning_rate))
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 
-    return advance
+    return Sweep(advance, steps_per_dispatch=num_steps, compiler_options=compiler_options(1))
 
 
 @functools.cache
@@ -329,11 +353,9 @@ def _moments_program(network, placement, use_bias):
 
 
 @functools.cache
-def _eval_program(network, placement, use_bias):
-    @functools.partial(jax.jit, compiler_options=compiler_options(1))
-    def eval_step(state, batch, epsilon):
-        return make_eval_step(_apply_fn(_model(network, placement, use_bias, epsilon)))(
-            state, batch
-        )
+def _evaluation_program(network, placement, use_bias, mesh):
+    def eval_step(batch, state, epsilon):
+        model = _model(network, placement, use_bias, epsilon)
+        return make_eval_step(_apply_fn(model))(state, batch)
 
-    return eval_step
+    return make_evaluation(eval_step, mesh, compiler_options=compiler_options(1))

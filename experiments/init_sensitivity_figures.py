@@ -1,5 +1,6 @@
 """The figures of `experiments.init_sensitivity`."""
 
+import itertools
 import math
 from pathlib import Path
 from typing import Any
@@ -14,80 +15,38 @@ from bn_research.claims.figures import (
     save_figure,
     shared_legend,
 )
+from bn_research.models.spec import num_logits
+from experiments.init_sensitivity_signal_figures import draw_layers, draw_prediction
+from experiments.init_sensitivity_verdicts import (
+    Best,
+    escape_epsilons,
+    escape_slope,
+    escape_steps,
+    grid_cell,
+)
 
 
-def draw(
-    config: Any,
-    signal: list[dict],
-    best: dict[str, list[dict]],
-    steps: np.ndarray,
-    exponent: Any,
-    folder: Path,
-) -> list[Figure]:
+def draw(config: Any, signal: list[dict], best: Best, folder: Path) -> list[Figure]:
     """All figures, in the order of the report.
 
     Args:
       config: of the run.
       signal: records of the signal at initialization.
       best: role -> records of its best rate, by seed.
-      steps: steps to leave the plateau, [ε, seed], NaN where it was not left.
-      exponent: Estimate of the exponent of the steps in ε, or None.
       folder: where the PNG files go.
     """
-    return [
-        _draw_signal(config, signal, folder / "signal_by_layer.png"),
+    figures = [
+        draw_layers(config, signal, folder / "signal_by_layer.png"),
+        draw_prediction(config, signal, folder / "signal_against_theory.png"),
         _draw_losses(config, best, folder / "loss_curves.png"),
+        _draw_schemes(config, best, folder / "schemes.png"),
         _draw_widths(config, best, folder / "accuracy_against_a.png"),
-        _draw_escape(config, steps, exponent, folder / "escape_time.png"),
+        _draw_escape(config, best, folder / "escape_time.png"),
         _draw_grid(config, best, folder / "epsilon_optimizer_bias.png"),
     ]
-
-
-def grid_cell(epsilon: float, optimizer: str, use_bias: bool) -> str:
-    """Name of a cell of the ε × optimizer × bias grid of BN on the last layer."""
-    return f"last ε={epsilon:g} {optimizer}{' bias' if use_bias else ''}"
-
-
-def _draw_signal(config, signal, path):
-    fig, axis = new_figure(height=4.4)
-    markers = "os^Dv"
-    for index, network in enumerate(config.signal_networks):
-        records = [
-            r for r in signal if r["network"] == network and r["input_scale"] == "standardized"
-        ]
-        color = PALETTE[index % len(PALETTE)]
-        measured = np.array([record["measured"] for record in records])
-        layers = np.arange(1, measured.shape[1] + 1)
-        axis.plot(layers, records[0]["predicted"], color=color, linewidth=1, linestyle="--")
-        axis.errorbar(
-            layers,
-            measured.mean(axis=0),
-            yerr=[
-                measured.mean(axis=0) - measured.min(axis=0),
-                measured.max(axis=0) - measured.mean(axis=0),
-            ],
-            color=color,
-            linestyle="none",
-            marker=markers[index % len(markers)],
-            markersize=5,
-            label=network,
-        )
-    axis.axhspan(-12, -10, color="#dddddd", zorder=0)
-    axis.text(1, -11, "the Notes: “of the order of 1e-11”", va="center", fontsize=9)
-    axis.set_xlabel("weight layer")
-    axis.set_ylabel("log₁₀ root mean square of pre-activations")
-    shared_legend(fig, columns=1)
-    return save_figure(
-        fig,
-        path,
-        title="The signal dies layer by layer",
-        alt="log10 of the pre-activation scale against the layer, for several"
-        " networks: straight falls of one to two decades a layer, measured points on the "
-        "theory's dashed lines.",
-        caption=f"At initialization, weights from U(−{config.a:g}, {config.a:g}), no BN, "
-        f"standardized images resized to {config.signal_size}×{config.signal_size}×3. Points: mean "
-        f"of {config.seeds} seeds, bars from the lowest to the highest; dashed: theory.",
-    )
+    if config.layers:
+        figures.append(_draw_single(config, best, folder / "single_layer.png"))
+    return figures
 
 
 def _draw_losses(config, best, path):
@@ -95,7 +54,7 @@ def _draw_losses(config, best, path):
     curves = {
         "plain, SGD": ("plain", PALETTE.black, "-"),
         "plain, Adam": ("plain, Adam", PALETTE.purple, ":"),
-        "plain, He init": ("plain, He", PALETTE.green, "-"),
+        "plain, He init": ("plain, he", PALETTE.green, "-"),
         "BN last, ε = 0, SGD": (grid_cell(0.0, "sgd", False), PALETTE.blue, "-"),
         f"BN last, ε = {config.epsilons[-1]:g}, SGD": (
             grid_cell(config.epsilons[-1], "sgd", False),
@@ -168,46 +127,118 @@ def _draw_widths(config, best, path):
     )
 
 
-def _draw_escape(config, steps, exponent, path):
-    fig, axis = new_figure()
-    epsilons = np.array(config.escape_epsilons)
-    for row, epsilon in enumerate(epsilons):
-        escaped = steps[row][np.isfinite(steps[row])]
-        axis.plot(np.full(len(escaped), epsilon), escaped, "o", color=PALETTE.blue, markersize=5)
-        lost = int(np.isnan(steps[row]).sum())
-        if lost:
-            axis.plot(epsilon, config.escape_steps, "^", color=PALETTE.vermillion, markersize=7)
-            axis.annotate(
-                f"{lost} not yet",
-                (epsilon, config.escape_steps),
-                xytext=(0, 7),
-                textcoords="offset points",
-                ha="center",
-                fontsize=9,
-            )
-    if exponent is not None:
-        whole = np.isfinite(steps).all(axis=1)
-        x, y = np.log10(epsilons[whole]), np.log10(steps[whole]).mean(axis=1)
-        middle = x.mean(), y.mean()
-        ends = np.array([x.min(), x.max()])
-        line = middle[1] + exponent.mean * (ends - middle[0])
-        axis.plot(10**ends, 10**line, color=PALETTE.blue, label=f"fit: ε^{exponent.mean:.2f}")
-        half = middle[1] + 0.5 * (ends - middle[0])
-        axis.plot(10**ends, 10**half, color=PALETTE.black, linestyle="--", label="theory: ε^0.5")
-        shared_legend(fig)
+def _column(optimizer: str, use_bias: bool) -> str:
+    name = {"sgd": "SGD", "adam": "Adam"}[optimizer]
+    return f"{name}, {'biases' if use_bias else 'no biases'}"
+
+
+def _draw_escape(config, best, path):
+    fig, axis = new_figure(height=4.4)
+    rates = {"sgd": config.escape_rate, "adam": config.adam_escape_rate}
+    columns = list(itertools.product(config.optimizers, config.biases))
+    for (optimizer, use_bias), color, marker in zip(columns, PALETTE, "os^D", strict=False):
+        steps = escape_steps(config, best, optimizer, use_bias)
+        epsilons = np.array(escape_epsilons(config, optimizer))
+        exponent = escape_slope(config, best, optimizer, use_bias)
+        label = _column(optimizer, use_bias)
+        label += f": ε^{exponent.mean:.2f}" if exponent else ": no fit"
+        x = np.repeat(epsilons, config.seeds)
+        # Side by side, so that a whole column of seeds that has not left can be counted.
+        shown = np.where(np.isfinite(steps), steps, np.nan).ravel()
+        axis.plot(x, shown, marker, color=color, markersize=5, alpha=0.7, label=label)
+        lost = np.isnan(steps).sum(axis=1)
+        for epsilon in epsilons[lost > 0]:
+            axis.plot(epsilon, 1.25 * config.escape_steps, marker, color=color, fillstyle="none")
+        whole = lost == 0
+        if exponent is not None:
+            logs = np.log10(epsilons[whole]), np.log10(steps[whole]).mean(axis=1)
+            ends = np.array([logs[0].min(), logs[0].max()])
+            line = logs[1].mean() + exponent.mean * (ends - logs[0].mean())
+            axis.plot(10**ends, 10**line, color=color)
+            if (optimizer, use_bias) == ("sgd", False):
+                half = logs[1].mean() + 0.5 * (ends - logs[0].mean())
+                axis.plot(10**ends, 10**half, color="black", linestyle="--", label="theory: ε^0.50")
     axis.set_xscale("log")
     axis.set_yscale("log")
     axis.set_xlabel("ε of the BN before the softmax")
     axis.set_ylabel("steps to leave the plateau")
+    shared_legend(fig, columns=1)
     return save_figure(
         fig,
         path,
-        title="ε decides how long the plateau is",
-        alt="Steps until the loss leaves ln 10 against epsilon, both logarithmic: a straight "
-        "line of slope about one half.",
-        caption=f"BN on the last layer, SGD at rate {config.escape_rate:g}, no biases. A run has "
-        "left the plateau when a batch's loss is 0.1 below that of guessing. Points: seeds; "
-        f"triangles: not yet after {config.escape_steps} steps, left out of the fit.",
+        title="ε and the optimizer decide how long the plateau is",
+        alt="Steps until the loss leaves ln 10 against epsilon, both logarithmic: with SGD and no "
+        "biases a straight line of slope about one half; Adam leaves at far larger epsilon.",
+        caption=f"BN on the last layer, SGD at rate {rates['sgd']:g}, Adam at {rates['adam']:g}. A "
+        "run has left the plateau when a batch's loss is 0.1 below that of guessing. Points: "
+        f"{config.seeds} seeds; hollow, above: some seed had not left after {config.escape_steps} "
+        "steps, or diverged, and its ε is left out of the fit.",
+    )
+
+
+def _draw_single(config, best, path):
+    fig, axis = new_figure(height=3.8)
+    layers = [*config.layers, max(config.layers) + 1]
+    cells = list(itertools.product(config.optimizers, config.layer_epsilons))
+    for (optimizer, epsilon), color in zip(cells, PALETTE, strict=False):
+        rows = [
+            [record["accuracy"] for record in best[grid_cell(epsilon, optimizer, False, layer)]]
+            for layer in (*config.layers, "last")
+        ]
+        name = {"sgd": "SGD", "adam": "Adam"}[optimizer]
+        line = band(axis, layers, np.array(rows).T, label=f"{name}, ε = {epsilon:g}", color=color)
+        line.set_marker("o")
+    axis.axhline(1 / num_logits(config.network), color="#777777", linestyle=":")
+    axis.set_ylim(0, 1)
+    axis.set_xticks(layers)
+    axis.set_xlabel("the one weight layer with BN")
+    axis.set_ylabel("test accuracy")
+    shared_legend(fig, columns=2)
+    return save_figure(
+        fig,
+        path,
+        title="Which single layer's BN is enough?",
+        alt="Test accuracy against the number of the one layer with BN, for each optimizer and "
+        "epsilon.",
+        caption=f"Weights from U(−{config.a:g}, {config.a:g}), no biases, {config.num_steps} steps "
+        f"at the best rate of each point's grid. Line: mean of {config.seeds} seeds; band: lowest "
+        "to highest; dotted: guessing.",
+    )
+
+
+def _draw_schemes(config, best, path):
+    nearest = min(config.widths, key=lambda a: abs(math.log(a / config.a)))
+    names = {
+        "he": "He",
+        "lecun": "LeCun",
+        "glorot": "Glorot",
+        "orthogonal": "orthogonal",
+        "fixup": "Fixup-style: He, head of zeros",
+    }
+    arms = {f"plain, U(−{config.a:g}, {config.a:g})": "plain"}
+    arms |= {f"plain, {names[scheme]}": f"plain, {scheme}" for scheme in config.schemes}
+    arms |= {
+        f"BN last, ε = 0, U(−{config.a:g}, {config.a:g})": grid_cell(0.0, "sgd", False),
+        f"BN on all layers, U(−{nearest:g}, {nearest:g})": f"all a={nearest:g}",
+    }
+    fig, axis = new_figure(height=1.2 + 0.34 * len(arms), width=5.6)
+    for row, (label, role) in enumerate(arms.items()):
+        values = [record["accuracy"] for record in best[role]]
+        color = PALETTE.blue if label.startswith("BN") else PALETTE.black
+        axis.plot(values, np.full(len(values), row), "o", color=color, alpha=0.5, markersize=5)
+        axis.plot(np.mean(values), row, "|", color=color, markersize=14, markeredgewidth=2)
+    axis.set_yticks(range(len(arms)), list(arms))
+    axis.set_ylim(len(arms) - 0.5, -0.5)
+    axis.set_xlim(0, 1)
+    axis.set_xlabel("test accuracy")
+    return save_figure(
+        fig,
+        path,
+        title="Initializations beside BN",
+        alt="Test accuracies of the plain network under several initializations, and of BN on the "
+        "last and on all layers under the bad one.",
+        caption=f"SGD, each at the best rate of its grid, after {config.num_steps} steps (BN on "
+        f"all layers: {config.width_steps}). Points: {config.seeds} seeds; bar: their mean.",
     )
 
 
@@ -237,11 +268,7 @@ def _draw_grid(config, best, path):
     axis.grid(visible=False)
     axis.set_xticks(
         range(len(columns)),
-        [
-            f"{o.replace('sgd', 'SGD').replace('adam', 'Adam')}"
-            + ("\nbiases" if b else "\nno biases")
-            for o, b in columns
-        ],
+        [_column(*column).replace(", ", "\n") for column in columns],
     )
     axis.set_yticks(range(len(config.epsilons)), [f"ε = {e:g}" for e in config.epsilons])
     return save_figure(

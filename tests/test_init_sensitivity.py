@@ -1,5 +1,6 @@
 """Tests of experiments.init_sensitivity: its theory, its verdicts, and whole runs at smoke size."""
 
+import dataclasses
 import json
 import math
 import os
@@ -13,20 +14,18 @@ import numpy as np
 import pytest
 
 from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from experiments import arms, init_sensitivity
-from experiments.init_sensitivity import (
-    EXPERIMENT,
-    INPUT_SCALES,
-    NETWORKS,
-    Config,
+from bn_research.training.lanes import Lanes
+from experiments import arms, init_sensitivity_signal
+from experiments.init_sensitivity import EXPERIMENT, NETWORKS, PRESETS, Config, plan
+from experiments.init_sensitivity_signal import INPUT_SCALES, predicted_log10_std
+from experiments.init_sensitivity_verdicts import (
     escape_slope,
     escape_steps,
     judge_last,
+    judge_layers,
     judge_plain,
     judge_robustness,
     judge_signal,
-    plan,
-    predicted_log10_std,
 )
 from experiments.launch import main
 
@@ -36,6 +35,7 @@ CLAIM_IDS = [
     "no-training-without-bn",
     "bn-last-layer-suffices",
     "init-robustness",
+    "last-layer-only",
 ]
 
 
@@ -88,11 +88,13 @@ def test_signal_is_measured_down_to_1e_18():
     """A tenth of the width of the weights at seven layers: seven decades less, no underflow."""
     images = np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype(np.float32)
     usual, tiny = (
-        np.array(init_sensitivity.measured_log10_std(NETWORKS[4], a, images, 0))
+        np.array(init_sensitivity_signal.measured_log10_std(NETWORKS[4], a, images, 0))
         for a in (1e-3, 1e-4)
     )
     assert usual[-1] - tiny[-1] == pytest.approx(7, abs=1e-3)
-    tiniest = np.array(init_sensitivity.measured_log10_std(NETWORKS[4], 10**-3.6, images * 1e-1, 0))
+    tiniest = np.array(
+        init_sensitivity_signal.measured_log10_std(NETWORKS[4], 10**-3.6, images * 1e-1, 0)
+    )
     assert tiniest[-1] < -18 and np.isfinite(tiniest).all()
 
 
@@ -124,7 +126,7 @@ def flat(loss=GUESSING, accuracies=(0.1, 0.1, 0.1), **fields):
 
 
 def plain(stuck, he=(0.9, 0.91, 0.92)):
-    best = {"plain": stuck, "plain, He": flat(0.1, he), "plain, Adam": flat()}
+    best = {"plain": stuck, "plain, he": flat(0.1, he), "plain, Adam": flat()}
     return judge_plain(CONFIG, [flat(), stuck], best)
 
 
@@ -143,7 +145,9 @@ def escaping(exponent, accuracies=(0.9, 0.91, 0.92), lost=False):
         if lost and epsilon == 1e-17:
             steps = 2001
         losses = [[2.3] * (steps - 1 + seed) + [2.0] for seed in range(3)]
-        best[f"escape {epsilon:g}"] = records([loss[:2000] for loss in losses], (0.5,) * 3)
+        best[f"escape last ε={epsilon:g} sgd"] = records(
+            [loss[:2000] for loss in losses], (0.5,) * 3
+        )
     return best
 
 
@@ -185,6 +189,7 @@ def signal_records(gap, last):
         {
             "network": NETWORKS[0],
             "input_scale": scale,
+            "a": 1e-3,
             "seed": seed,
             "predicted": [-2.0, last],
             "measured": [-2.0 - gap, last + 0.01 * seed],
@@ -198,6 +203,42 @@ def test_signal_verdicts():
     assert judge_signal(CONFIG, signal_records(0.1, -11)).verdict == REPRODUCED
     assert judge_signal(CONFIG, signal_records(0.9, -11)).verdict == NOT_REPRODUCED
     assert judge_signal(CONFIG, signal_records(0.1, -14)).verdict == NOT_REPRODUCED
+
+
+def test_other_widths_of_the_weights_do_not_enter_the_signal_verdict():
+    far = [{**record, "a": 1.0} for record in signal_records(3.0, -11)]
+    found = judge_signal(CONFIG, signal_records(0.1, -11) + far)
+    assert found.verdict == REPRODUCED
+    assert found.measured["largest |log10 σ - theory|, other a"] == pytest.approx(3.0)
+
+
+def layers(last, others):
+    best = {"last ε=0 sgd": flat(0.3, last)}
+    best |= {f"{k} ε=0 sgd": flat(0.3, row) for k, row in zip((1, 2), others, strict=True)}
+    return judge_layers(dataclasses.replace(CONFIG, layers=(1, 2)), best).verdict
+
+
+def test_single_layer_verdicts():
+    good, bad = (0.8, 0.82, 0.81), (0.1, 0.11, 0.1)
+    assert layers(good, [bad, bad]) == REPRODUCED
+    assert layers(good, [bad, good]) == NOT_REPRODUCED
+    assert layers(bad, [bad, bad]) == NOT_REPRODUCED
+    assert layers(good, [bad, (0.1, 0.9, 0.5)]) == INCONCLUSIVE
+    assert judge_layers(CONFIG, {"last ε=0 sgd": flat(0.3, good)}).verdict == INCONCLUSIVE
+
+
+def test_each_optimizer_has_its_own_ladder_of_epsilon():
+    standard = plan(PRESETS["standard"])
+    for optimizer, bias, rate in (("sgd", "", 0.1), ("sgd", " bias", 0.1), ("adam", "", 1e-3)):
+        roles = [role for role in standard if role.startswith("escape")]
+        found = [standard[r][0] for r in roles if r.endswith(f" {optimizer}{bias}")]
+        ladder = {"sgd": "escape_epsilons", "adam": "adam_escape_epsilons"}[optimizer]
+        assert tuple(arm.epsilon for arm in found) == getattr(PRESETS["standard"], ladder)
+        assert {arm.learning_rate for arm in found} == {rate}
+    for layer in range(1, 7):
+        for epsilon in (0.0, 1e-5):
+            (role,) = {r for r in standard if r == f"{layer} ε={epsilon:g} sgd"}
+            assert {(arm.placement, arm.epsilon) for arm in standard[role]} == {(layer, epsilon)}
 
 
 def test_both_networks_are_tuned_over_the_same_rates():
@@ -216,9 +257,9 @@ def test_smoke_writes_everything(finished):
     assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
     assert (results["schema"], results["preset"], results["seeds"]) == (1, "smoke", [0, 1])
     figures = sorted(path.name for path in (finished / "figures").iterdir())
-    assert len(figures) == 5
+    assert len(figures) == 8
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "<script" not in page
+    assert page.count("data:image/png;base64,") == 8 and "<script" not in page
     assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints"} <= {
         path.name for path in finished.iterdir()
     }
@@ -234,26 +275,41 @@ def test_started_again_it_only_prints(finished, capsys):
     assert "report: " in capsys.readouterr().out
 
 
-def test_interrupted_in_the_middle_of_an_arm_it_goes_on_from_the_checkpoint(
+def test_interrupted_in_the_middle_of_a_sweep_it_goes_on_from_the_checkpoint(
     finished, tmp_path, monkeypatch
 ):
-    """Stopped in the second dispatch of an arm, three times, with a checkpoint after each."""
+    """Stopped in the second dispatch of a sweep, three times, with a checkpoint after each."""
     monkeypatch.setattr(arms, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     restored = []
-    restore = arms.Checkpointer.restore
+    restore, save, dispatch = arms.Checkpointer.restore, arms.Checkpointer.save, Lanes.advance
 
     def counted(self, *args):
         restored.append(args)
         return restore(self, *args)
 
+    def stopping(self, data):
+        # The members of a sweep have run for one dispatch, and that is on disk.
+        if newest and newest[-1].get("members") and newest[-1]["members"][0]["steps"] == 2:
+            newest.clear()
+            if len(stops) > len(restored):
+                raise _Stop
+        return dispatch(self, data)
+
+    def noted(self, number, state, note, **options):
+        newest.append(note)
+        return save(self, number, state, note, **options)
+
     monkeypatch.setattr(arms.Checkpointer, "restore", counted)
-    progress_bar = arms.tqdm
-    for times, stop_at in enumerate((4, 16, 48)):
-        monkeypatch.setattr(arms, "tqdm", _stopping_bar(stop_at))
+    monkeypatch.setattr(arms.Checkpointer, "save", noted)
+    monkeypatch.setattr(Lanes, "advance", stopping)
+    newest, stops = [], []
+    for times in range(3):
+        stops.append(times)
+        newest.clear()
         with pytest.raises(_Stop):
             launch(tmp_path / "run")
         assert len(restored) == times
-    monkeypatch.setattr(arms, "tqdm", progress_bar)
+    stops.clear()
     assert launch(tmp_path / "run") == 0
     assert len(restored) == 3
     assert files_of(tmp_path / "run") == files_of(finished)
@@ -261,16 +317,6 @@ def test_interrupted_in_the_middle_of_an_arm_it_goes_on_from_the_checkpoint(
 
 class _Stop(Exception):
     pass
-
-
-def _stopping_bar(stop_at):
-    class Bar(arms.tqdm):
-        def update(self, n=1):
-            super().update(n)
-            if self.n >= stop_at:
-                raise _Stop
-
-    return Bar
 
 
 def test_killed_at_any_moment_it_ends_with_the_same_bits(finished, tmp_path):
@@ -332,6 +378,12 @@ def test_a_truncated_checkpoint_is_named_and_nothing_is_written(finished, capfd,
         (["--config.seeds=0"], "seeds=0"),
         (["--config.epsilons=(1e-5,)"], "must hold 0.0"),
         (["--config.epsilons=(0.0, -1.0)"], "≥ 0"),
+        (["--config.epsilons=(0.0, 1e-5, 1e-5)"], "holds an entry twice"),
+        (["--config.layers=(1, 3)"], "the weight layers before the last, 1 to 2"),
+        (["--config.schemes=('he', 'xavier')"], "allowed are he, lecun, glorot"),
+        (["--config.schemes=('lecun',)"], "must hold 'he'"),
+        (["--config.strategy=fast"], "allowed are auto, in_turn, devices, vmap"),
+        (["--config.width_rates=()"], "width_rates=() is not allowed"),
         (["--config.dataset=fashion_mnist", "--config.manual_dir=/nonexistent"], "/nonexistent"),
     ],
 )
