@@ -263,6 +263,20 @@ def test_the_fastest_is_chosen_and_printed(capsys, monkeypatch):
         cost[fastest] *= 100
 
 
+@pytest.mark.parametrize(("vmap", "chosen"), [(0.9, "devices"), (0.7, "vmap")])
+def test_what_rounds_otherwise_must_be_clearly_faster(monkeypatch, vmap, chosen):
+    cost = {1: 2.0, 2: 1.0, 8: vmap}
+    clock = [0.0]
+
+    def dispatch(self, data):
+        clock[0] += cost[self.count] * min(self.count, len(MEMBERS))
+
+    monkeypatch.setattr(Lanes, "advance", dispatch)
+    monkeypatch.setattr(sweep_module.time, "perf_counter", lambda: clock[0])
+    sweep = Sweep(advance, steps_per_dispatch=STEPS, devices=jax.devices()[:2])
+    assert sweep.measure(create, MEMBERS, EXAMPLES).strategy == chosen
+
+
 def test_one_member_or_one_device_leaves_less_to_choose():
     sweep = Sweep(advance, steps_per_dispatch=STEPS, devices=jax.devices()[:1])
     assert set(sweep.measure(create, MEMBERS, EXAMPLES).seconds) == {"in_turn", "vmap"}
