@@ -160,6 +160,7 @@ def _draw_escape(config, best, path):
                 axis.plot(10**ends, 10**half, color="black", linestyle="--", label="theory: ε^0.50")
     axis.set_xscale("log")
     axis.set_yscale("log")
+    axis.xaxis.set_minor_formatter("")  # their numbers would overlap
     axis.set_xlabel("ε of the BN before the softmax")
     axis.set_ylabel("steps to leave the plateau")
     shared_legend(fig, columns=1)
