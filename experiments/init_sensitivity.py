@@ -51,6 +51,7 @@ from experiments.init_sensitivity_verdicts import (
     judge_plain,
     judge_robustness,
     judge_signal,
+    layer_cells,
 )
 from experiments.launch import Experiment, main
 from experiments.workdir import Ledger
@@ -90,7 +91,8 @@ class Config:
     optimizers: tuple[str, ...] = ("sgd",)  # of the grid
     biases: tuple[bool, ...] = (False,)  # of the grid
     layers: tuple[int, ...] = ()  # but the last, each with the only BN of its network
-    layer_epsilons: tuple[float, ...] = (0.0,)
+    layer_epsilons: tuple[float, ...] = (0.0,)  # with SGD
+    adam_layer_epsilons: tuple[float, ...] = ()
     escape_epsilons: tuple[float, ...] = (3e-20, 1e-19, 3e-19)  # with SGD
     escape_rate: float = 0.1
     adam_escape_epsilons: tuple[float, ...] = (1e-7, 1e-6, 1e-5)
@@ -137,14 +139,15 @@ PRESETS = {
         schemes=("he", "lecun", "orthogonal", FIXUP),
         scheme_rates=(1e-2, 1e-1),
         layers=(1, 2, 3, 4, 5, 6),
-        layer_epsilons=(0.0, 1e-5),
+        adam_layer_epsilons=(1e-5,),
         optimizers=("sgd", "adam"),
         biases=(False, True),
         escape_epsilons=(1e-19, 3e-19, 1e-18, 3e-18, 1e-17),
+        escape_steps=500,
         adam_escape_epsilons=(1e-8, 1e-7, 1e-6, 1e-5),
         widths=(1e-4, 1e-3, 1e-2, 1e-1, 1.0),
         width_rates=(1e-2, 1e-1, 1.0),
-        width_steps=400,
+        width_steps=300,
         signal_networks=NETWORKS,
         signal_widths=(1e-4, 1e-2, 1e-1, 1.0),
         signal_images=32,
@@ -172,12 +175,8 @@ def prepare(config: Config) -> Images:
     for name, values in dataclasses.asdict(config).items():
         if isinstance(values, tuple) and len(set(values)) < len(values):
             raise ValueError(f"{name}={values} holds an entry twice: give each once")
-    ladders = config.epsilons + config.layer_epsilons
-    ladders += config.escape_epsilons + config.adam_escape_epsilons
-    if not 0.0 <= min(ladders):
-        raise ValueError(
-            "epsilons, layer_epsilons, escape_epsilons and adam_escape_epsilons must be ≥ 0"
-        )
+        if name.endswith("epsilons") and not min(values, default=0.0) >= 0:
+            raise ValueError(f"{name}={values} is not allowed: each must be ≥ 0")
     for name, allowed in (
         ("optimizers", ("sgd", "adam")),
         ("schemes", (*INITIALIZERS[1:], FIXUP)),
@@ -258,8 +257,7 @@ def plan(config: Config) -> dict[str, list[Arm]]:
     cells += [
         (epsilon, optimizer, False, layer)
         for layer in config.layers
-        for epsilon in config.layer_epsilons
-        for optimizer in config.optimizers
+        for optimizer, epsilon in layer_cells(config)
     ]
     for epsilon, optimizer, use_bias, placement in cells:
         arm = plain._replace(

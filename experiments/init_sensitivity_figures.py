@@ -23,6 +23,7 @@ from experiments.init_sensitivity_verdicts import (
     escape_slope,
     escape_steps,
     grid_cell,
+    layer_cells,
 )
 
 
@@ -180,11 +181,13 @@ def _draw_escape(config, best, path):
 def _draw_single(config, best, path):
     fig, axis = new_figure(height=3.8)
     layers = [*config.layers, max(config.layers) + 1]
-    cells = list(itertools.product(config.optimizers, config.layer_epsilons))
-    for (optimizer, epsilon), color in zip(cells, PALETTE, strict=False):
+    for (optimizer, epsilon), color in zip(layer_cells(config), PALETTE, strict=False):
+        roles = [grid_cell(epsilon, optimizer, False, layer) for layer in (*config.layers, "last")]
         rows = [
-            [record["accuracy"] for record in best[grid_cell(epsilon, optimizer, False, layer)]]
-            for layer in (*config.layers, "last")
+            [record["accuracy"] for record in best[role]]
+            if role in best
+            else [np.nan] * config.seeds
+            for role in roles
         ]
         name = {"sgd": "SGD", "adam": "Adam"}[optimizer]
         line = band(axis, layers, np.array(rows).T, label=f"{name}, ε = {epsilon:g}", color=color)

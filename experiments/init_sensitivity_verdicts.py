@@ -29,6 +29,12 @@ def grid_cell(epsilon: float, optimizer: str, use_bias: bool, placement: str | i
     return f"{placement} ε={epsilon:g} {optimizer}{' bias' if use_bias else ''}"
 
 
+def layer_cells(config: Any) -> list[tuple[str, float]]:
+    """Optimizers and ε of the runs with BN on a single layer before the last."""
+    cells = [("sgd", epsilon) for epsilon in config.layer_epsilons]
+    return cells + [("adam", epsilon) for epsilon in config.adam_layer_epsilons]
+
+
 def escape_role(epsilon: float, optimizer: str, use_bias: bool) -> str:
     """Role of a run that counts the steps to leave the plateau."""
     return f"escape {grid_cell(epsilon, optimizer, use_bias)}"
@@ -279,11 +285,10 @@ def judge_layers(config: Any, best: Best) -> Finding:
     others = config.layers
     last = estimate(accuracies(best[grid_cell(0.0, "sgd", False)]))
     measured = {"accuracy, last layer, ε = 0, SGD": last.mean}
-    for epsilon in config.layer_epsilons:
-        for optimizer in config.optimizers:
-            for layer in others:
-                role = grid_cell(epsilon, optimizer, False, layer)
-                measured[f"accuracy, {role}"] = float(np.mean(accuracies(best[role])))
+    for optimizer, epsilon in layer_cells(config):
+        for layer in others:
+            role = grid_cell(epsilon, optimizer, False, layer)
+            measured[f"accuracy, {role}"] = float(np.mean(accuracies(best[role])))
     if not others:
         note = "only the last layer was run (layers=())"
         return Finding(CLAIMS[4], measured, None, INCONCLUSIVE, note)

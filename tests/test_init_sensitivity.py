@@ -236,9 +236,10 @@ def test_each_optimizer_has_its_own_ladder_of_epsilon():
         assert tuple(arm.epsilon for arm in found) == getattr(PRESETS["standard"], ladder)
         assert {arm.learning_rate for arm in found} == {rate}
     for layer in range(1, 7):
-        for epsilon in (0.0, 1e-5):
-            (role,) = {r for r in standard if r == f"{layer} ε={epsilon:g} sgd"}
-            assert {(arm.placement, arm.epsilon) for arm in standard[role]} == {(layer, epsilon)}
+        for optimizer, epsilon in (("sgd", 0.0), ("adam", 1e-5)):
+            found = standard[f"{layer} ε={epsilon:g} {optimizer}"]
+            assert {arm[1:3] for arm in found} == {(layer, optimizer)}
+            assert {arm.epsilon for arm in found} == {epsilon}
 
 
 def test_both_networks_are_tuned_over_the_same_rates():
