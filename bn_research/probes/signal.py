@@ -1,18 +1,431 @@
-"""The scale of a network's signal, layer by layer, without underflow."""
+"""Does the signal survive the initialization? A probe of any network, before it is trained.
 
+    print(probe_linen(model, variables, images, train=True))
+    probe_signal(forward, params, batch).verdict
+
+For every layer: how large its pre-activations are and how they are distributed, how different they
+are for different examples, how large the gradient is that comes back to it, and between which
+factors the step from the layer before stretches a change. In words, what is wrong and what to do.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
+from bn_research.claims.figures import Figure
+from bn_research.probes import signal_linen, signal_report, signal_verdict
+from bn_research.probes.perturbation import Forward, Program, trace_layers
+from bn_research.probes.signal_jacobian import SingularValues, layer_jacobians
+from bn_research.probes.signal_statistics import Statistics, statistics
+from bn_research.probes.signal_statistics import log10_rms as log10_rms
 
-def log10_rms(x: Float[Array, "..."]) -> Float[Array, ""]:
-    """log₁₀ of the root mean square of all elements, log₁₀ √⟨x²⟩.
+LossFn = Callable[[Any], Float[Array, ""]]
 
-    The elements are divided by the largest first: squares of 1e-20 would underflow in float32.
-    An array of zeros gives −∞; NaN or ∞ in x gives NaN.
+
+@dataclass(frozen=True)
+class LayerSignal:
+    """What the probe says about the pre-activations h [batch, ..., features] of one layer.
+
+    What is not finite in h makes NaN of the numbers. A gradient is None where it cannot be known:
+    the output does not depend on the layer, or a loop or a function with its own derivative rule
+    computes the layer and uses it inside.
+
+    Attributes:
+      name: of the layer.
+      shape: of h.
+      log10_rms: log₁₀ √⟨h²⟩ over all elements; −∞ for zeros.
+      mean: of all elements.
+      std: of all elements, around that mean.
+      dead_fraction: share of features that are ≤ 0 for all examples at all positions. A ReLU right
+        after them is dead on this batch; a BN in between shifts them first.
+      silent_fraction: share of features whose gradient is 0 for all examples at all positions.
+      conditioning: mean²/var: Σ_f mean_f² / Σ_f var_f, moments of each feature f over examples and
+        positions. Large where features hardly differ from one example to the next; ∞ for
+        constants other than 0.
+      soft_rank: (Σλ)²/Σλ², λ the eigenvalues of the Gram matrix h hᵀ of examples, positions and
+        features flattened, not centred: from 1 where all examples point the same way to max_rank
+        where they are orthogonal and of one length. It is r(h), the lower bound of the rank in
+        Daneshmand et al., "Batch normalization provably avoids rank collapse for randomly
+        initialised deep networks", 2020, arXiv 2003.01652, also known as participation ratio; that
+        paper's own "soft rank" counts singular values above a threshold. 0 for zeros.
+      max_rank: the smaller of the batch size and the elements of an example.
+      gradient_std: standard deviation of all elements of ∂L/∂h.
+      log10_gradient_rms: log₁₀ of their root mean square; −∞ for zeros.
+      jacobian: smallest, rms and largest singular value of the Jacobian of h by the layer before
+        it, over the whole batch; None for the first layer, where there is no path between the two
+        (parallel branches), and where they were not asked for. The smallest is an upper bound and
+        the largest a lower bound of the true one, see `probe_signal`.
     """
-    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    largest = jnp.max(jnp.abs(x))
-    dead = largest == 0
-    largest = jnp.where(dead, 1, largest)
-    relative = jnp.mean(jnp.square(x / largest))
-    return jnp.where(dead, -jnp.inf, jnp.log10(largest) + 0.5 * jnp.log10(relative))
+
+    name: str
+    shape: tuple[int, ...]
+    log10_rms: float
+    mean: float
+    std: float
+    dead_fraction: float
+    silent_fraction: float | None
+    conditioning: float
+    soft_rank: float
+    max_rank: int
+    gradient_std: float | None
+    log10_gradient_rms: float | None
+    jacobian: SingularValues | None
+
+    @property
+    def log10_gradient_norm(self) -> float | None:
+        """log₁₀ ‖∂L/∂h‖, the norm over all elements."""
+        if self.log10_gradient_rms is None:
+            return None
+        return self.log10_gradient_rms + 0.5 * math.log10(math.prod(self.shape))
+
+
+class Signal(Mapping[str, LayerSignal]):
+    """Layers by name, in the order in which they are computed.
+
+    Attributes:
+      loss: whose gradient was taken.
+      output_std: standard deviation of the output's elements; NaN for an output that is not one
+        floating-point array.
+      output_soft_rank: soft rank of the output; NaN likewise, or unless it is [batch, ...].
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerSignal],
+        *,
+        loss: float,
+        output_std: float = math.nan,
+        output_soft_rank: float = math.nan,
+    ):
+        """Keeps what the probe found."""
+        self._layers = {layer.name: layer for layer in layers}
+        self.loss = loss
+        self.output_std, self.output_soft_rank = output_std, output_soft_rank
+
+    def __getitem__(self, name: str) -> LayerSignal:
+        return self._layers[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._layers)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __repr__(self) -> str:
+        return self.table()
+
+    @property
+    def forward_growth(self) -> float:
+        """Factor per layer of the pre-activations' std, from input to output.
+
+        exp of the slope of ln std over the number of the layer, by Theil and Sen: the median over
+        all pairs l < m of (ln std_m − ln std_l)/(m − l). A median over neighbours alone would show
+        nothing but one kind of step where two kinds take turns, as in residual blocks. Layers of
+        std 0 or not finite are left out; NaN without two others. The variance grows by the square.
+        """
+        return _growth([_log10(layer.std) for layer in self.values()])
+
+    @property
+    def backward_growth(self) -> float:
+        """Factor per layer of the norm of ∂L/∂h, from output to input.
+
+        As `forward_growth`, with the layers counted from the last to the first. Above 1 gradients
+        explode, below 1 they vanish. The squared norm grows by the square. It is the norm, not the
+        root mean square, so that pooling, which spreads a gradient over positions, is no decay.
+        """
+        sizes = [layer.log10_gradient_norm for layer in self.values()]
+        return _growth([math.nan if size is None else size for size in sizes][::-1])
+
+    @property
+    def verdict(self) -> str:
+        """What is wrong, a line each, and what to do; or "healthy", and the two growths."""
+        return "\n".join(signal_verdict.findings(self))
+
+    def table(self) -> str:
+        """All layers, the growths and the verdict, as text for a terminal."""
+        return signal_report.table(self)
+
+    def as_dict(self) -> dict[str, Any]:
+        """All of it in what JSON holds; None for what is not finite."""
+        return signal_report.as_dict(self)
+
+    def figure(self, path: str | Path) -> Figure:
+        """Std, gradient, singular values and soft rank of every layer, as a PNG file."""
+        return signal_report.draw(self, path)
+
+
+def probe_signal(
+    forward: Forward,
+    params: Any,
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    jacobians: bool = True,
+    iterations: int = 12,
+    key: Array | None = None,
+) -> Signal:
+    """Follows the signal through a network, forward and backward.
+
+    forward is traced, never called with numbers, and its layers are found in what it computes: it
+    may jit or checkpoint what it likes. Gradients are those by h_l + δ at δ = 0, all by one
+    backward pass. Layers come in the order in which they are computed.
+
+    A Jacobian of at most 256 rows or columns (batch × elements of a layer) is decomposed whole.
+    Of a larger one the extreme singular values are those of a Golub-Kahan bidiagonalization: the
+    largest is accurate after few iterations, the smallest is only bounded from above, closely where
+    few are close to 0. Its rms is √(‖J‖_F²/min(rows, columns)), ‖J‖_F by 4 random vectors.
+
+    Cost: one training step without Jacobians. With them 2·iterations + 4 passes more, each at most
+    a training step whatever the number of layers, one more for small Jacobians, and in host memory
+    iterations vectors of each layer's size; two or three programs more to compile.
+    jacobians=False leaves that out. All of it is deterministic.
+
+    Args:
+      forward: (params, batch) -> (output, intermediates), traceable; intermediates map the name of
+        each layer to its pre-activations, floating-point [batch, ..., features].
+      params: a pytree.
+      batch: an array, or a pytree of arrays, of one example an entry of the first axis. Integers,
+        such as tokens, are allowed.
+      loss_fn: output -> scalar. By default Σ output·z / batch with z standard Gaussian: how a
+        gradient grows on its way does not take labels.
+      jacobians: whether to measure their singular values.
+      iterations: of the bidiagonalization, at least 1.
+      key: of z and of the random vectors; jax.random.key(0) by default.
+
+    Raises:
+      ValueError: an empty batch, or one with values that are not finite or that forward does not
+        take; no layer to probe, or one of another shape or dtype; a loss that is not a
+        floating-point scalar or not differentiable; iterations below 1. Before anything is
+        computed.
+    """
+    examples = _check_batch(batch)
+    if iterations < 1:
+        raise ValueError(f"iterations={iterations!r} is not allowed: it must be at least 1")
+    key = jax.random.key(0) if key is None else key
+    try:
+        program = trace_layers(forward, params, batch)
+    except (TypeError, ValueError) as error:
+        raise _one_line(error, batch) from error
+    loss_of = loss_fn or _random_functional(program.output, key, examples)
+    _check_loss(loss_of, program.output)
+    measure = jax.jit(functools.partial(_measure, program, loss_of))
+    try:
+        loss, values, gradients, output = jax.device_get(measure(program.args))
+    except (TypeError, ValueError, NotImplementedError) as error:
+        raise ValueError(f"loss_fn(forward(...)) cannot be differentiated: {_first(error)}") from (
+            error
+        )
+    ranges: Sequence[SingularValues | None] = [None] * len(values)
+    if jacobians:
+        seed = int(jax.random.randint(key, (), 0, np.iinfo(np.int32).max))
+        ranges = layer_jacobians(program, iterations=iterations, seed=seed)
+    layers = [
+        _layer(name, layer.shape, values[i], gradients.get(i), ranges[i])
+        for i, (name, layer) in enumerate(zip(program.names, program.layers, strict=True))
+    ]
+    if output is None:
+        return Signal(layers, loss=float(loss))
+    return Signal(
+        layers,
+        loss=float(loss),
+        output_std=float(output.largest) * float(output.std),
+        output_soft_rank=float(output.soft_rank),
+    )
+
+
+def probe_linen(
+    model: Any,
+    variables: Any,
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    jacobians: bool = True,
+    iterations: int = 12,
+    key: Array | None = None,
+    **apply_options: Any,
+) -> Signal:
+    """`probe_signal` of a Flax linen model, through the outputs that its modules capture.
+
+    The layers are what the modules return that own a kernel: a parameter of that name, or any of
+    two or more axes, unless a module inside them owns one too. They are named by their path, such
+    as "stage1_block1/conv1"; a module called again gives another layer, "dense#2".
+
+    Args:
+      model: a linen module.
+      variables: what `model.init` returned.
+      batch: as for `probe_signal`.
+      loss_fn: likewise.
+      jacobians: likewise.
+      iterations: likewise.
+      key: likewise.
+      **apply_options: for `model.apply`, such as `train=True` for BN in training mode and
+        `rngs={"dropout": key}`. Every collection of variables but params may change on the way;
+        what it changes to is dropped.
+
+    Raises:
+      ValueError: as `probe_signal`; variables without params, or without any kernel; a batch that
+        the parameters do not fit, with the shapes of both.
+    """
+    _check_batch(batch)
+    forward = signal_linen.forward_of(model, variables, apply_options)
+    try:
+        return probe_signal(
+            forward,
+            variables,
+            batch,
+            loss_fn=loss_fn,
+            jacobians=jacobians,
+            iterations=iterations,
+            key=key,
+        )
+    except signal_linen.ApplyError as error:
+        mismatch = signal_linen.mismatch(model, variables, batch, apply_options)
+        if mismatch is None:
+            raise _one_line(error, batch) from error
+        raise ValueError(f"batch of {_shapes(batch)} does not fit variables: {mismatch}") from error
+
+
+def _measure(
+    program: Program, loss_of: LossFn, args: Sequence[Any]
+) -> tuple[Array, list[Statistics], dict[int, Statistics], Statistics | None]:
+    """Loss, statistics of the layers, of their gradients by number, and of the output."""
+    zeros = {
+        i: jnp.zeros(layer.shape, layer.dtype)
+        for i, (layer, reaches) in enumerate(
+            zip(program.layers, program.reaches_output, strict=True)
+        )
+        if reaches
+    }
+
+    def loss(deltas: Mapping[int, Array]) -> tuple[Array, tuple[Any, list[Array]]]:
+        output, layers, _ = program.run(args, deltas)
+        return loss_of(output), (output, layers)
+
+    (value, (output, layers)), gradients = jax.value_and_grad(loss, has_aux=True)(zeros)
+    leaves = jax.tree.leaves(output)
+    one = len(leaves) == 1 and leaves[0].ndim > 1 and leaves[0].size > 0
+    one = one and jnp.issubdtype(leaves[0].dtype, jnp.floating)
+    return (
+        value,
+        [statistics(layer) for layer in layers],
+        {i: statistics(gradient) for i, gradient in gradients.items()},
+        statistics(leaves[0]) if one else None,
+    )
+
+
+def _layer(
+    name: str,
+    shape: tuple[int, ...],
+    found: Statistics,
+    gradient: Statistics | None,
+    jacobian: SingularValues | None,
+) -> LayerSignal:
+    # Products in float64: 1e-38 times 1e-5 is not 0 there.
+    largest = float(found.largest)
+    return LayerSignal(
+        name=name,
+        shape=tuple(shape),
+        log10_rms=float(found.log10_rms),
+        mean=largest * float(found.mean),
+        std=largest * float(found.std),
+        dead_fraction=float(found.non_positive),
+        silent_fraction=None if gradient is None else float(gradient.zero),
+        conditioning=float(found.conditioning),
+        soft_rank=float(found.soft_rank),
+        max_rank=min(shape[0], math.prod(shape[1:])),
+        gradient_std=None if gradient is None else float(gradient.largest) * float(gradient.std),
+        log10_gradient_rms=None if gradient is None else float(gradient.log10_rms),
+        jacobian=jacobian,
+    )
+
+
+def _log10(value: float) -> float:
+    return math.log10(value) if value > 0 else -math.inf
+
+
+def _growth(logs: Sequence[float]) -> float:
+    """Factor per layer, of log10s."""
+    values = np.asarray(logs, np.float64)
+    (places,) = np.nonzero(np.isfinite(values))
+    if len(places) < 2:
+        return math.nan
+    first, second = np.triu_indices(len(places), 1)
+    rises = values[places[second]] - values[places[first]]
+    return float(10 ** np.median(rises / (places[second] - places[first])))
+
+
+def _random_functional(output: Any, key: Array, examples: int) -> LossFn:
+    shapes = jax.tree.leaves(output)
+    if not any(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in shapes):
+        raise ValueError("forward's output holds no floating-point array: give loss_fn")
+
+    def loss_of(output: Any) -> Array:
+        total = jnp.zeros(())
+        for number, leaf in enumerate(jax.tree.leaves(output)):
+            if jnp.issubdtype(leaf.dtype, jnp.floating):
+                leaf = leaf.astype(jnp.promote_types(leaf.dtype, jnp.float32))
+                z = jax.random.normal(jax.random.fold_in(key, number), leaf.shape, leaf.dtype)
+                total += jnp.sum(leaf * z) / examples
+        return total
+
+    return loss_of
+
+
+def _check_batch(batch: Any) -> int:
+    """How many examples there are."""
+    leaves = jax.tree.leaves(batch)
+    shapes = [jnp.shape(leaf) for leaf in leaves]
+    if not leaves or any(not shape or 0 in shape for shape in shapes):
+        raise ValueError(
+            f"batch of {_shapes(batch)} is empty: give at least one example, on the first axis"
+        )
+    if len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(f"batch of {_shapes(batch)}: all must have one first axis, the examples")
+    for leaf in leaves:
+        if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) and not jnp.all(jnp.isfinite(leaf)):
+            wrong = int(jnp.sum(~jnp.isfinite(leaf)))
+            raise ValueError(
+                f"batch holds {wrong} values that are not finite, NaN or infinity: remove or "
+                "replace them"
+            )
+    return shapes[0][0]
+
+
+def _check_loss(loss_of: LossFn, output: Any) -> None:
+    try:
+        found = jax.tree.leaves(jax.eval_shape(loss_of, output))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"loss_fn does not take forward's output: {_first(error)}") from error
+    shapes = [leaf.shape for leaf in found]
+    if shapes != [()] or not jnp.issubdtype(found[0].dtype, jnp.floating):
+        what = (
+            f"{found[0].dtype} of shape {shapes[0]}" if len(found) == 1 else f"{len(found)} arrays"
+        )
+        raise ValueError(f"loss_fn returns {what}: it must return one floating-point scalar")
+
+
+def _shapes(batch: Any) -> str:
+    shapes = [str(jnp.shape(leaf)) for leaf in jax.tree.leaves(batch)]
+    return f"shape {', '.join(shapes)}" if shapes else "no arrays"
+
+
+def _first(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _one_line(error: Exception, batch: Any) -> ValueError:
+    """What a network says of a batch, or of its own, in one line."""
+    message = _first(error)
+    if isinstance(error, signal_linen.ApplyError) or not message.startswith(
+        ("forward", "intermediates")
+    ):
+        message = f"forward does not take a batch of {_shapes(batch)}: {message}"
+    return ValueError(message)

@@ -1,0 +1,188 @@
+"""What a probe of the signal means, in words, and what to do."""
+
+from __future__ import annotations
+
+import math
+import typing
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+if typing.TYPE_CHECKING:
+    from bn_research.probes.signal import LayerSignal, Signal
+
+LOST = 1e-4  # std of pre-activations, below which a softmax hardly tells classes apart
+EXPLODED = 1e4  # std of pre-activations, above which a softmax is one-hot
+GRADIENT_RATIO = 1e3  # of the norms of the first and the last layer's, or the other way round
+DEAD = 0.5  # share of units
+CONDITIONING = 100.0  # mean²/var
+COLLAPSED, MIN_RANK = 1.5, 4  # soft rank, and what the batch must allow
+STEADY = 0.1  # growth per layer around 1 that calls for no rescaling
+
+
+def findings(signal: Signal) -> list[str]:
+    """What is wrong, a line each, most fundamental first; or one line that starts with "healthy".
+
+    Values and gradients that are not finite come first. The signal is lost, or explodes, from the
+    first layer on after which the std of no pre-activation comes back to within `LOST` and
+    `EXPLODED`, and that of the output neither: what BN brings back is not lost. It is judged as it
+    is, not relative to the input, because so does a softmax. Examples look alike from the first
+    layer on after which no soft rank is above `COLLAPSED`, the output's neither; a head alone does
+    not count, since the mean over all examples that it adds to each is no loss.
+
+    The norm of the gradient is compared between the first and the last layer that have one. Units
+    are dead where both pre-activation ≤ 0 and gradient 0 hold for the whole batch; the last
+    layer's are no units.
+    """
+    layers = list(signal.values())
+    broken = _first(layers, lambda layer: not math.isfinite(layer.std))
+    if broken is not None:
+        return [
+            f"not finite from layer {_named(layers, broken)} on: rescale the weights before it, or "
+            "look for a division by 0 or a logarithm of 0"
+        ]
+    lines = [
+        *_scale(signal, layers),
+        *_gradient(signal, layers),
+        *_units(layers),
+        *_examples(signal, layers),
+    ]
+    return lines or [f"healthy: {growths(signal)}"]
+
+
+def growths(signal: Signal) -> str:
+    """Both growths, in words."""
+    forward, backward = signal.forward_growth, signal.backward_growth
+    return f"forward {_factor(forward)}, backward {_factor(backward)} per layer"
+
+
+def _scale(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+    growth, out = signal.forward_growth, signal.output_std
+    lost = _trailing(layers, lambda layer: layer.std < LOST)
+    if lost is not None and not out >= LOST:
+        std = layers[lost].std
+        if growth < 1 - STEADY:
+            rescale = f"rescale the weights by {_number(1 / growth)}× per layer"
+        elif std > 0:
+            rescale = f"scale the input or the first weights up by {_number(1 / std)}×"
+        else:
+            rescale = "look for weights of zeros"
+        fits = f" with epsilon far below {std**2:.0e}" if std**2 > 0 else ""
+        return [
+            f"signal lost from layer {_named(layers, lost)} on: std {std:.1g}"
+            f"{_at_last(layers, lost)}; add BN before the softmax{fits} or {rescale}"
+        ]
+    exploded = _trailing(layers, lambda layer: layer.std > EXPLODED)
+    if exploded is not None and not out <= EXPLODED:
+        std = layers[exploded].std
+        if growth > 1 + STEADY:
+            rescale = f"rescale the weights by {_number(1 / growth)}× per layer"
+        else:
+            rescale = f"scale the input or the first weights by {_number(1 / std)}×"
+        return [
+            f"signal explodes from layer {_named(layers, exploded)} on: std {std:.1g}"
+            f"{_at_last(layers, exploded)}; add BN or {rescale}"
+        ]
+    return []
+
+
+def _gradient(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+    known = [
+        (number, layer.log10_gradient_norm)
+        for number, layer in enumerate(layers)
+        if layer.log10_gradient_norm is not None
+    ]
+    if not known:
+        return [
+            "no gradient: the output does not depend on any layer; return the arrays that the "
+            "network goes on with, not others of the same values"
+        ]
+    broken = [number for number, size in known if math.isnan(size) or size == math.inf]
+    if broken:
+        return [f"gradient not finite at layer {_named(layers, broken[-1])}, and what is before it"]
+    if known[-1][1] == -math.inf:
+        return [
+            f"gradient 0 from the last layer, {_named(layers, known[-1][0])}, on: nothing learns"
+        ]
+    zero = [number for number, size in known if size == -math.inf]
+    if zero:
+        return [
+            f"gradient lost: 0 at layer {_named(layers, zero[-1])} and from there to the input; "
+            "use residual connections, or rescale the weights"
+        ]
+    (first, at_first), (last, at_last) = known[0], known[-1]
+    total = at_first - at_last
+    if abs(total) < math.log10(GRADIENT_RATIO):
+        return []
+    count, growth = last - first, signal.backward_growth
+    if total > 0:
+        verb, advice = "grows", "use residual connections or shorten the network"
+    else:
+        verb, advice = "vanishes", "use residual connections, or larger weights"
+    return [
+        f"gradient {verb} {_factor(growth)} per layer towards the input: {10**total:.0e} over "
+        f"{count} layers; {advice}"
+    ]
+
+
+def _units(layers: Sequence[LayerSignal]) -> list[str]:
+    dead = [
+        (min(layer.dead_fraction, layer.silent_fraction), number)
+        for number, layer in enumerate(layers[:-1])
+        if layer.silent_fraction is not None
+    ]
+    worst, number = max(dead, default=(0.0, 0))
+    if worst <= DEAD:
+        return []
+    return [
+        f"{worst:.0%} of the units of layer {_named(layers, number)} are dead on this batch: lower "
+        "the mean of what comes in, raise the biases, or add BN"
+    ]
+
+
+def _examples(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+    lines = []
+    largest = max(range(len(layers)), key=lambda i: layers[i].conditioning)
+    if layers[largest].conditioning > CONDITIONING:
+        lines.append(
+            f"the mean dominates at layer {_named(layers, largest)}: mean²/var "
+            f"{_number(layers[largest].conditioning)}; centre the input, or add BN"
+        )
+    collapsed = _trailing(
+        layers, lambda layer: layer.soft_rank < COLLAPSED and layer.max_rank >= MIN_RANK
+    )
+    heads_alone = len(layers) > 1 and collapsed == len(layers) - 1
+    if collapsed is not None and not heads_alone and not signal.output_soft_rank >= COLLAPSED:
+        layer = layers[collapsed]
+        lines.append(
+            f"all examples look alike from layer {_named(layers, collapsed)} on: soft rank "
+            f"{layer.soft_rank:.2f} of {layer.max_rank}; add BN, use residual connections or "
+            "shorten the network"
+        )
+    return lines
+
+
+def _first(layers: Sequence[LayerSignal], holds: Callable[[LayerSignal], bool]) -> int | None:
+    return next((number for number, layer in enumerate(layers) if holds(layer)), None)
+
+
+def _trailing(layers: Sequence[LayerSignal], holds: Callable[[LayerSignal], bool]) -> int | None:
+    """The first layer of those up to the last that something holds for, if for the last."""
+    count = int(np.cumprod([holds(layer) for layer in layers[::-1]]).sum())
+    return len(layers) - count if count else None
+
+
+def _at_last(layers: Sequence[LayerSignal], number: int) -> str:
+    return "" if number == len(layers) - 1 else f", {layers[-1].std:.1g} at the last"
+
+
+def _named(layers: Sequence[LayerSignal], number: int) -> str:
+    return f"{number + 1} ({layers[number].name})"
+
+
+def _factor(growth: float) -> str:
+    return "×–" if math.isnan(growth) else f"×{growth:.3g}"
+
+
+def _number(value: float) -> str:
+    return f"{value:.2g}" if value < 100 else f"{value:.0f}" if value < 1e4 else f"{value:.0e}"
