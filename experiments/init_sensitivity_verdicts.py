@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.formatting import format_interval, format_number
 from bn_research.claims.registry import Claim
 from bn_research.claims.verdict import (
     INCONCLUSIVE,
@@ -276,7 +277,9 @@ def judge_robustness(config: Any, best: Best) -> Finding:
         small.interval,
         verdict,
         note="interval: of the spread with BN; difference of the spreads in "
-        f"[{difference.low:.3g}, {difference.high:.3g}]; accuracies from 0 to 1",
+        f"{format_interval(difference.interval)}. Accuracy by a, with intervals: BN on all layers "
+        f"{_by_setting({f'{a:g}': best[f'all a={a:g}'] for a in config.widths})}; plain "
+        f"{_by_setting({f'{a:g}': best[f'none a={a:g}'] for a in config.widths})}",
     )
 
 
@@ -300,5 +303,28 @@ def judge_layers(config: Any, best: Best) -> Finding:
         measured,
         largest.interval,
         verdict,
-        note="interval: of the largest accuracy with BN on one other layer, SGD, ε = 0",
+        note="interval: of the largest accuracy with BN on one other layer, SGD, ε = 0. Accuracy "
+        f"by layer, with intervals: {'; '.join(_by_layer(config, best))}",
+    )
+
+
+def _by_layer(config: Any, best: Best) -> list[str]:
+    found = []
+    for optimizer, epsilon in layer_cells(config):
+        roles = {
+            str(layer): grid_cell(epsilon, optimizer, False, layer)
+            for layer in (*config.layers, "last")
+        }
+        records = {name: best[role] for name, role in roles.items() if role in best}
+        title = {"sgd": "SGD", "adam": "Adam"}[optimizer]
+        found.append(f"{title}, ε = {epsilon:g}: {_by_setting(records)}")
+    return found
+
+
+def _by_setting(records: dict[str, list[dict[str, Any]]]) -> str:
+    """Mean accuracy with its interval over seeds, of several settings, in a line."""
+    found = {name: estimate(accuracies(group)) for name, group in records.items()}
+    return ", ".join(
+        f"{name}: {format_number(value.mean)} {format_interval(value.interval)}"
+        for name, value in found.items()
     )

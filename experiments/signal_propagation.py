@@ -52,7 +52,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.preemption import Preemption, Stopped
+from bn_research.training.sweep import use_cpu_cores
 from experiments import signal_propagation_measurements as measurements
 from experiments import signal_propagation_training as training
 from experiments import signal_propagation_verdicts as verdicts
@@ -83,9 +85,16 @@ class Config:
     rank_depth: int = 1280  # many times the largest width
     train_width: int = 64
     train_depths: tuple[int, ...] = (5, 10, 20, 40)
-    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)  # both arms choose from them
+    learning_rates: tuple[float, ...] = (
+        0.001,
+        0.003,
+        0.01,
+        0.03,
+        0.1,
+    )  # both arms choose from them
     batch_size: int = 32  # of the training
     num_steps: int = 300
+    steps_per_dispatch: int = 50
 
 
 PRESETS = {
@@ -104,6 +113,7 @@ PRESETS = {
         train_depths=(1, 3),
         learning_rates=(0.01, 0.1),
         num_steps=10,
+        steps_per_dispatch=5,
     ),
     "quick": Config(),
     "standard": Config(
@@ -140,6 +150,7 @@ _LEAST = {
     "train_width": 2,
     "train_depths": 1,
     "num_steps": 1,
+    "steps_per_dispatch": 1,
 }
 _LEAST_ENTRIES = {"batch_sizes": 1, "rank_widths": 2, "train_depths": 2, "learning_rates": 1}
 
@@ -148,7 +159,7 @@ _MOST_DOUBLINGS = 100  # of a squared norm; float32 ends at 2^128
 
 
 def prepare(config: Config) -> Images:
-    """Checks the config and loads the images, standardized by the training set."""
+    """Checks the config and loads the images; each core becomes a device, for the sweeps."""
     for name, entries in _LEAST_ENTRIES.items():
         values = getattr(config, name)
         if len(values) < entries or len(set(values)) < len(values):
@@ -162,6 +173,11 @@ def prepare(config: Config) -> Images:
                 raise ValueError(
                     f"{name}={value} is not allowed: whole numbers from {least} up are needed"
                 )
+    if config.num_steps % config.steps_per_dispatch:
+        raise ValueError(
+            f"num_steps={config.num_steps} is not allowed: it must be a multiple of "
+            f"steps_per_dispatch={config.steps_per_dispatch}"
+        )
     rates = config.learning_rates
     if not all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates):
         raise ValueError(f"learning_rates={rates} is not allowed: give positive numbers")
@@ -177,6 +193,7 @@ def prepare(config: Config) -> Images:
             f"gradient_depth={config.gradient_depth} is not allowed: gradients leave float32's "
             f"range, so at most {deepest} layers at a batch of {least_batch}"
         )
+    use_cpu_cores()
     images = load_images(
         config.dataset,
         data_dir=config.data_dir,
@@ -197,7 +214,7 @@ def run(config: Config, images: Images, path: Path):
     """Measures what is not yet in the workdir, decides, and draws."""
     ledger = Ledger(path / "metrics.jsonl")
     seeds = range(config.seeds)
-    runs = len(training.ARMS) * len(config.train_depths)
+    runs = 2 * len(config.train_depths)  # plain and residual
     total = config.seeds * (3 + len(config.rank_widths) + runs) + runs * len(config.learning_rates)
     with (
         Preemption() as preemption,
@@ -227,37 +244,40 @@ def run(config: Config, images: Images, path: Path):
             get(f"rank d={d} seed={seed}", measurements.measure_ranks, config, d, seed)
             for d, seed in itertools.product(config.rank_widths, seeds)
         ]
+        saver = Checkpointer(path / "checkpoints")
+        trainer = training.Trainer(
+            images,
+            ledger,
+            saver,
+            width=config.train_width,
+            batch_size=config.batch_size,
+            num_steps=config.num_steps,
+            steps_per_dispatch=config.steps_per_dispatch,
+            on_record=bar.update,
+            preempted=preemption.requested,
+        )
         trained = []
-        for depth, arm in itertools.product(sorted(config.train_depths), training.ARMS):
-            options: dict[str, Any] = dict(
-                residual=arm == "residual",
-                width=config.train_width,
-                depth=depth,
-                batch_size=config.batch_size,
-                num_steps=config.num_steps,
-            )
-            measure = functools.partial(training.measure, images, **options)
-            tuned = [
-                get(
-                    f"tune {arm} depth={depth} rate={rate:g}",
-                    measure,
-                    rate=rate,
-                    seed=training.TUNING_SEED,
-                    test=False,
-                )
+        for depth in sorted(config.train_depths):
+            bar.set_description(f"training, depth {depth}")
+            trials = [
+                training.Setting(residual, rate, training.TUNING_SEED)
+                for residual in (False, True)
                 for rate in config.learning_rates
             ]
-            rate = training.choose_rate(tuned)
-            trained += [
-                get(
-                    f"train {arm} depth={depth} rate={rate:g} seed={seed}",
-                    measure,
-                    rate=rate,
-                    seed=seed,
-                    test=True,
-                )
-                for seed in seeds
-            ]
+            tuned = trainer.tune(depth, trials)
+            rates = {
+                residual: training.choose_rate([r for r in tuned if r["residual"] == residual])
+                for residual in (False, True)
+            }
+            trained += trainer.train(
+                depth,
+                [
+                    training.Setting(residual, rates[residual], seed)
+                    for residual in (False, True)
+                    for seed in seeds
+                ],
+            )
+        saver.close()
     findings = [
         verdicts.judge_gradients(config, gradients, jacobians),
         verdicts.judge_residual(config, residuals),

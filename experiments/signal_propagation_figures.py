@@ -227,34 +227,27 @@ def _draw_training(config, records, num_classes, path) -> Figure:
         (True, "residual BN", PALETTE.blue),
         (False, "plain BN", PALETTE.vermillion),
     ):
-        for key, style in (("accuracy", "-"), ("train_accuracy", ":")):
-            rows = np.array(
-                [
-                    [r[key] for r in records if (r["residual"], r["depth"]) == (residual, depth)]
-                    for depth in depths
-                ],
-                dtype=float,
-            )
-            label = name if key == "accuracy" else f"{name}, training set"
-            line = band(axis, depths, rows.T, label=label, color=color, linestyle=style)
-            if key == "accuracy":
-                line.set(marker="o", markersize=5)
+        rows = [
+            [r["accuracy"] for r in records if (r["residual"], r["depth"]) == (residual, depth)]
+            for depth in depths
+        ]
+        line = band(axis, depths, np.array(rows, dtype=float).T, label=name, color=color)
+        line.set(marker="o", markersize=5)
     axis.axhline(1 / num_classes, color=_GREY, linestyle="--", linewidth=1.2, label="chance")
     axis.set_xscale("log", base=2)
     axis.set_xticks(depths, [str(depth) for depth in depths])
     axis.minorticks_off()
     axis.set_ylim(0, 1.03)
     axis.set_xlabel("depth, hidden dense layers after the first")
-    axis.set_ylabel("accuracy")
-    shared_legend(fig, columns=2)
+    axis.set_ylabel("test accuracy")
+    shared_legend(fig, columns=3)
     return save_figure(
         fig,
         path,
         title="Deep plain BN networks do not train; with skip connections they do",
-        alt="Accuracy against depth: of residual networks flat, of plain ones equal to it at the "
-        "smallest depth and falling to chance at the largest.",
+        alt="Test accuracy against depth: of residual networks flat, of plain ones equal to it at "
+        "the smallest depth and falling to chance at the largest.",
         caption=f"{config.dataset}, {config.train_width} units, {config.num_steps} steps of "
-        "momentum SGD, each arm and depth at its best rate of the same grid. Solid: test set, by "
-        "population statistics; dotted: training batches, over the last tenth of the steps. "
-        f"{_BAND.format(seeds=config.seeds)}",
+        "momentum SGD, each arm and depth at its best rate of the same grid. Test set, by "
+        f"population statistics. {_BAND.format(seeds=config.seeds)}",
     )

@@ -7,7 +7,8 @@ network of 80 compiles as fast as one of 5.
 """
 
 import functools
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,17 +25,20 @@ from bn_research.normalization import (
     population_stats,
     update_batch_stats,
 )
+from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.loop import evaluate, padded_batches, run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import make_eval_step, make_train_step
+from bn_research.training.sweep import Member, Sweep
 from experiments.arms import Images, compiler_options
+from experiments.workdir import Ledger
 
-ARMS = ("plain", "residual")
 TUNING_SEED = 10_000  # apart from every seed of a run
 _EVAL_BATCH = 256
 _POPULATION_BATCHES = 16
 _MOMENTUM = 0.9  # of SGD
+_SECONDS_BETWEEN_CHECKPOINTS = 10.0
 _STATS_MOMENTUM = 0.9  # of the running statistics, which only training sees
 
 
@@ -46,6 +50,13 @@ class Params(NamedTuple):
     scale: Array  # shape=(depth + 1, width)
     bias: Array  # shape=(depth + 1, width)
     head: Array  # shape=(width, classes)
+
+
+class Hyper(NamedTuple):
+    """What differs between the members of a sweep."""
+
+    rate: Array
+    skip: Array  # see `forward`
 
 
 class _Layer(NamedTuple):
@@ -121,62 +132,98 @@ def _updated(stats: BatchStats, moments: Moments) -> BatchStats:
     return jax.vmap(update)(stats, moments)
 
 
-def measure(
-    images: Images,
-    *,
-    residual: bool,
-    width: int,
-    depth: int,
-    rate: float,
-    seed: int,
-    batch_size: int,
-    num_steps: int,
-    test: bool,
-) -> dict[str, Any]:
-    """Record of a training run by momentum SGD.
+class Setting(NamedTuple):
+    """A training run, of networks of one depth."""
 
-    Args:
-      images: the data set.
-      residual: the arm.
-      width: units of a layer.
-      depth: dense layers between two BN layers.
-      rate: learning rate.
-      seed: of weights and order of the examples.
-      batch_size: examples a step.
-      num_steps: steps.
-      test: evaluate on the test set, by population statistics (algorithm 2 of Ioffe & Szegedy,
-        2015); a run that is to choose a rate does not.
-    """
-    inputs = int(np.prod(images.train.image.shape[1:]))
-    create = _create_program(inputs, width, depth, images.num_classes)
-    advance = _advance_program(batch_size, num_steps)
-    state = create(jax.random.key(seed), rate)
-    state, metrics = advance(state, images.train, rate, float(residual))
-    loss, accuracy = (np.asarray(value, np.float64) for value in (metrics.loss, metrics.accuracy))
-    tail = max(1, num_steps // 10)
-    record = {
-        "residual": residual,
-        "depth": depth,
-        "rate": rate,
-        "seed": seed,
-        "loss": np.mean(loss[-tail:]),
-        "train_accuracy": np.mean(accuracy[-tail:]),
-        "diverged": int(np.sum(metrics.diverged)),
-    }
-    return {**record, **(_scores(images, state, float(residual), batch_size) if test else {})}
+    residual: bool
+    rate: float
+    seed: int
 
 
-def _scores(images: Images, state: TrainState, skip: float, batch_size: int) -> dict[str, float]:
-    count = min(_POPULATION_BATCHES, len(images.train.label) // batch_size)
-    batches = jnp.split(images.train.image[: count * batch_size], count)
-    variables = {"params": state.params, "batch_stats": state.batch_stats}
-    stats = population_stats(lambda batch: _moments(variables, batch, skip), batches)
-    scores = evaluate(
-        lambda state, batch: _eval_step(state, batch, skip),
-        state._replace(batch_stats=stats, opt_state=()),
-        padded_batches(images.test, min(_EVAL_BATCH, len(images.test.label))),
-    )
-    return {"accuracy": scores["accuracy"], "test_loss": scores["loss"]}
+class Trainer(NamedTuple):
+    """What the trainings of a run share."""
+
+    images: Images
+    ledger: Ledger
+    saver: Checkpointer
+    width: int
+    batch_size: int
+    num_steps: int
+    steps_per_dispatch: int
+    on_record: Callable[[], Any]  # told of every record, also of those in the ledger
+    preempted: Callable[[int], bool]
+
+    def tune(self, depth: int, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+        """Records of runs that are to choose a rate: no test set."""
+        return self._records("tune", depth, settings, lambda state, skip: {})
+
+    def train(self, depth: int, settings: Sequence[Setting]) -> list[dict[str, Any]]:
+        """Records with the loss and accuracy on the whole test set, by population statistics.
+
+        That is algorithm 2 of Ioffe & Szegedy (2015).
+        """
+        return self._records("train", depth, settings, self._scores)
+
+    def _records(self, purpose, depth, settings, score):
+        """Records of a sweep by momentum SGD, of what is not yet in the ledger."""
+        named = {_name(purpose, depth, setting): setting for setting in settings}
+        done = [name for name in named if name in self.ledger]
+        for _ in done:
+            self.on_record()
+        if len(done) < len(named):
+            members = [
+                Member(
+                    name, s.seed, Hyper(np.float32(s.rate), np.float32(s.residual)), self.num_steps
+                )
+                for name, s in named.items()
+            ]
+            inputs = int(np.prod(self.images.train.image.shape[1:]))
+            create = _create_program(inputs, self.width, depth, self.images.num_classes)
+            saved_at = [time.monotonic()]
+
+            def is_due() -> bool:
+                if time.monotonic() - saved_at[0] < _SECONDS_BETWEEN_CHECKPOINTS:
+                    return False
+                saved_at[0] = time.monotonic()
+                return True
+
+            for member, state, history in _sweep(self.batch_size, self.steps_per_dispatch).run(
+                create,
+                members,
+                self.images.train,
+                done=done,
+                saver=self.saver,
+                save_when=is_due,
+                on_choice=lambda choice: None,
+                preempted=self.preempted,
+            ):
+                record = {
+                    **named[member.name]._asdict(),
+                    "depth": depth,
+                    "loss": np.mean(history.loss[-max(1, self.num_steps // 10) :]),
+                    "diverged": history.diverged,
+                    **score(state, float(member.hyper.skip)),
+                }
+                self.ledger.get(member.name, lambda record=record: record)
+                self.on_record()
+        return [self.ledger.get(name, dict) for name in named]
+
+    def _scores(self, state: TrainState, skip: float) -> dict[str, float]:
+        count = min(_POPULATION_BATCHES, len(self.images.train.label) // self.batch_size)
+        batches = jnp.split(self.images.train.image[: count * self.batch_size], count)
+        variables = {"params": state.params, "batch_stats": state.batch_stats}
+        stats = population_stats(lambda batch: _moments(variables, batch, skip), batches)
+        scores = evaluate(
+            lambda state, batch: _eval_step(state, batch, skip),
+            state._replace(batch_stats=stats, opt_state=()),
+            padded_batches(self.images.test, min(_EVAL_BATCH, len(self.images.test.label))),
+        )
+        return {"accuracy": scores["accuracy"], "test_loss": scores["loss"]}
+
+
+def _name(purpose: str, depth: int, setting: Setting) -> str:
+    arm = "residual" if setting.residual else "plain"
+    return f"{purpose} {arm} depth={depth} rate={setting.rate:g} seed={setting.seed}"
 
 
 def choose_rate(records: Sequence[dict[str, Any]]) -> float:
@@ -194,22 +241,27 @@ def choose_rate(records: Sequence[dict[str, Any]]) -> float:
 @functools.cache
 def _create_program(inputs: int, width: int, depth: int, classes: int):
     @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key, rate):
+    def create(key, hyper):
         return create_train_state(
-            lambda key: initialize(key, inputs, width, depth, classes), _optimizer(rate), key
+            lambda key: initialize(key, inputs, width, depth, classes), _optimizer(hyper.rate), key
         )
 
     return create
 
 
 @functools.cache
-def _advance_program(batch_size: int, num_steps: int):
-    @functools.partial(jax.jit, donate_argnums=0, compiler_options=compiler_options(1))
-    def advance(state, examples, rate, skip):
-        step = make_train_step(_apply_fn(skip), _optimizer(rate))
+def _sweep(batch_size: int, num_steps: int) -> Sweep:
+    def advance(state, hyper, examples):
+        step = make_train_step(_apply_fn(hyper.skip), _optimizer(hyper.rate))
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 
-    return advance
+    # Fixed, so that it need not be measured: its numbers are those of single runs everywhere.
+    return Sweep(
+        advance,
+        steps_per_dispatch=num_steps,
+        strategy="devices",
+        compiler_options=compiler_options(1),
+    )
 
 
 @functools.partial(jax.jit, compiler_options=compiler_options(0))

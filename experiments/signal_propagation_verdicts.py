@@ -235,15 +235,15 @@ def judge_training(config: Any, records: Sequence[dict]) -> Finding:
         for residual, arm in ((False, "plain"), (True, "residual")):
             accuracy = of(residual, depth, "accuracy")
             measured[f"test accuracy, {arm}, depth {depth}"] = float(np.mean(accuracy))
-            measured[f"training accuracy at the end, {arm}, depth {depth}"] = float(
-                np.mean(of(residual, depth, "train_accuracy"))
+            measured[f"training loss at the end, {arm}, depth {depth}"] = float(
+                np.mean([math.nan if x is None else x for x in of(residual, depth, "loss")])
             )
             measured[f"rate, {arm}, depth {depth}"] = by_key[residual, depth, 0]["rate"]
     note = (
         f"interval: over seeds, of residual − plain at depth {max(depths)}; at depth {min(depths)} "
         f"it is {shallow.low:.3f} to {shallow.high:.3f}. {config.num_steps} steps of momentum SGD; "
         "each arm and depth at the rate that gave the lowest training loss on a seed apart. Test "
-        "accuracy by population statistics, training accuracy by those of the batch, over the last "
+        "accuracy by population statistics, training loss by those of the batch, over the last "
         "tenth of the steps"
     )
     ends = [rate for rate in {r["rate"] for r in records} if rate in _ends(config.learning_rates)]

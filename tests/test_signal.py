@@ -465,7 +465,7 @@ def verdict_of(*changes, **output):
         (
             [{"std": 2e-2}, {"std": 2e-4}, {"std": 2e-6}, {"std": 2e-8}],
             "signal lost from layer 3 (l3) on: std 2e-06, 2e-08 at the last; add BN before the "
-            "softmax with epsilon far below 4e-12 or rescale the weights by 100× per layer",
+            "softmax with epsilon far below 4e-16 or rescale the weights by 100× per layer",
         ),
         ([{"std": 1e-6}] * 2, "scale the input or the first weights up by 1e+06×"),
         ([{"std": 0.0}] * 2, "look for weights of zeros"),

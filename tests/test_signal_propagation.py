@@ -1,5 +1,6 @@
 """Tests of experiments.signal_propagation: theory, measurements, verdicts, runs at smoke size."""
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -12,6 +13,9 @@ import numpy as np
 import pytest
 
 from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.training.checkpoint import Checkpointer
+from bn_research.training.lanes import Lanes
+from bn_research.training.sweep import Sweep
 from experiments import signal_propagation_measurements as measurements
 from experiments import signal_propagation_training as training
 from experiments.launch import main
@@ -40,6 +44,7 @@ from experiments.signal_propagation_verdicts import (
     judge_residual,
     judge_training,
 )
+from experiments.workdir import Ledger
 
 CONFIG = PRESETS["smoke"]
 QUICK = PRESETS["quick"]
@@ -279,14 +284,35 @@ def test_initial_weights_are_hes_and_differ_between_layers():
     assert np.std(params.first) == pytest.approx(math.sqrt(1 / 30), rel=0.05)
 
 
-def test_a_network_learns_and_tuning_sees_no_test_set(images):
-    options = dict(residual=True, width=32, depth=2, rate=0.03, batch_size=32, num_steps=100)
-    record = training.measure(images, **options, seed=0, test=True)
-    assert record["accuracy"] > 0.85 and record["diverged"] == 0
-    tuned = training.measure(images, **options, seed=training.TUNING_SEED, test=False)
-    assert "accuracy" not in tuned and tuned["loss"] < 0.6
+@contextlib.contextmanager
+def trainer(path, images):
+    saver = Checkpointer(path / "checkpoints")
+    yield training.Trainer(
+        images,
+        Ledger(path / "metrics.jsonl"),
+        saver,
+        width=32,
+        batch_size=32,
+        num_steps=100,
+        steps_per_dispatch=50,
+        on_record=lambda: None,
+        preempted=lambda step: False,
+    )
+    saver.close()
+
+
+def test_a_network_learns_and_tuning_sees_no_test_set(images, tmp_path):
+    settings = [training.Setting(residual, 0.03, 0) for residual in (True, False)]
     blank = images._replace(test=images.test._replace(image=jnp.zeros_like(images.test.image)))
-    assert training.measure(blank, **options, seed=0, test=True)["accuracy"] < 0.2
+    (tmp_path / "blank").mkdir()
+    with trainer(tmp_path, images) as seen, trainer(tmp_path / "blank", blank) as unseen:
+        records = seen.train(2, settings)
+        assert [record["residual"] for record in records] == [True, False]
+        assert all(r["accuracy"] > 0.85 and r["diverged"] == 0 for r in records)
+        assert records[0]["loss"] != records[1]["loss"]
+        for record in seen.tune(2, settings):
+            assert "accuracy" not in record and record["loss"] < 0.6
+        assert unseen.train(2, settings[:1])[0]["accuracy"] < 0.2
 
 
 def test_the_rate_of_the_lowest_sound_loss():
@@ -430,7 +456,7 @@ def training_records(deep=0.6, shallow=0.0, scatter=0.01):
             "seed": seed,
             "rate": 0.01,
             "accuracy": 0.9 - (0 if residual else gaps[depth] + scatter * (seed - 1)),
-            "train_accuracy": 0.9,
+            "loss": None if residual else 0.1,
             "diverged": int(residual),
         }
         for residual in (True, False)
@@ -487,8 +513,8 @@ def test_started_again_it_only_prints(finished, monkeypatch, capsys):
         raise AssertionError
 
     before = content(finished), (finished / "results.json").read_bytes()
-    for module, name in ((measurements, "measure_gradients"), (training, "measure")):
-        monkeypatch.setattr(module, name, anew)
+    monkeypatch.setattr(measurements, "measure_gradients", anew)
+    monkeypatch.setattr(Sweep, "run", anew)
     assert launch(finished) == 0
     assert (content(finished), (finished / "results.json").read_bytes()) == before
     assert "report: " in capsys.readouterr().out
@@ -515,6 +541,36 @@ def test_stopped_by_sigterm_it_ends_with_the_same_bits(finished, tmp_path, monke
     ledger = tmp_path / "run" / "metrics.jsonl"
     ledger.write_bytes(ledger.read_bytes()[:-20])  # the last record is measured anew
     assert launch(tmp_path / "run") == 0
+    assert content(tmp_path / "run") == content(finished)
+
+
+def test_stopped_in_the_middle_of_a_sweep_it_goes_on_from_the_checkpoint(
+    finished, tmp_path, monkeypatch
+):
+    """SIGTERM in the first dispatch of the last sweep; its members do not start anew."""
+    dispatch, restore = Lanes.advance, Checkpointer.restore
+    restored = []
+
+    def signalled(self, data):
+        ledger = (tmp_path / "run" / "metrics.jsonl").read_text()
+        if "train residual depth=1" in ledger and "tune residual depth=3" in ledger:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return dispatch(self, data)
+
+    def counted(self, *arguments):
+        restored.append(arguments)
+        return restore(self, *arguments)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Lanes, "advance", signalled)
+            assert launch(tmp_path / "run") == 4
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    monkeypatch.setattr(Checkpointer, "restore", counted)
+    assert launch(tmp_path / "run") == 0
+    assert len(restored) == 1
     assert content(tmp_path / "run") == content(finished)
 
 
@@ -565,6 +621,7 @@ def test_presets_hold_what_the_criteria_need():
         ("--config.batch_size=1", "batch_size=1"),
         ("--config.batch_size=5000", "898"),
         ("--config.num_steps=0", "num_steps=0"),
+        ("--config.steps_per_dispatch=3", "a multiple of steps_per_dispatch=3"),
         ("--config.depth=3", "depth"),
     ],
 )

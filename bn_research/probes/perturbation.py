@@ -183,7 +183,7 @@ def _check_layers(names: Sequence[str], shapes: Sequence[Any], batch: Any) -> No
         if len(found.shape) < 2 or found.shape[0] != examples or 0 in found.shape:
             raise ValueError(
                 f"intermediates[{name!r}] has shape {found.shape}: allowed is (batch, ..., "
-                f"features) with batch={examples}"
+                f"features) with batch={examples}; layers that a scan stacks have to be unrolled"
             )
 
 

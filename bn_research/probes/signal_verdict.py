@@ -67,7 +67,8 @@ def _scale(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
             rescale = f"scale the input or the first weights up by {_number(1 / std)}×"
         else:
             rescale = "look for weights of zeros"
-        fits = f" with epsilon far below {std**2:.0e}" if std**2 > 0 else ""
+        variance = layers[-1].std ** 2
+        fits = f" with epsilon far below {variance:.0e}" if variance > 0 else ""
         return [
             f"signal lost from layer {_named(layers, lost)} on: std {std:.1g}"
             f"{_at_last(layers, lost)}; add BN before the softmax{fits} or {rescale}"

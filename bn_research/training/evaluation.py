@@ -82,6 +82,8 @@ def make_evaluation(
         total = jax.tree.map(
             lambda leaf: np.sum(np.asarray(leaf, np.float64)), program(batches, args)
         )
+        if not total.count:
+            raise ValueError("every example is masked: evaluation needs at least one")
         return {
             "loss": float(total.loss / total.count),
             "accuracy": float(total.correct / total.count),
