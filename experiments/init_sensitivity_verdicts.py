@@ -224,12 +224,20 @@ def judge_last(config: Any, best: Best) -> Finding:
         "escape exponent, low": exponent.low if exponent else math.nan,
         "escape exponent, high": exponent.high if exponent else math.nan,
     }
+    others = ""
     for optimizer in config.optimizers:
         for use_bias in config.biases:
             if (optimizer, use_bias) != ("sgd", False):
                 other = escape_slope(config, best, optimizer, use_bias)
-                name = f"escape exponent, {optimizer}{' bias' if use_bias else ''}"
-                measured[name] = other.mean if other else math.nan
+                column = f"{optimizer}{' bias' if use_bias else ''}"
+                measured[f"escape exponent, {column}"] = other.mean if other else math.nan
+                lost = int(np.isnan(escape_steps(config, best, optimizer, use_bias)).sum())
+                others += f"; {column}: " + (
+                    f"{format_number(other.mean)} {format_interval(other.interval)}"
+                    if other
+                    else "fewer than 3 ε had all left the plateau"
+                )
+                others += f", {lost} runs had not left" if lost else ""
     for epsilon in config.epsilons:
         for optimizer in config.optimizers:
             for use_bias in config.biases:
@@ -246,6 +254,8 @@ def judge_last(config: Any, best: Best) -> Finding:
             f"; {censored} runs had not left the plateau after {config.escape_steps} steps and "
             "their ε is left out of the fit"
         )
+    if others:
+        note += f". Escape exponents with intervals{others.replace(';', ':', 1)}"
     return Finding(CLAIMS[2], measured, accuracy.interval, trains, note)
 
 

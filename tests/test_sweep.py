@@ -329,6 +329,21 @@ def test_interrupted_anywhere_it_ends_with_the_same_bits(tmp_path, strategy, oth
         saver.close()
 
 
+def test_members_at_different_steps_can_go_on_batched(tmp_path):
+    """Stopped over devices, where lanes are refilled; gone on with vmap, which keeps step."""
+    saver = Checkpointer(tmp_path)
+    asked = []
+    with pytest.raises(Stopped):
+        swept("devices", saver=saver, preempted=lambda step: asked.append(step) or len(asked) == 4)
+    assert len({note["steps"] for note in saver.newest()[1]["members"]}) > 1
+    done = {MEMBERS[0].name}
+    results = swept("vmap", done=done, saver=saver)
+    assert [result[0] for result in results] == MEMBERS[1:]
+    for found, _, history in results:
+        np.testing.assert_allclose(history.loss, alone(found.name)[0].loss, rtol=1e-4)
+    saver.close()
+
+
 def test_a_checkpoint_of_other_members_is_left_alone(tmp_path):
     saver = Checkpointer(tmp_path)
     with pytest.raises(Stopped):
