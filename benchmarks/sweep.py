@@ -283,7 +283,7 @@ def main() -> None:
         f"Measured with `python -m benchmarks.sweep`. Start to finish: {arguments.steps} steps a "
         f"member on Fashion-MNIST, medians of {arguments.rounds} rounds, lowest and highest ratio; "
         f"the processes' own start, data and compilation included, and the measurements by "
-        f"which the sweep chose ({launches.choice.removeprefix('sweep: ')}); {launches.equal} of "
+        f"which the sweep chose {launches.choice.removeprefix('sweep: ')}; {launches.equal} of "
         f"{MEMBERS} members had the same losses both ways, to the last bit. Per step: medians of "
         f"{rounds} rounds; × is the time of one member alone in a scanned program over it, in the "
         f"same round, with quartiles. {versions()}, {os.cpu_count()} cores (load average before: "
