@@ -127,7 +127,7 @@ PRESETS = {
         signal_widths=(1e-2,),
         signal_images=4,
     ),
-    "quick": Config(),
+    "quick": Config(layers=(5, 6)),
     "standard": Config(
         seeds=5,
         dataset="fashion_mnist",
