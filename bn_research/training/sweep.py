@@ -21,7 +21,6 @@ A small network cannot use all cores of a CPU: `use_cpu_cores` makes each core a
 
 import collections
 import contextlib
-import dataclasses
 import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -31,32 +30,16 @@ import jax
 import numpy as np
 
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.lanes import (
-    STRATEGIES,
-    AdvanceFn,
-    CreateFn,
-    Lanes,
-    Strategy,
-    with_key,
-    with_key_data,
-)
+from bn_research.training.lanes import STRATEGIES, AdvanceFn, CreateFn, Lanes, Strategy
 from bn_research.training.loop import History
+from bn_research.training.members import Member, Run, check_members, created, restored, result, save
 from bn_research.training.preemption import Stopped
 from bn_research.training.state import TrainState
 
 _MOST_CORES = 8
 _CLEARLY = 0.8  # of the time of the best strategy that changes no bit, for one that does
-_SECONDS_OF_TIMING = 0.3
+_SECONDS_OF_TIMING = 0.5  # at least, of each strategy
 _FORCED = "xla_force_host_platform_device_count"
-
-
-class Member(NamedTuple):
-    """One run of a sweep."""
-
-    name: str  # tells it from the others, in checkpoints and messages
-    seed: int
-    hyper: Any  # pytree of numbers, traced; of one structure in all members
-    num_steps: int  # a multiple of steps_per_dispatch
 
 
 class Choice(NamedTuple):
@@ -70,18 +53,6 @@ class Choice(NamedTuple):
         times = ", ".join(f"{name} {value * 1e3:.3g}" for name, value in self.seconds.items())
         reason = f"ms per member and step: {times}" if times else "as asked"
         return f"sweep: {self.strategy} ({reason})"
-
-
-@dataclasses.dataclass
-class _Run:
-    """A member and how far it has come."""
-
-    member: Member
-    loss: np.ndarray
-    state: Any = None  # on the host; None before its first step and once it is given
-    steps: int = 0
-    diverged: int = 0
-    ended: bool = False
 
 
 class Sweep:
@@ -165,32 +136,37 @@ class Sweep:
             steps_per_dispatch; before anything is computed.
           Stopped: preempted; the members are saved.
         """
-        _check(members, self._steps_per_dispatch)
+        check_members(members, self._steps_per_dispatch)
         hooks = _Hooks(saver, save_when, stop_when, on_choice, on_steps, preempted)
         return self._run(create, members, data, done, hooks)
 
     def measure(self, create: CreateFn, members: Sequence[Member], data: Any = None) -> Choice:
-        """Times a dispatch under every strategy that fits, from the first members' first states.
+        """Times dispatches under every strategy that fits, from the first members' first states.
 
-        Each is compiled for that; those not chosen are dropped.
+        The strategies take turns, so that what the machine does meanwhile hits all of them, and the
+        shortest time of each counts. Each is compiled for that; those not chosen are dropped.
         """
-        seconds: dict[Strategy, float] = {}
-        for strategy in STRATEGIES:
-            if strategy != "in_turn" and len(members) == 1:
-                continue
-            if strategy == "devices" and len(self._devices) == 1:
-                continue
+        fitting = [
+            strategy
+            for strategy in STRATEGIES
+            if strategy == "in_turn" or len(members) > 1
+            if strategy != "devices" or len(self._devices) > 1
+        ]
+        ways = []
+        for strategy in fitting:
             lanes = self._lanes_for(strategy, len(members))
             used = members[: lanes.count]
             placed = lanes.place(data)
-            lanes.load([_created(create, member) for member in used], _hypers(used))
+            lanes.load([created(create, member) for member in used], _hypers(used))
             lanes.advance(placed)  # compiles
-            times: list[float] = []
-            while sum(times) < _SECONDS_OF_TIMING:
+            ways.append((strategy, lanes, placed, len(used) * self._steps_per_dispatch))
+        times: dict[Strategy, list[float]] = {strategy: [] for strategy in fitting}
+        while min(map(sum, times.values())) < _SECONDS_OF_TIMING:
+            for strategy, lanes, placed, _ in ways:
                 start = time.perf_counter()
                 lanes.advance(placed)
-                times.append(time.perf_counter() - start)
-            seconds[strategy] = min(times) / len(used) / self._steps_per_dispatch
+                times[strategy].append(time.perf_counter() - start)
+        seconds = {strategy: min(times[strategy]) / steps for strategy, _, _, steps in ways}
         exact = min((s for s in seconds if s != "vmap"), key=lambda strategy: seconds[strategy])
         best: Strategy = exact
         if seconds.get("vmap", np.inf) < _CLEARLY * seconds[exact]:
@@ -206,7 +182,7 @@ class Sweep:
         done: Collection[str],
         hooks: "_Hooks",
     ) -> Iterator[tuple[Member, TrainState, History]]:
-        runs = _restored(create, members, hooks.saver)
+        runs = restored(create, members, hooks.saver)
         runs = [run for run in runs if run.member.name not in done]
         for run in runs:
             hooks.on_steps(run.steps)
@@ -219,10 +195,10 @@ class Sweep:
             hooks.on_choice(self.choice)
             lanes = self._lanes_for(self.choice.strategy, len(members))
             data = lanes.place(data)
-            held: list[_Run | None] = [None] * lanes.count
+            held: list[Run | None] = [None] * lanes.count
         while waiting:
             if waiting[0].ended:
-                yield _result(waiting.popleft())
+                yield result(waiting.popleft())
                 continue
             if _refill(held, queue, in_step=lanes.in_step):
                 _load(lanes, held, create)
@@ -243,7 +219,7 @@ class Sweep:
                     if run.ended:
                         held[lane] = None
             if saver is not None:
-                _save(waiting, saver, wait=leave)
+                save(waiting, saver, wait=leave)
             if leave:
                 raise Stopped(sum(run.steps for run in runs))
         if hooks.saver is not None:
@@ -288,55 +264,11 @@ class _Hooks(NamedTuple):
     preempted: Callable[[int], bool]
 
 
-def _check(members: Sequence[Member], steps_per_dispatch: int) -> None:
-    if not members:
-        raise ValueError("a sweep has no members: give at least one")
-    first: dict[Any, str] = {}
-    for member in members:
-        if member.num_steps < 1 or member.num_steps % steps_per_dispatch:
-            raise ValueError(
-                f"member {member.name!r}: num_steps={member.num_steps} is not allowed: it must be "
-                f"a positive multiple of steps_per_dispatch={steps_per_dispatch}"
-            )
-        values = tuple(np.asarray(leaf).tobytes() for leaf in jax.tree.leaves(member.hyper))
-        for key in (member.name, (member.seed, values, member.num_steps)):
-            if key in first:
-                raise ValueError(
-                    f"members {first[key]!r} and {member.name!r} are the same run: give each "
-                    "name, and each seed with its hyperparameters, once"
-                )
-            first[key] = member.name
-
-
-def _created(create: CreateFn, member: Member) -> Any:
-    """State on the host before the first step."""
-    state = create(jax.random.key(member.seed), member.hyper)
-    return jax.tree.map(np.asarray, with_key_data(state))
-
-
-def _restored(
-    create: CreateFn, members: Sequence[Member], saver: Checkpointer | None
-) -> list[_Run]:
-    """A run of each member, at its step where the newest checkpoint is of these members."""
-    runs = {m.name: _Run(m, np.full(m.num_steps, np.nan, np.float32)) for m in members}
-    newest = saver.newest() if saver is not None else None
-    notes = newest[1].get("members", []) if newest is not None else []
-    if saver is None or newest is None or not runs.keys() >= {note["name"] for note in notes}:
-        return list(runs.values())
-    saved = [runs[note["name"]] for note in notes]
-    template = [{"state": _created(create, run.member), "loss": run.loss} for run in saved]
-    restored = saver.restore(newest[0], template) if template else []
-    for run, note, tree in zip(saved, notes, restored, strict=True):
-        run.state, run.loss = tree["state"], np.array(tree["loss"])
-        run.steps, run.diverged = note["steps"], note["diverged"]
-    return list(runs.values())
-
-
 def _hypers(members: Sequence[Member]) -> list[Any]:
     return [jax.tree.map(np.asarray, member.hyper) for member in members]
 
 
-def _has_ended(run: _Run, hooks: _Hooks) -> bool:
+def _has_ended(run: Run, hooks: _Hooks) -> bool:
     if run.steps == 0:
         return False
     if run.steps == run.member.num_steps or run.diverged >= 2:
@@ -344,7 +276,7 @@ def _has_ended(run: _Run, hooks: _Hooks) -> bool:
     return hooks.stop_when(run.member, run.loss[: run.steps])
 
 
-def _refill(held: list[_Run | None], queue: collections.deque[_Run], *, in_step: bool) -> bool:
+def _refill(held: list[Run | None], queue: collections.deque[Run], *, in_step: bool) -> bool:
     """Puts runs from the queue into lanes that are free; whether there were any."""
     if not queue or (in_step and any(held)):
         return False
@@ -355,26 +287,11 @@ def _refill(held: list[_Run | None], queue: collections.deque[_Run], *, in_step:
     return changed
 
 
-def _load(lanes: Lanes, held: list[_Run | None], create: CreateFn) -> None:
+def _load(lanes: Lanes, held: list[Run | None], create: CreateFn) -> None:
     used = [run for run in held if run is not None]
     for run in used:
         if run.state is None:
-            run.state = _created(create, run.member)
+            run.state = created(create, run.member)
     # A lane left over repeats one in use.
     runs = [used[-1] if run is None else run for run in held]
     lanes.load([run.state for run in runs], _hypers([run.member for run in runs]))
-
-
-def _save(runs: Collection[_Run], saver: Checkpointer, *, wait: bool) -> None:
-    begun = [run for run in runs if run.steps]
-    newest = saver.newest()
-    notes = [
-        {"name": run.member.name, "steps": run.steps, "diverged": run.diverged} for run in begun
-    ]
-    tree = [{"state": run.state, "loss": run.loss} for run in begun]
-    saver.save((newest[0] if newest else 0) + 1, tree, {"members": notes}, wait=wait)
-
-
-def _result(run: _Run) -> tuple[Member, TrainState, History]:
-    state, run.state = run.state, None
-    return run.member, with_key(state), History(run.loss[: run.steps], run.diverged)
