@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from bn_research.training.quiet import quiet_orbax
 # is "N.saving", and when it is dropped "N.dropped"; orbax has a name of its own for its unfinished.
 _UNFINISHED = re.compile(r"\d+(\.saving|\.dropped)?(\.orbax-checkpoint-tmp.*)?")
 _BARRIER_SECONDS = 300  # for which a process waits for another that is still writing
+_REMOVALS, _SECONDS_BETWEEN_REMOVALS = 40, 0.05  # of what another thread may still be writing
 _NONE, _UNREADABLE = -1, -2  # in place of a number, when process 0 tells the others
 
 
@@ -217,6 +219,12 @@ class Checkpointer:
         for path in self.directory.iterdir():
             if _UNFINISHED.fullmatch(path.name) and not path.name.isdigit():
                 shutil.rmtree(path, ignore_errors=True)
+                # After a failed save other threads of orbax may still write into it.
+                for _ in range(_REMOVALS):
+                    if not path.exists():
+                        break
+                    time.sleep(_SECONDS_BETWEEN_REMOVALS)
+                    shutil.rmtree(path, ignore_errors=True)
 
     def _newest_whole(self) -> int:
         damaged: dict[int, DamageError] = {}
