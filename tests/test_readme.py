@@ -47,7 +47,7 @@ def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
     for block in blocks:
-        if "print(" not in block:  # those that print have tests of their own
+        if "print(audit" not in block and "print(probe" not in block:  # they have tests below
             exec(compile(block, "README.md", "exec"), {})
 
 
