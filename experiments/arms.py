@@ -6,7 +6,6 @@ static; rate, ε and the initialization's width are traced, so that a sweep over
 
 import functools
 import math
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import kernel_initializer
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.evaluation import make_evaluation, place_batches
-from bn_research.training.loop import History, run_steps
+from bn_research.training.loop import History, every, run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.preemption import Preemption
 from bn_research.training.state import TrainState, create_train_state
@@ -44,9 +43,7 @@ class Arm(NamedTuple):
     network: str
     placement: NormPlacement  # of BN
     optimizer: str = "sgd"
-    initializer: str = (
-        "uniform"  # of kernels: a name of `bn_research.models.initializers`, or FIXUP
-    )
+    initializer: str = "uniform"  # of kernels; or FIXUP
     use_bias: bool = False
     learning_rate: float = 0.1
     epsilon: float = 1e-5
@@ -151,7 +148,7 @@ class Trainer:
         self._saver = Checkpointer(path / "checkpoints")
         self._saver.newest()
         self._preemption = Preemption()
-        self._saved_at = time.monotonic()
+        self._checkpoint_is_due = every(_SECONDS_BETWEEN_CHECKPOINTS)
         self._last: Callable[[], None] = lambda: None
         self._bar = tqdm(total=total_steps, unit="step", dynamic_ncols=True, smoothing=0.05)
 
@@ -272,12 +269,6 @@ class Trainer:
         whole = len(images) // self._batch_size * self._batch_size
         used = min(whole, _POPULATION_BATCHES * self._batch_size)
         return list(jnp.split(images[:used], used // self._batch_size))
-
-    def _checkpoint_is_due(self) -> bool:
-        if time.monotonic() - self._saved_at < _SECONDS_BETWEEN_CHECKPOINTS:
-            return False
-        self._saved_at = time.monotonic()
-        return True
 
 
 def _hyper(arm: Arm) -> Hyper:

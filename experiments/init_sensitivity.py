@@ -3,8 +3,9 @@
 The notes on Ioffe & Szegedy (2015) that asked for this project tell of a 7-layer CNN with weights
 drawn from U(-0.001, 0.001): pre-activations shrank to 1e-11 at the last layer, the network did not
 train at all, and BN on the last layer alone, right before the softmax, was enough. This experiment
-measures the signal against theory, trains that network with BN on no layer, on the last and on
-all, and asks what decides the rescue: the epsilon inside BN, the optimizer, and biases.
+measures the signal against theory, trains that network with BN on no layer, on each single one and
+on all, and asks what decides the rescue: the layer, the epsilon inside BN, the optimizer, biases,
+and whether another initialization does as well.
 
     python -m experiments.init_sensitivity --preset=smoke|quick|standard --workdir=DIR
 

@@ -1,7 +1,6 @@
 """The measurements of `experiments.scale_invariance`: each gives a record of the ledger."""
 
 import math
-import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import numpy as np
 
 from bn_research.probes.angular_updates import ScaleLog, equilibrium_angle
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import train
+from bn_research.training.loop import every, train
 from bn_research.training.preemption import Preemption
 from bn_research.training.step import Batch
 from experiments import scale_invariance_dynamics as dynamics
@@ -155,7 +154,7 @@ class Equilibrium:
         self._config, self._path, self._preemption = config, path, preemption
         self._examples = Batch(jnp.asarray(examples.image), jnp.asarray(examples.label))
         self._saver = Checkpointer(path / "checkpoints")
-        self._saved_at = time.monotonic()
+        self._checkpoint_is_due = every(_SECONDS_BETWEEN_CHECKPOINTS)
 
     def close(self) -> None:
         """Waits for what is being saved."""
@@ -209,12 +208,6 @@ class Equilibrium:
             "angles": angle[kept],
             "norms": norm[kept],
         }
-
-    def _checkpoint_is_due(self) -> bool:
-        if time.monotonic() - self._saved_at < _SECONDS_BETWEEN_CHECKPOINTS:
-            return False
-        self._saved_at = time.monotonic()
-        return True
 
 
 def equilibrium_settings(config: Any) -> list[tuple[str, float, float, float]]:

@@ -7,7 +7,6 @@ network of 80 compiles as fast as one of 5.
 """
 
 import functools
-import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -26,7 +25,7 @@ from bn_research.normalization import (
     update_batch_stats,
 )
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import evaluate, padded_batches, run_steps
+from bn_research.training.loop import evaluate, every, padded_batches, run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import make_eval_step, make_train_step
@@ -179,21 +178,13 @@ class Trainer(NamedTuple):
             ]
             inputs = int(np.prod(self.images.train.image.shape[1:]))
             create = _create_program(inputs, self.width, depth, self.images.num_classes)
-            saved_at = [time.monotonic()]
-
-            def is_due() -> bool:
-                if time.monotonic() - saved_at[0] < _SECONDS_BETWEEN_CHECKPOINTS:
-                    return False
-                saved_at[0] = time.monotonic()
-                return True
-
             for member, state, history in _sweep(self.batch_size, self.steps_per_dispatch).run(
                 create,
                 members,
                 self.images.train,
                 done=done,
                 saver=self.saver,
-                save_when=is_due,
+                save_when=every(_SECONDS_BETWEEN_CHECKPOINTS),
                 on_choice=lambda choice: None,
                 preempted=self.preempted,
             ):

@@ -10,8 +10,9 @@ import pytest
 from scipy.special import log_softmax
 
 from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
+from bn_research.training import loop
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import evaluate, padded_batches, run_steps, streamed, train
+from bn_research.training.loop import evaluate, every, padded_batches, run_steps, streamed, train
 from bn_research.training.preemption import Stopped
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, StepMetrics, make_eval_step, make_train_step
@@ -475,3 +476,14 @@ def test_bad_num_steps(num_steps, length):
     options = {**RUN, "num_steps": num_steps, "steps_per_dispatch": length}
     with pytest.raises(ValueError, match=f"num_steps={num_steps} .*steps_per_dispatch={length}"):
         train(advance, create_state, **options)
+
+
+def test_every_so_many_seconds(monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(loop.time, "monotonic", lambda: clock[0])
+    is_due, always = every(10.0), every(0.0)
+    found = []
+    for clock[0] in (105.0, 109.9, 110.0, 110.1, 119.9, 135.0, 136.0):
+        found.append(is_due())
+        assert always()
+    assert found == [False, False, True, False, False, True, False]

@@ -1,5 +1,6 @@
 """README.md and the pages of docs say what the committed results say, and the code runs."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -41,6 +42,28 @@ def test_a_changed_result_changes_the_readme(tmp_path, name, old, new):
     assert old in text
     (docs / name).write_text(text.replace(old, new))
     assert render(README, docs) != README
+
+
+def test_intervals_in_the_text_are_those_of_the_results():
+    """Every [low, high] outside tables and code is a rounding of one that a run has written."""
+    text = re.sub(r"<!-- (\w+:\w+) -->.*?<!-- /\1 -->|```.*?```", "", README, flags=re.DOTALL)
+    said = re.findall(r"\[(\d\.\d+), (\d\.\d+)\]", text)
+    assert len(said) >= 10
+    known = []
+    for path in (ROOT / "docs" / "results").glob("*/results.json"):
+        for claim in json.loads(path.read_text())["claims"]:
+            known += [claim["interval"]] if claim["interval"] else []
+            known += re.findall(r"\[(\d\.\d+), (\d\.\d+)\]", claim["note"])
+            measured = claim["measured"]
+            known += [
+                (measured[name], measured[name[:-3] + "high"])
+                for name in measured
+                if name.endswith(", low")
+            ]
+    for low, high in said:
+        digits = len(low.split(".")[1])
+        rounded = {tuple(f"{float(end):.{digits}f}" for end in pair) for pair in known}
+        assert (low, high) in rounded, f"[{low}, {high}] stands in no results.json"
 
 
 def test_python_blocks_run():

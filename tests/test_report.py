@@ -11,6 +11,7 @@ import pytest
 from bn_research.claims import atomic, page
 from bn_research.claims.figures import Figure, new_figure, save_figure
 from bn_research.claims.formatting import (
+    aligned,
     display_width,
     format_duration,
     format_interval,
@@ -365,3 +366,9 @@ def test_wrapping_breaks_after_hyphens_first():
     assert wrap("漢漢漢", 4) == ["漢漢", "漢"]
     assert wrap("漢", 1) == ["漢"]
     assert wrap("", 4) == [""]
+
+
+def test_aligned_columns_count_what_a_terminal_shows():
+    """A combining accent takes no column, a wide character takes two."""
+    rows = [("name", "σ"), ("e\u0301t\u00e9", "1.5"), ("層", "-10")]
+    assert aligned(rows, left=1) == ["name    σ", "e\u0301t\u00e9   1.5", "層    -10"]

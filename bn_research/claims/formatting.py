@@ -2,6 +2,7 @@
 
 import math
 import unicodedata
+from collections.abc import Sequence
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -85,6 +86,22 @@ def display_width(text: str) -> int:
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
     )
+
+
+def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
+    """Lines of a table whose columns line up: the first `left` to the left, the rest to the right.
+
+    Args:
+      rows: Cells of each line, the head first; all of one length.
+      left: Columns of names.
+    """
+    widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
+
+    def padded(cell: str, column: int) -> str:
+        space = " " * (widths[column] - display_width(cell))
+        return cell + space if column < left else space + cell
+
+    return ["  ".join(padded(cell, i) for i, cell in enumerate(row)).rstrip() for row in rows]
 
 
 def printable(text: str, encoding: str) -> str:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from bn_research.claims.figures import PALETTE, Figure, new_figure, save_figure, shared_legend
+from bn_research.claims.formatting import aligned
 
 if typing.TYPE_CHECKING:
     from bn_research.probes.scale_invariance import Audit, Row
@@ -49,14 +50,7 @@ def table(audit: Audit, learning_rate: float) -> str:
         )
         for row in audit.values()
     ]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, *cells)
-    ]
+    lines = aligned([head, *cells], left=2)
     for group in audit.groups:
         lines.append(f"invariant only together: {', '.join(group)}")
     decayed = audit.decay_sets_only_the_rate

@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from bn_research.claims.figures import PALETTE, Figure, new_figure, save_figure
+from bn_research.claims.formatting import aligned
 from bn_research.probes import signal_verdict
 
 if typing.TYPE_CHECKING:
@@ -25,14 +26,7 @@ def table(signal: Signal) -> str:
     """See `Signal.table`."""
     head = ("layer", "shape", "mean", "std", "dead", "mean²/var", "soft rank", "‖∂L/∂h‖", "σ(J)")
     cells = [_cells(layer) for layer in signal.values()]
-    widths = [max(map(len, column)) for column in zip(head, *cells, strict=True)]
-    lines = [
-        "  ".join(
-            cell.ljust(width) if i < 2 else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(line, widths, strict=True))
-        ).rstrip()
-        for line in (head, *cells)
-    ]
+    lines = aligned([head, *cells], left=2)
     lines.append("σ(J): smallest, rms and largest singular value from the layer before; – unknown")
     lines.append(f"growth: {signal_verdict.growths(signal)}")
     return "\n".join([*lines, signal.verdict])

@@ -1,5 +1,6 @@
 """Many steps per dispatch over a data set that lives on the device."""
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
@@ -144,6 +145,20 @@ def streamed(
         )
 
     return advance
+
+
+def every(seconds: float) -> Callable[[], bool]:
+    """A `save_when` that says yes once in so many seconds, first when they have gone by."""
+    last = time.monotonic()
+
+    def is_due() -> bool:
+        nonlocal last
+        now = time.monotonic()
+        due = now - last >= seconds
+        last = now if due else last
+        return due
+
+    return is_due
 
 
 class History(NamedTuple):

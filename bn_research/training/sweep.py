@@ -246,11 +246,13 @@ def use_cpu_cores(most: int = _MOST_CORES) -> None:
     Args:
       most: devices at most; each holds a copy of the data.
     """
-    if jax.config.values["jax_num_cpu_devices"] == -1 and _FORCED not in os.environ.get(
-        "XLA_FLAGS", ""
-    ):
-        with contextlib.suppress(RuntimeError):  # JAX has its devices already
-            jax.config.update("jax_num_cpu_devices", min(len(os.sched_getaffinity(0)), most))
+    chosen = jax.config.values["jax_num_cpu_devices"] != -1
+    if chosen or _FORCED in os.environ.get("XLA_FLAGS", ""):
+        return
+    mine = hasattr(os, "sched_getaffinity")  # of all cores those of this process, on Linux
+    cores = len(os.sched_getaffinity(0)) if mine else os.cpu_count() or 1
+    with contextlib.suppress(RuntimeError):  # JAX has its devices already
+        jax.config.update("jax_num_cpu_devices", min(cores, most))
 
 
 class _Hooks(NamedTuple):
