@@ -55,6 +55,7 @@ from experiments.init_sensitivity_verdicts import (
     layer_cells,
 )
 from experiments.launch import Experiment, main
+from experiments.runner import Runner
 from experiments.workdir import Ledger
 
 # Candidates for the seven layers that the Notes do not give; the default, trained network is the
@@ -237,7 +238,13 @@ def prepare(config: Config) -> Images:
 
 def plan(config: Config) -> dict[str, list[Arm]]:
     """The arms of a run, by the role that they play."""
-    plain = Arm(config.network, "none", a=config.a, num_steps=config.num_steps)
+    plain = Arm(
+        config.network,
+        "none",
+        a=config.a,
+        batch_size=config.batch_size,
+        num_steps=config.num_steps,
+    )
     rates = {"sgd": config.rates, "adam": config.adam_rates}
     arms = {
         PLAIN: [plain._replace(learning_rate=rate) for rate in config.rates],
@@ -303,16 +310,9 @@ def run(config: Config, images: Images, path: Path):
         for role, group in arms.items()
         for arm in (group + group[:1] * config.seeds if role in tuned else group * config.seeds)
     )
-    with Trainer(
-        images,
-        path,
-        ledger,
-        batch_size=config.batch_size,
-        steps_per_dispatch=config.steps_per_dispatch,
-        total_steps=total,
-        strategy=config.strategy,
-    ) as trainer:
-        trainer.describe("signal at initialization")
+    with Runner(path, ledger, total_steps=total, strategy=config.strategy) as runner:
+        trainer = Trainer(images, runner, steps_per_dispatch=config.steps_per_dispatch)
+        runner.describe("signal at initialization")
         signal = measure_signals(config, images, ledger)
         # Rates are chosen on a seed that no verdict sees.
         trials = iter(trainer.tune([(arm, config.seeds) for role in tuned for arm in arms[role]]))

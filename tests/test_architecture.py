@@ -18,7 +18,12 @@ FLOORS = {
     "bn_research.models": 3,
     "experiments": 4,
 }
-SHARED_BY_EXPERIMENTS = {"experiments.launch", "experiments.workdir", "experiments.arms"}
+SHARED_BY_EXPERIMENTS = {
+    "experiments.launch",
+    "experiments.workdir",
+    "experiments.runner",
+    "experiments.arms",
+}
 IMPORTS_EVERY_EXPERIMENT = "experiments.reproduce"
 # Libraries that a folder does without.
 BANNED = {

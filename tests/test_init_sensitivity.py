@@ -15,7 +15,7 @@ import pytest
 
 from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.training.lanes import Lanes
-from experiments import arms, init_sensitivity_signal
+from experiments import init_sensitivity_signal, runner
 from experiments.init_sensitivity import EXPERIMENT, NETWORKS, PRESETS, Config, plan
 from experiments.init_sensitivity_signal import INPUT_SCALES, predicted_log10_std
 from experiments.init_sensitivity_verdicts import (
@@ -280,9 +280,9 @@ def test_interrupted_in_the_middle_of_a_sweep_it_goes_on_from_the_checkpoint(
     finished, tmp_path, monkeypatch
 ):
     """Stopped in the second dispatch of a sweep, three times, with a checkpoint after each."""
-    monkeypatch.setattr(arms, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    monkeypatch.setattr(runner, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     restored = []
-    restore, save, dispatch = arms.Checkpointer.restore, arms.Checkpointer.save, Lanes.advance
+    restore, save, dispatch = runner.Checkpointer.restore, runner.Checkpointer.save, Lanes.advance
 
     def counted(self, *args):
         restored.append(args)
@@ -300,8 +300,8 @@ def test_interrupted_in_the_middle_of_a_sweep_it_goes_on_from_the_checkpoint(
         newest.append(note)
         return save(self, number, state, note, **options)
 
-    monkeypatch.setattr(arms.Checkpointer, "restore", counted)
-    monkeypatch.setattr(arms.Checkpointer, "save", noted)
+    monkeypatch.setattr(runner.Checkpointer, "restore", counted)
+    monkeypatch.setattr(runner.Checkpointer, "save", noted)
     monkeypatch.setattr(Lanes, "advance", stopping)
     newest, stops = [], []
     for times in range(3):

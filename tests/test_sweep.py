@@ -51,7 +51,9 @@ def create(key, hyper):
 
 def advance(state, hyper, examples):
     step = make_train_step(apply_fn, optax.sgd(hyper["rate"], momentum=0.9))
-    return run_steps(step, state, examples, batch_size=8, num_steps=STEPS)
+    state, metrics = run_steps(step, state, examples, batch_size=8, num_steps=STEPS)
+    observed = {"step": state.step, "w2": state.params["w2"][0]}  # after the dispatch
+    return state, metrics._replace(observed=observed)
 
 
 def member(seed=0, rate=0.1, a=1.0, steps=15):
@@ -75,15 +77,17 @@ MEMBERS = [
 def alone(name):
     """Losses, divergences and last state of a member trained by `train` in a program of its own."""
     found = next(m for m in MEMBERS if m.name == name)
-    program = jax.jit(advance)
+    program, observed = jax.jit(advance), []
     state, history = train(
         lambda state: program(state, found.hyper, EXAMPLES),
         lambda: create(jax.random.key(found.seed), found.hyper),
         name=name,
         num_steps=found.num_steps,
         steps_per_dispatch=STEPS,
+        on_metrics=lambda steps, metrics: observed.append(metrics.observed),
     )
-    return history, state
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *observed)
+    return history._replace(observed=stacked), state
 
 
 @functools.cache
@@ -119,6 +123,8 @@ def same_bits(results, members=MEMBERS):
         expected, last = alone(found.name)
         np.testing.assert_array_equal(history.loss, expected.loss)
         assert history.diverged == expected.diverged
+        assert len(history.observed["step"]) == len(history.loss) // STEPS
+        jax.tree.map(np.testing.assert_array_equal, history.observed, expected.observed)
         jax.tree.map(np.testing.assert_array_equal, raw(state), raw(last))
 
 
@@ -325,6 +331,7 @@ def test_interrupted_anywhere_it_ends_with_the_same_bits(tmp_path, strategy, oth
         for one, two in zip(results, whole, strict=True):
             np.testing.assert_array_equal(one[2].loss, two[2].loss)
             assert one[2].diverged == two[2].diverged
+            jax.tree.map(np.testing.assert_array_equal, one[2].observed, two[2].observed)
             jax.tree.map(np.testing.assert_array_equal, raw(one[1]), raw(two[1]))
         saver.close()
 

@@ -63,11 +63,12 @@ def format_number(value: float | None) -> str:
     return f"{MINUS}{text}" if value < 0 and text != "0" else text
 
 
-def format_interval(interval: tuple[float, float] | list[float] | None) -> str:
-    """``[0.45, 0.53]``, or ``none``."""
+def format_interval(interval: Sequence[float | None] | None) -> str:
+    """``[0.45, 0.53]``, ``[2.5, inf]`` where an end is open (infinite or None), or ``none``."""
     if interval is None:
         return "none"
     low, high = interval
+    low, high = -math.inf if low is None else low, math.inf if high is None else high
     return f"[{format_number(low)}, {format_number(high)}]"
 
 

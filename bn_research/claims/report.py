@@ -38,8 +38,9 @@ def results_document(
 ) -> dict[str, Any]:
     """Return the content of ``results.json``.
 
-    JSON has no infinity and no NaN: such a number becomes None, an interval with such an end
-    becomes None as a whole, and the claim's note says which and what they were.
+    JSON has no infinity and no NaN: such a number becomes None, and the claim's note says which and
+    what it was. An interval that is open on one side, as a censored number's is, has None there;
+    one that is open on both is None.
 
     Args:
         experiment: Name of the experiment's module.
@@ -192,10 +193,12 @@ def _claim_entry(finding: Finding) -> dict[str, Any]:
         for name, value in measured.items()
         if not math.isfinite(value)
     ]
-    interval = None if finding.interval is None else [float(end) for end in finding.interval]
-    if interval is not None and not all(map(math.isfinite, interval)):
-        lost.append(f"interval {format_interval(finding.interval)}")
-        interval = None
+    interval = None
+    if finding.interval is not None:
+        interval = [float(end) if math.isfinite(end) else None for end in finding.interval]
+        if interval == [None, None]:
+            lost.append(f"interval {format_interval(finding.interval)}")
+            interval = None
     note = finding.note
     if lost:
         if note and not note.rstrip().endswith((".", "!", "?")):

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -166,6 +166,7 @@ class History(NamedTuple):
 
     loss: np.ndarray  # float32: losses that each dispatch reported, of batches before their update
     diverged: int  # number of steps that were not finite and so not taken
+    observed: Any = ()  # of a sweep: what was observed, leaves [dispatches, ...]
 
 
 def train(

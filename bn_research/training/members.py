@@ -1,7 +1,7 @@
 """The members of a sweep: what they are, how far they have come, and their checkpoints."""
 
 import dataclasses
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +32,14 @@ class Run:
     steps: int = 0
     diverged: int = 0
     ended: bool = False
+    observed: Any = None  # leaves [dispatches, ...]; None before its first dispatch
+
+    def keep(self, dispatch: int, observed: Any, dispatches: int) -> None:
+        """Writes down what a dispatch observed, of so many that there will be."""
+        if self.observed is None:
+            self.observed = _room(observed, dispatches)
+        for room, leaf in zip(*map(jax.tree.leaves, (self.observed, observed)), strict=True):
+            room[dispatch] = leaf
 
 
 def check_members(members: Sequence[Member], steps_per_dispatch: int) -> None:
@@ -61,18 +69,40 @@ def created(create: CreateFn, member: Member) -> Any:
     return jax.tree.map(np.asarray, with_key_data(state))
 
 
-def restored(create: CreateFn, members: Sequence[Member], saver: Checkpointer | None) -> list[Run]:
-    """A run of each member, at its step where the newest checkpoint is of these members."""
+def restored(
+    create: CreateFn,
+    members: Sequence[Member],
+    saver: Checkpointer | None,
+    *,
+    steps_per_dispatch: int,
+    observes: Callable[[Any, Any], Any],
+) -> list[Run]:
+    """A run of each member, at its step where the newest checkpoint is of these members.
+
+    Args:
+      create: (key, hyper) -> state before the first step.
+      members: of the sweep.
+      saver: of the checkpoints; None for none.
+      steps_per_dispatch: of the sweep.
+      observes: (state, hyper) -> what a dispatch observes, as shapes.
+    """
     runs = {m.name: Run(m, np.full(m.num_steps, np.nan, np.float32)) for m in members}
     newest = saver.newest() if saver is not None else None
     notes = newest[1].get("members", []) if newest is not None else []
     if saver is None or newest is None or not runs.keys() >= {note["name"] for note in notes}:
         return list(runs.values())
     saved = [runs[note["name"]] for note in notes]
-    template = [{"state": created(create, run.member), "loss": run.loss} for run in saved]
+    template = []
+    for run in saved:
+        state = created(create, run.member)
+        run.observed = _room(
+            observes(state, run.member.hyper), run.member.num_steps // steps_per_dispatch
+        )
+        template.append({"state": state, "loss": run.loss, "observed": run.observed})
     trees = saver.restore(newest[0], template) if template else []
     for run, note, tree in zip(saved, notes, trees, strict=True):
         run.state, run.loss = tree["state"], np.array(tree["loss"])
+        run.observed = jax.tree.map(np.array, tree["observed"])
         run.steps, run.diverged = note["steps"], note["diverged"]
     return list(runs.values())
 
@@ -84,11 +114,18 @@ def save(runs: Collection[Run], saver: Checkpointer, *, wait: bool) -> None:
     notes = [
         {"name": run.member.name, "steps": run.steps, "diverged": run.diverged} for run in begun
     ]
-    tree = [{"state": run.state, "loss": run.loss} for run in begun]
+    tree = [{"state": r.state, "loss": r.loss, "observed": r.observed} for r in begun]
     saver.save((newest[0] if newest else 0) + 1, tree, {"members": notes}, wait=wait)
 
 
-def result(run: Run) -> tuple[Member, TrainState, History]:
+def result(run: Run, *, steps_per_dispatch: int) -> tuple[Member, TrainState, History]:
     """What the caller of a sweep is given; the run drops its state."""
     state, run.state = run.state, None
-    return run.member, with_key(state), History(run.loss[: run.steps], run.diverged)
+    dispatches = run.steps // steps_per_dispatch
+    observed = jax.tree.map(lambda leaf: leaf[:dispatches], run.observed)
+    return run.member, with_key(state), History(run.loss[: run.steps], run.diverged, observed)
+
+
+def _room(observed: Any, dispatches: int) -> Any:
+    """Arrays for what so many dispatches observe, of one shape whatever has been observed."""
+    return jax.tree.map(lambda leaf: np.zeros((dispatches, *leaf.shape), leaf.dtype), observed)

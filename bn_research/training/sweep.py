@@ -30,7 +30,14 @@ import jax
 import numpy as np
 
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.lanes import STRATEGIES, AdvanceFn, CreateFn, Lanes, Strategy
+from bn_research.training.lanes import (
+    STRATEGIES,
+    AdvanceFn,
+    CreateFn,
+    Lanes,
+    Strategy,
+    with_key,
+)
 from bn_research.training.loop import History
 from bn_research.training.members import Member, Run, check_members, created, restored, result, save
 from bn_research.training.preemption import Stopped
@@ -182,7 +189,14 @@ class Sweep:
         done: Collection[str],
         hooks: "_Hooks",
     ) -> Iterator[tuple[Member, TrainState, History]]:
-        runs = restored(create, members, hooks.saver)
+        steps_per_dispatch = self._steps_per_dispatch
+        runs = restored(
+            create,
+            members,
+            hooks.saver,
+            steps_per_dispatch=steps_per_dispatch,
+            observes=lambda state, hyper: self._observes(state, hyper, data),
+        )
         runs = [run for run in runs if run.member.name not in done]
         for run in runs:
             hooks.on_steps(run.steps)
@@ -198,18 +212,21 @@ class Sweep:
             held: list[Run | None] = [None] * lanes.count
         while waiting:
             if waiting[0].ended:
-                yield result(waiting.popleft())
+                yield result(waiting.popleft(), steps_per_dispatch=steps_per_dispatch)
                 continue
             if _refill(held, queue, in_step=lanes.in_step):
                 _load(lanes, held, create)
-            losses = lanes.advance(data)
+            metrics = lanes.advance(data)
             running = [(lane, run) for lane, run in enumerate(held) if run is not None]
             for lane, run in running:
-                run.steps += self._steps_per_dispatch
-                run.loss[run.steps - self._steps_per_dispatch : run.steps] = losses.loss[lane]
-                run.diverged += int(np.sum(losses.diverged[lane]))
+                dispatch = run.steps // steps_per_dispatch
+                run.steps += steps_per_dispatch
+                run.loss[run.steps - steps_per_dispatch : run.steps] = metrics.loss[lane]
+                run.diverged += int(np.sum(metrics.diverged[lane]))
+                observed = jax.tree.map(lambda leaf, i=lane: leaf[i], metrics.observed)
+                run.keep(dispatch, observed, run.member.num_steps // steps_per_dispatch)
                 run.ended = _has_ended(run, hooks)
-                hooks.on_steps(self._steps_per_dispatch)
+                hooks.on_steps(steps_per_dispatch)
             leave = hooks.preempted(sum(run.steps for run in runs))
             saver = hooks.saver if leave or hooks.save_when() else None
             if saver is not None or any(run.ended for _, run in running):
@@ -224,6 +241,10 @@ class Sweep:
                 raise Stopped(sum(run.steps for run in runs))
         if hooks.saver is not None:
             hooks.saver.wait()
+
+    def _observes(self, state: Any, hyper: Any, data: Any) -> Any:
+        """Shapes of what a dispatch observes."""
+        return jax.eval_shape(self._advance, with_key(state), hyper, data)[1].observed
 
     def _lanes_for(self, strategy: Strategy, members: int) -> Lanes:
         key = strategy, members if strategy == "vmap" else min(members, len(self._devices))

@@ -1,0 +1,98 @@
+"""Censored numbers: bounds stay bounds, and intervals still cover the truth."""
+
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bn_research.claims.censoring import Bounded, first_reaching, ratio
+
+
+def exact(*values):
+    return [Bounded(float(value), float(value)) for value in values]
+
+
+def test_the_first_step_at_the_target():
+    steps, values = [10, 20, 30, 40], [0.1, 0.6, 0.4, 0.9]
+    assert first_reaching(steps, values, 0.5) == (20, 20)
+    assert first_reaching(steps, values, 0.6) == (20, 20)
+    assert first_reaching(steps, values, 0.61) == (40, 40)
+    never = first_reaching(steps, values, 0.91)
+    assert never == (40, math.inf) and never.is_censored
+    assert first_reaching(steps, [math.nan, 0.7, math.nan, math.nan], 0.7) == (20, 20)
+    assert first_reaching(steps, [math.nan] * 4, -math.inf).is_censored
+
+
+def test_without_censoring_it_is_the_interval_of_the_logarithms():
+    n, d = [1200.0, 900.0, 1500.0, 800.0], [300.0, 310.0, 280.0, 250.0]
+    found = ratio(exact(*n), exact(*d))
+    logs = np.log(n) - np.log(d)
+    low, high = stats.t.interval(0.95, 3, loc=logs.mean(), scale=stats.sem(logs))
+    np.testing.assert_allclose(found.interval, np.exp([low, high]), rtol=1e-12)
+    np.testing.assert_allclose(found.mean, [stats.gmean(np.array(n) / d)] * 2, rtol=1e-12)
+    assert (found.pairs, found.censored) == (4, 0)
+
+
+def test_a_bound_in_the_numerator_leaves_the_ratio_open_above():
+    numerators = [*exact(900, 1000), Bounded(2000, math.inf)]
+    found = ratio(numerators, exact(300, 310, 290))
+    as_if = ratio(exact(900, 1000, 2000), exact(300, 310, 290))
+    assert found.low == as_if.low and found.high == math.inf
+    assert found.mean == (as_if.mean.low, math.inf) and found.censored == 1
+
+
+def test_a_bound_in_the_denominator_leaves_it_open_below():
+    denominators = [*exact(300, 310), Bounded(2000, math.inf)]
+    found = ratio(exact(900, 1000, 950), denominators)
+    as_if = ratio(exact(900, 1000, 950), exact(300, 310, 2000))
+    assert found.low == 0 and found.high == as_if.high
+    assert found.mean == (0, as_if.mean.low)
+
+
+def test_bounds_on_both_sides_say_nothing():
+    found = ratio([Bounded(100, math.inf)] * 3, [Bounded(100, math.inf)] * 3)
+    assert found.interval == (0, math.inf) and found.censored == 3
+
+
+def test_one_pair_has_no_interval():
+    assert ratio(exact(4), exact(2)).interval == (0, math.inf)
+    assert ratio(exact(4), exact(2)).mean == (2, 2)
+
+
+@pytest.mark.parametrize("limit", [1.2, 2.0, 3.5])
+def test_intervals_cover_the_truth_however_much_is_censored(limit):
+    """Log-normal ratios of median 2, the numerators seen up to a limit only."""
+    rng = np.random.default_rng(0)
+    covered = []
+    for _ in range(2000):
+        numerators = 2 * np.exp(0.4 * rng.standard_normal(5))
+        seen = [Bounded(min(x, limit), x if x <= limit else math.inf) for x in numerators]
+        low, high = ratio(seen, exact(1, 1, 1, 1, 1)).interval
+        covered.append(low <= 2 <= high)
+    assert np.mean(covered) >= 0.93
+
+
+def test_words():
+    assert str(Bounded(1500, 1500)) == "1500"
+    assert str(Bounded(3000, math.inf)) == "> 3000"
+    assert str(Bounded(0, 0.2)) == "< 0.2"
+    assert str(Bounded(0.5, 2)) == "0.5 to 2"
+    assert str(Bounded(0, math.inf)) == "unknown"
+
+
+def test_bad_numbers():
+    with pytest.raises(ValueError, match="paired by seed, got 1 and 2"):
+        ratio(exact(1), exact(1, 2))
+    with pytest.raises(ValueError, match="paired by seed, got 0 and 0"):
+        ratio([], [])
+    with pytest.raises(ValueError, match=r"positive and in order, got \(0.0, 0.0\)"):
+        ratio(exact(0), exact(1))
+    with pytest.raises(ValueError, match=r"in order, got \(3, 2\)"):
+        ratio([Bounded(3, 2)], exact(1))
+    with pytest.raises(ValueError, match="steps must rise"):
+        first_reaching([2, 1], [0, 0], 1)
+    with pytest.raises(ValueError, match="got shapes"):
+        first_reaching([1, 2], [0], 1)
+    with pytest.raises(ValueError, match="got nan"):
+        first_reaching([1], [0], math.nan)
