@@ -1,0 +1,181 @@
+r"""Image sets as a network's inputs: raw, centred, scaled and whitened.
+
+With μ and Σ = V·diag(λ)·Vᵀ the mean and the biased covariance of the pixels over the training set,
+d of them, and with ε̄ = ε·tr(Σ)/d,
+
+    raw       x
+    centred   x − μ
+    scaled    (x_i − μ_i)/√(Σ_ii + ε̄)
+    pca       diag(λ + ε̄)^(−1/2)·Vᵀ(x − μ)
+    zca       V·diag(λ + ε̄)^(−1/2)·Vᵀ(x − μ)
+
+so "scaled" is "zca" with the covariances between pixels left out. Whitening leaves the training set
+eigenvalues λ/(λ + ε̄): 1 for ε = 0. Directions in which the training set does not vary, such as
+pixels that are the same in all its images, come out as 0, in test images too: nothing was learnt
+about them, and their scale would be arbitrary. ε bounds what the nearly constant ones are
+multiplied by; with ε = 0 a pixel that one of n images lights comes out as √n there.
+
+Sources: Y. LeCun, L. Bottou, G. Orr & K.-R. Müller, "Efficient BackProp", 1998, section 4.3;
+A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009, appendix A (ZCA).
+"""
+
+import functools
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+
+from bn_research.normalization.whitening import batch_covariance, covariance, merge_covariance
+
+TRANSFORMS = ("raw", "centred", "scaled", "zca", "pca")
+_CHUNK = 8192  # images turned into float64 at once: bounds the memory beside the result
+
+
+class InputTransform(NamedTuple):
+    """An affine map of flattened images, y = matrix·(x − mean); for "scaled" a vector of factors.
+
+    None stands for a mean of 0, or for the identity.
+    """
+
+    mean: np.ndarray | None  # shape=(d,), dtype=float64
+    matrix: np.ndarray | None  # shape=(d, d), or (d,) for a diagonal; dtype=float64
+
+
+class SecondMoment(NamedTuple):
+    """Eigenvalues of E[x̃·x̃ᵀ], x̃ = (x, 1): the Hessian of a linear unit with a bias.
+
+    Gradient descent never moves along directions of eigenvalue zero, so they do not count.
+    """
+
+    condition_number: float  # largest over smallest
+    largest: float
+    smallest: float  # above zero, to the rounding of float32 inputs
+    rank: int  # of d + 1
+
+
+def transform_inputs(
+    train_images: Float[np.ndarray, "n *image"],
+    test_images: Float[np.ndarray, "m *image"],
+    name: str,
+    *,
+    epsilon: float,
+) -> tuple[Float[np.ndarray, "n *image"], Float[np.ndarray, "m *image"]]:
+    """Both sets as the named transform has them, fitted to the training set alone.
+
+    Args:
+      train_images: pixels over the full scale, from 0 to 1.
+      test_images: likewise.
+      name: one of `TRANSFORMS`.
+      epsilon: ε, relative to the mean eigenvalue, ≥ 0; "raw" and "centred" do without.
+
+    Returns:
+      Training and test images, float32, in the shapes given; "pca" has its components there in
+      place of pixels, by falling variance, so that the same network takes them.
+
+    Raises:
+      ValueError: an unknown name, ε < 0, integer pixels, or images of different shapes.
+    """
+    if train_images.shape[1:] != test_images.shape[1:]:
+        raise ValueError(
+            f"test_images has shape {test_images.shape}: its images must be like those of "
+            f"train_images, {train_images.shape[1:]}"
+        )
+    fitted = fit_transform(train_images, name, epsilon=epsilon)
+    return apply_transform(train_images, fitted), apply_transform(test_images, fitted)
+
+
+def fit_transform(
+    images: Float[np.ndarray, "n *image"], name: str, *, epsilon: float
+) -> InputTransform:
+    """The named transform for these images, in float64.
+
+    Raises:
+      ValueError: an unknown name, ε < 0, integer pixels, or no images.
+    """
+    if name not in TRANSFORMS:
+        raise ValueError(f"name={name!r} is unknown: allowed are {', '.join(TRANSFORMS)}")
+    if not 0 <= epsilon < math.inf:
+        raise ValueError(f"epsilon={epsilon} is not allowed: it must be ≥ 0")
+    _check_images(images)
+    if name == "raw":
+        return InputTransform(None, None)
+    mean, sigma = _moments(images)
+    if name == "centred":
+        return InputTransform(mean, None)
+    added = epsilon * np.trace(sigma) / len(sigma)
+    if name == "scaled":
+        variances = np.diag(sigma)  # exactly 0 for constants: their moments are about themselves
+        return InputTransform(mean, _inverse_roots(variances, variances > 0, added))
+    values, vectors = np.linalg.eigh(sigma)
+    values, vectors = values[::-1], vectors[:, ::-1]
+    # An eigenvector's sign is free: its largest entry is made positive, on every machine.
+    largest = np.argmax(np.abs(vectors), axis=0)
+    vectors = vectors * np.sign(vectors[largest, np.arange(len(values))])
+    cutoff = len(values) * np.finfo(values.dtype).eps * values[0]
+    matrix = _inverse_roots(values, values > cutoff, added)[:, None] * vectors.T
+    return InputTransform(mean, matrix if name == "pca" else vectors @ matrix)
+
+
+def apply_transform(
+    images: Float[np.ndarray, "n *image"], fitted: InputTransform
+) -> Float[np.ndarray, "n *image"]:
+    """The images transformed: computed in float64, float32 in the shape given."""
+    result = np.empty(images.shape, np.float32)
+    flat = result.reshape(len(images), -1)  # a view
+    start = 0
+    for chunk in _chunks(images):
+        if fitted.mean is not None:
+            chunk = chunk - fitted.mean
+        if fitted.matrix is not None:
+            chunk = chunk * fitted.matrix if fitted.matrix.ndim == 1 else chunk @ fitted.matrix.T
+        flat[start : start + len(chunk)] = chunk
+        start += len(chunk)
+    return result
+
+
+def second_moment(images: Float[np.ndarray, "n *image"]) -> SecondMoment:
+    """Condition of E[x̃·x̃ᵀ] over the images, with x̃ = (x, 1).
+
+    Raises:
+      ValueError: integer pixels, or no images.
+    """
+    _check_images(images)
+    mean, sigma = _moments(images)
+    extended = np.append(mean, 1.0)
+    values = np.linalg.eigvalsh(np.pad(sigma, (0, 1)) + np.outer(extended, extended))
+    # Rounding to float32 is noise of relative size 2^-24, and its square adds to the eigenvalues.
+    values = values[values > np.finfo(np.float32).eps ** 2 * len(values) * values[-1]]
+    largest, smallest = float(values[-1]), float(values[0])
+    return SecondMoment(largest / smallest, largest, smallest, len(values))
+
+
+def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean [d] and biased covariance [d, d] of flattened images, in float64."""
+    with jax.enable_x64(True):
+        parts = (batch_covariance(jnp.asarray(chunk)) for chunk in _chunks(images))
+        moments = functools.reduce(merge_covariance, parts)
+        return np.asarray(moments.mean), np.asarray(covariance(moments))
+
+
+def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
+    flat = images.reshape(len(images), -1)
+    for start in range(0, len(flat), _CHUNK):
+        yield flat[start : start + _CHUNK].astype(np.float64)
+
+
+def _inverse_roots(values: np.ndarray, varies: np.ndarray, added: float) -> np.ndarray:
+    """1/√(values + added), and 0 where nothing varies."""
+    return np.where(varies, 1 / np.sqrt(np.where(varies, values + added, 1)), 0)
+
+
+def _check_images(images: np.ndarray) -> None:
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            f"images have dtype {images.dtype}: they must be floating point, over the full scale"
+        )
+    if len(images) == 0:
+        raise ValueError("images is empty: at least one image is needed")

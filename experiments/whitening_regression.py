@@ -1,0 +1,299 @@
+r"""Linear regression by gradient descent: what the covariance and the mean of its inputs cost.
+
+The loss L(w, b) = ½·mean (x·w + b − y)² has the Hessian H = E[x̃·x̃ᵀ] with x̃ = (x, 1), whatever y:
+
+    H = [[Σ + μ·μᵀ, μ], [μᵀ, 1]],    w_{t+1} − w* = (I − ηH)·(w_t − w*)
+
+At the best constant rate, η = 2/(λmax + λmin), the error contracts per step by
+
+    ρ = (κ − 1)/(κ + 1),    κ = λmax/λmin,
+
+in the worst case, which a start on the two extreme eigenvectors attains at every step; κ = 1 takes
+one step. A mean adds an eigenvalue near ‖μ̃‖² + μ̃ᵀ·Σ̃·μ̃/‖μ̃‖², with μ̃ = (μ, 1) and Σ̃ = diag(Σ, 0):
+the Rayleigh quotient of H at μ̃, never above λmax. As det H = det Σ, it takes that from the others.
+
+A spectrum is geometric, from 1/√κ to √κ: the eigenvalue 1 of the bias then lies inside it, and
+subtracting the mean, or whitening, leaves κ of Σ, or 1, for the whole of H. The covariance of the
+examples drawn is the one asked for to rounding, so theory needs no sampling error.
+
+Source: Y. LeCun, L. Bottou, G. Orr & K.-R. Müller, "Efficient BackProp", 1998, sections 4 and 5.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Float
+from scipy import stats
+
+from bn_research.normalization import batch_norm, whitening
+
+VARIANTS = ("raw", "centred", "scaled", "zca", "pca")  # what is done to the inputs
+TOLERANCE = 1e-6
+MAX_STEPS = 2_000_000
+
+
+class Descent(NamedTuple):
+    """What a run of gradient descent took."""
+
+    steps: int | None  # until the relative error is at most the tolerance; None: not in max_steps
+    rate: float | None  # error after a step over that before it, geometric mean over the tail
+
+
+def spectrum(features: int, condition_number: float) -> Float[np.ndarray, "d"]:
+    """Eigenvalues from √κ down to 1/√κ, in equal ratios.
+
+    Raises:
+      ValueError: features < 2, or condition_number < 1.
+    """
+    if features < 2:
+        raise ValueError(f"features={features} is not allowed: at least 2 are needed")
+    if not 1 <= condition_number < math.inf:
+        raise ValueError(f"condition_number={condition_number} is not allowed: it must be ≥ 1")
+    return condition_number ** np.linspace(0.5, -0.5, features)
+
+
+def draw_inputs(
+    rng: np.random.Generator,
+    covariance: Float[np.ndarray, "d d"],
+    mean: Float[np.ndarray, "d"],
+    *,
+    examples: int,
+) -> Float[np.ndarray, "n d"]:
+    """Inputs whose own mean and biased covariance are those given, to rounding.
+
+    x = √n·Q·Σ^(1/2) + μ; Q has orthonormal columns, orthogonal to 1, of uniform direction.
+
+    Raises:
+      ValueError: examples ≤ features, too few for a covariance of full rank.
+    """
+    if examples <= len(mean):
+        raise ValueError(
+            f"examples={examples} is not allowed: more than the {len(mean)} features are needed"
+        )
+    deviations = rng.standard_normal((examples, len(mean)))
+    columns = np.linalg.qr(deviations - deviations.mean(axis=0)).Q
+    values, vectors = np.linalg.eigh(covariance)
+    return math.sqrt(examples) * (columns * np.sqrt(values)) @ vectors.T + mean
+
+
+def transform(x: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarray, "n d"]:
+    """Inputs as a variant has them, by their own statistics, in float64.
+
+    "raw" is x, "centred" x − μ, "scaled" the batch normalization of x, "zca" Σ^(−1/2)(x − μ) and
+    "pca" Λ^(−1/2)·Vᵀ(x − μ), components by falling variance; ε = 0.
+
+    Raises:
+      ValueError: the name is none of `VARIANTS`.
+    """
+    _check_variant(name)
+    with jax.enable_x64(True):
+        if name == "scaled":
+            return np.asarray(batch_norm(jnp.asarray(x), epsilon=0.0)[0])
+        if name in ("zca", "pca"):
+            white, moments = whitening.whiten(jnp.asarray(x), epsilon=0.0)
+            if name == "zca":
+                return np.asarray(white)
+            vectors = np.linalg.eigh(whitening.covariance(moments)).eigenvectors
+            return np.asarray(white) @ vectors[:, ::-1]
+    return x - x.mean(axis=0) if name == "centred" else x
+
+
+def predicted_moments(
+    covariance: Float[np.ndarray, "d d"], mean: Float[np.ndarray, "d"], name: str
+) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d"]]:
+    """Covariance and mean of a variant's inputs, from those of x; ValueError as in `transform`."""
+    _check_variant(name)
+    if name == "raw":
+        return covariance, mean
+    if name == "scaled":
+        std = np.sqrt(np.diag(covariance))
+        covariance = covariance / np.outer(std, std)
+    elif name in ("zca", "pca"):
+        covariance = np.eye(len(mean))
+    return covariance, np.zeros_like(mean)
+
+
+def hessian(
+    covariance: Float[np.ndarray, "d d"], mean: Float[np.ndarray, "d"]
+) -> Float[np.ndarray, "d+1 d+1"]:
+    """H = E[x̃·x̃ᵀ] of inputs with this covariance and mean; the bias comes last."""
+    extended = np.append(mean, 1.0)
+    return np.pad(covariance, (0, 1)) + np.outer(extended, extended)
+
+
+def mean_eigenvalue(covariance: Float[np.ndarray, "d d"], mean: Float[np.ndarray, "d"]) -> float:
+    """The eigenvalue that a mean adds to H, to first order in Σ: ‖μ̃‖² + μ̃ᵀ·Σ̃·μ̃/‖μ̃‖²."""
+    squared = mean @ mean + 1
+    return float(squared + mean @ covariance @ mean / squared)
+
+
+def best_rate(eigenvalues: Float[np.ndarray, "d"]) -> float:
+    """η = 2/(λmax + λmin), at which the extreme eigenvectors contract equally."""
+    return float(2 / (np.max(eigenvalues) + np.min(eigenvalues)))
+
+
+def contraction(condition_number: float) -> float:
+    """ρ = (κ − 1)/(κ + 1), of the error per step at the best rate."""
+    return (condition_number - 1) / (condition_number + 1)
+
+
+def predicted_steps(contraction: float, *, tolerance: float = TOLERANCE) -> int:
+    """The first step t with ρ^t ≤ tolerance: ln(tolerance)/ln(ρ), rounded up; 1 for ρ = 0."""
+    if contraction <= tolerance:
+        return 1
+    # An exact power, such as ρ = 0.1, must not take one more step by rounding.
+    return math.ceil(math.log(tolerance) / math.log(contraction) - 1e-9)
+
+
+def descend(
+    inputs: Float[np.ndarray, "n d"],
+    targets: Float[np.ndarray, "n"],
+    start: Float[np.ndarray, "d"],
+    solution: Float[np.ndarray, "d"],
+    *,
+    rate: float,
+    tolerance: float = TOLERANCE,
+    metric: Float[np.ndarray, "d d"] | None = None,
+    max_steps: int = MAX_STEPS,
+) -> Descent:
+    """Gradient descent on ½·mean (x̃·w − y)², in float64, until the relative error is small.
+
+    The error is ‖w − w*‖ over ‖w₀ − w*‖, with ‖e‖² = eᵀ·metric·e. The rate is taken over the tail,
+    from √tolerance to the tolerance, or over the whole run where one step crosses both.
+
+    Args:
+      inputs: x̃, with its constant feature.
+      targets: y.
+      start: w₀.
+      solution: w*, the minimizer.
+      rate: η.
+      tolerance: of the relative error.
+      metric: None is the identity; with H the error is the root of the excess loss.
+      max_steps: after which to give up.
+    """
+    with jax.enable_x64(True):
+        metric = np.eye(len(start)) if metric is None else metric
+        arguments = (inputs, targets, start, solution, rate, tolerance, metric, max_steps)
+        step, error, *middle = (value.item() for value in _descend(*map(jnp.asarray, arguments)))
+    if not error <= tolerance:
+        return Descent(None, None)
+    from_step, from_error = (0, 1.0) if step == middle[0] else middle
+    return Descent(step, (error / from_error) ** (1 / (step - from_step)))
+
+
+@jax.jit
+def _descend(inputs, targets, start, solution, rate, tolerance, metric, max_steps):
+    """Last step and its error; the first step with an error up to √tolerance, and that error."""
+    gradient = jax.grad(lambda w: jnp.mean(jnp.square(inputs @ w - targets)) / 2)
+
+    def distance(w):
+        deviation = w - solution
+        return jnp.sqrt(deviation @ metric @ deviation)
+
+    def unfinished(carry):
+        return (carry[2] > tolerance) & (carry[0] < max_steps)
+
+    def body(carry):
+        step, w, _, middle_step, middle_error = carry
+        step, w = step + 1, w - rate * gradient(w)
+        error = distance(w) / distance(start)
+        passed = middle_error <= jnp.sqrt(tolerance)
+        middle = jnp.where(passed, middle_step, step), jnp.where(passed, middle_error, error)
+        return step, w, error, *middle
+
+    zero, one = jnp.zeros_like(max_steps), jnp.ones_like(tolerance)
+    step, _, *rest = jax.lax.while_loop(unfinished, body, (zero, start, one, zero, one))
+    return step, *rest
+
+
+def measure_regression(
+    seed: int,
+    *,
+    features: int,
+    condition_numbers: Sequence[float],
+    mean_norms: Sequence[float],
+    examples: int,
+) -> dict[str, Any]:
+    """Every variant on inputs of every condition number and mean, against theory.
+
+    With the covariance in a random orthogonal basis ("correlated") the inputs take every mean norm,
+    in one random direction; along the axes, where scaling alone whitens, they have mean 0.
+
+    Args:
+      seed: of the basis, the direction of the mean, the examples and the targets.
+      features: d, without the constant one.
+      condition_numbers: κ of the covariance, each ≥ 1.
+      mean_norms: ‖μ‖, each ≥ 0.
+      examples: n, above `features`.
+
+    Returns:
+      "seed", "features", "examples" and "settings", one dict for each input and variant: what was
+      drawn ("name", "correlated", "kappa" of Σ, "mean_norm"); the theory ("predicted_kappa" of H,
+      "predicted_rate", "predicted_steps", "predicted_top_eigenvalue", "mean_eigenvalue"); what was
+      measured at the best rate from a start on both extreme eigenvectors ("measured_kappa",
+      "top_eigenvalue", "measured_rate", "measured_steps": ‖w − w*‖ down to 1e-6 of its start); and
+      "task_steps" from w = 0 to 1e-6 of the first loss, for the same targets in all variants,
+      y = v·x with v normal, which is kind to raw inputs: y varies most where they do.
+
+    Raises:
+      ValueError: features < 2, a condition number < 1, a mean norm < 0, or too few examples.
+    """
+    if not all(0 <= norm < math.inf for norm in mean_norms):
+        raise ValueError(f"mean_norms={tuple(mean_norms)} is not allowed: each must be ≥ 0")
+    rng = np.random.default_rng(seed)
+    basis = stats.ortho_group.rvs(features, random_state=rng)
+    direction = rng.standard_normal(features)
+    direction /= np.linalg.norm(direction)
+    target = rng.standard_normal(features)
+    grid = [(True, kappa, norm) for kappa in condition_numbers for norm in mean_norms]
+    grid += [(False, kappa, 0.0) for kappa in condition_numbers]
+    settings = []
+    for correlated, kappa, norm in grid:
+        vectors = basis if correlated else np.eye(features)
+        sigma = (vectors * spectrum(features, kappa)) @ vectors.T
+        x = draw_inputs(rng, sigma, norm * direction, examples=examples)
+        drawn = {"correlated": correlated, "kappa": float(kappa), "mean_norm": float(norm)}
+        for name in VARIANTS:
+            theory = _predict(*predicted_moments(sigma, norm * direction, name))
+            measured = _measure(transform(x, name), x @ target)
+            settings.append({"name": name} | drawn | theory | measured)
+    return {"seed": seed, "features": features, "examples": examples, "settings": settings}
+
+
+def _predict(covariance: np.ndarray, mean: np.ndarray) -> dict[str, Any]:
+    eigenvalues = np.linalg.eigvalsh(hessian(covariance, mean))
+    kappa = float(eigenvalues[-1] / eigenvalues[0])
+    return {
+        "predicted_kappa": kappa,
+        "predicted_rate": contraction(kappa),
+        "predicted_steps": predicted_steps(contraction(kappa)),
+        "predicted_top_eigenvalue": float(eigenvalues[-1]),
+        "mean_eigenvalue": mean_eigenvalue(covariance, mean),
+    }
+
+
+def _measure(z: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    inputs = np.column_stack([z, np.ones(len(z))])
+    matrix = inputs.T @ inputs / len(inputs)
+    eigenvalues, vectors = np.linalg.eigh(matrix)
+    solution = np.linalg.lstsq(inputs, y)[0]
+    rate = best_rate(eigenvalues)
+    worst = descend(inputs, y, solution + vectors[:, 0] + vectors[:, -1], solution, rate=rate)
+    zero, tolerance = np.zeros_like(solution), math.sqrt(TOLERANCE)  # of the root of the loss
+    task = descend(inputs, y, zero, solution, rate=rate, tolerance=tolerance, metric=matrix)
+    return {
+        "measured_kappa": float(eigenvalues[-1] / eigenvalues[0]),
+        "top_eigenvalue": float(eigenvalues[-1]),
+        "measured_rate": worst.rate,
+        "measured_steps": worst.steps,
+        "task_steps": task.steps,
+    }
+
+
+def _check_variant(name: str) -> None:
+    if name not in VARIANTS:
+        raise ValueError(f"name={name!r} is unknown: allowed are {', '.join(VARIANTS)}")
