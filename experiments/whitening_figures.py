@@ -1,0 +1,182 @@
+"""The figures of `experiments.whitening`."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import LogFormatter, ScalarFormatter
+
+from bn_research.claims.figures import (
+    PALETTE,
+    Figure,
+    band,
+    new_figure,
+    save_figure,
+    shared_legend,
+)
+from bn_research.claims.formatting import format_number
+from experiments.whitening_inputs import TRANSFORMS
+from experiments.whitening_verdicts import smoothed, steps_to_target
+
+_COLORS = dict(
+    zip(
+        TRANSFORMS,
+        (PALETTE.vermillion, PALETTE.orange, PALETTE.purple, PALETTE.blue, PALETTE.green),
+        strict=True,
+    )
+)
+_MARKERS = dict(zip(TRANSFORMS, "osD^v", strict=True))
+_PLACES = {"none": "without BN", "hidden": "BN on hidden layers"}
+
+
+def draw(
+    config: Any,
+    regressions: Sequence[Mapping[str, Any]],
+    spectra: Mapping[str, Mapping[str, Any]],
+    trained: Sequence[Mapping[str, Any]],
+    folder: Path,
+) -> list[Figure]:
+    """All figures, in the order of the report."""
+    return [
+        _draw_steps(config, spectra, trained, folder / "steps.png"),
+        _draw_losses(config, trained, folder / "losses.png"),
+        _draw_regression(regressions, folder / "regression.png"),
+    ]
+
+
+def _draw_steps(config, spectra, trained, path) -> Figure:
+    fig, axis = new_figure(width=5.4, height=3.8)
+    places = np.arange(len(TRANSFORMS))
+    for shift, (placement, label), color in zip(
+        (-0.12, 0.12), _PLACES.items(), (PALETTE.vermillion, PALETTE.blue), strict=True
+    ):
+        for place, name in zip(places, TRANSFORMS, strict=True):
+            found = [
+                steps_to_target(config, record)
+                for record in trained
+                if (record["placement"], record["inputs"]) == (placement, name)
+            ]
+            shown = label if place == 0 else "_"
+            for steps in found:
+                axis.plot(
+                    place + shift,
+                    steps.low,
+                    marker="^" if steps.is_censored else "o",
+                    markersize=5,
+                    color=color,
+                    alpha=0.7,
+                    linestyle="",
+                    label=shown,
+                )
+                shown = "_"
+    axis.set_yscale("log")
+    axis.yaxis.set_major_formatter(ScalarFormatter())
+    axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
+    axis.set_ylabel(f"steps to a loss of {config.target_loss:g}")
+    axis.set_xticks(
+        places,
+        [f"{name}\nκ {format_number(spectra[name]['condition_number'])}" for name in TRANSFORMS],
+    )
+    shared_legend(fig)
+    return save_figure(
+        fig,
+        path,
+        title="Steps to a loss, by what was done to the inputs",
+        alt="Steps to the target loss on raw, centred, scaled, ZCA- and PCA-whitened images, with "
+        "BN on the hidden layers and without, one mark a seed",
+        caption="Each arm at its own best rate; a mark is a seed, a triangle one that had not "
+        "reached the loss by its last step. κ: condition number of E[x̃·x̃ᵀ] over the training "
+        "images, without directions in which they do not vary. ZCA and PCA differ by a rotation, "
+        "which the random first layer does not see.",
+    )
+
+
+def _draw_losses(config, trained, path) -> Figure:
+    fig, axes = new_figure(rows=2, width=5.4, height=6.4)
+    for axis, (placement, label) in zip(axes, _PLACES.items(), strict=True):
+        for name in TRANSFORMS:
+            curves = np.full((config.seeds, config.num_steps - config.window + 1), np.nan)
+            for record in trained:
+                if (record["placement"], record["inputs"]) == (placement, name):
+                    loss = smoothed(record, config.window)[1]
+                    curves[record["seed"], : len(loss)] = loss
+            steps = np.arange(config.window, config.num_steps + 1)
+            band(axis, steps, curves, label=name, color=_COLORS[name])
+        axis.axhline(config.target_loss, color="black", linestyle=":", linewidth=1.2)
+        axis.set_yscale("log")
+        axis.set_ylabel("training loss, nats")
+        axis.set_title(label, fontsize=10.5)
+    axes[-1].set_xlabel("steps")
+    shared_legend(fig)
+    return save_figure(
+        fig,
+        path,
+        title="Training loss on raw, scaled and whitened images",
+        alt="Training loss against steps for five kinds of inputs, without BN above and with BN on "
+        "the hidden layers below; a dotted line marks the target",
+        caption=f"Mean over the last {config.window} steps. Line: mean of {config.seeds} seeds; "
+        "band: lowest to highest; cross: a seed lost. Dotted: the target loss.",
+    )
+
+
+def _draw_regression(regressions, path) -> Figure:
+    fig, axes = new_figure(rows=2, width=5.4, height=6.6)
+    settings = [s for record in regressions for s in record["settings"]]
+    for name in TRANSFORMS:
+        points = [
+            (s["predicted_steps"], s["measured_steps"])
+            for s in settings
+            if s["name"] == name and s["measured_steps"] is not None
+        ]
+        axes[0].plot(
+            *np.transpose(points),
+            marker=_MARKERS[name],
+            color=_COLORS[name],
+            markersize=5,
+            markerfacecolor="none",
+            linestyle="",
+            label=name,
+        )
+    ends = [
+        min(s["predicted_steps"] for s in settings),
+        max(s["predicted_steps"] for s in settings),
+    ]
+    axes[0].plot(ends, ends, color="black", linestyle=":", linewidth=1.2, label="theory")
+    axes[0].set(xscale="log", yscale="log")
+    axes[0].set_xlabel("steps to 1e-6, predicted")
+    axes[0].set_ylabel("measured")
+    raw = [s for s in settings if s["name"] == "raw" and s["correlated"]]
+    kappas = sorted({s["kappa"] for s in raw})
+    for kappa, color in zip(kappas, PALETTE, strict=False):
+        norms = sorted({s["mean_norm"] for s in raw})
+        values = [
+            np.mean(
+                [s["top_eigenvalue"] for s in raw if (s["kappa"], s["mean_norm"]) == (kappa, n)]
+            )
+            for n in norms
+        ]
+        axes[1].plot(
+            norms,
+            values,
+            marker="o",
+            markersize=5,
+            linestyle="",
+            color=color,
+            label=f"κ(Σ) = {kappa:g}",
+        )
+    line = np.linspace(0, max(s["mean_norm"] for s in raw), 50)
+    axes[1].plot(line, line**2 + 1, color="black", linestyle="--", linewidth=1.2, label="‖μ‖² + 1")
+    axes[1].set_yscale("log")
+    axes[1].set_xlabel("‖μ‖, norm of the inputs' mean")
+    axes[1].set_ylabel("λmax of E[x̃·x̃ᵀ]")
+    shared_legend(fig, columns=3)
+    return save_figure(
+        fig,
+        path,
+        title="Linear regression: theory and measurement",
+        alt="Above, measured against predicted steps of gradient descent, on the diagonal; below, "
+        "the top eigenvalue against the norm of the mean",
+        caption="Above: every setting and seed, in float64, at the best constant rate. Below: a "
+        "mean adds an eigenvalue near ‖μ‖², which the rate must be small for.",
+    )
