@@ -326,6 +326,115 @@ def test_average_pooling_in_half_precision_is_rounded_once():
     np.testing.assert_allclose(np.float64(_avg_pool(x)), avg_pool(np.float64(x)), rtol=2.01**-8)
 
 
+class ChosenByHand(ByHand):
+    """The network of some modules, behind either stem."""
+
+    def __init__(self, params, stem, modules):
+        super().__init__(params, response=True)
+        self.stem, self.rows = stem, [row for row in ROWS if row[0] in modules]
+
+    def __call__(self, x):
+        x = self.block(x, 1, "stem_3x3") if self.stem == "small" else self.block(x, 2, "stem_7x7")
+        x = self.response(max_pool(x, 2))
+        if self.stem == "imagenet":
+            x = self.block(self.block(x, 1, "stem_reduce_3x3"), 1, "stem_3x3")
+            x = max_pool(self.response(x), 2)
+        for name, pool, *numbers, projection, _, _ in self.rows:
+            x = self.module(x, name, pool, numbers[0], projection, 2 if name == "3c" else 1)
+        head = self.params["head"]
+        return x.mean((1, 2)) @ head["kernel"] + head["bias"]
+
+
+@pytest.mark.parametrize(
+    ("stem", "modules", "shape", "options"),
+    [
+        ("small", ("3a", "3c", "5b"), (3, 9, 14, 1), dict()),
+        ("small", ("3b", "3c"), (3, 11, 8, 2), dict(implementation="patches")),
+        ("imagenet", ("3c",), (3, 34, 23, 2), dict(implementation="patches")),
+    ],
+)
+def test_chosen_modules_and_stem(stem, modules, shape, options):
+    """With even and odd heights and widths at the strides, which are padded differently."""
+    options = dict(width=1 / 16, stem=stem, modules=modules, local_response_norm=True) | options
+    net, x = Inception(4, NORM, **options), images(shape, 6)
+    variables = drawn(net, x)
+    with jax.enable_x64(True):
+        logits, _ = jax.jit(lambda v, x: net.apply(v, x, train=True, mutable="batch_stats"))(
+            variables, x
+        )
+    reference = ChosenByHand(variables["params"], stem, modules)
+    close(logits, reference(x))
+    assert len(reference.moments) == len(jax.tree.leaves(variables["batch_stats"])) / 2
+
+
+def test_gradients_of_patches_are_those_of_convolutions():
+    """Weights of stride 1 and 2 in float64; the separable convolution stays XLA's."""
+    x, g = images((2, 10, 7, 2), 3), images((2, 4), 4)
+    results = []
+    for implementation in ("xla", "patches"):
+        net = Inception(
+            4,
+            width=1 / 16,
+            separable_stem=True,
+            stem="small",
+            modules=("3c",),
+            implementation=implementation,
+        )
+        params = drawn(net, x)["params"]
+
+        def loss(params, net=net):
+            return jnp.sum(g * net.apply({"params": params}, x, train=False))
+
+        with jax.enable_x64(True):
+            results.append(flatten_dict(jax.jit(jax.grad(loss))(params)))
+    for path, expected in results[0].items():
+        close(results[1][path], np.asarray(expected))
+
+
+def test_all_modules_by_name_are_the_default():
+    names = tuple(row[0] for row in ROWS)
+    nets = [Inception(norm=NORM, **options) for options in (dict(), dict(modules=names))]
+    one, other = (jax.tree.map(lambda leaf: leaf.shape, shapes_of(net)[1]) for net in nets)
+    assert one == other
+
+
+def test_parameters_of_chosen_modules():
+    """A module's inputs are what the one before it puts out: 64/4 and (128 + 32 + 96)/4 in all."""
+    net = Inception(3, width=1 / 4, stem="small", modules=("3a", "4e"))
+    logits, variables = shapes_of(net, (2, 28, 28, 1), outputs_of=InceptionModule)
+    params = variables["params"]
+    assert set(params) == {"stem_3x3", "inception_3a", "inception_4e", "head"}
+    assert params["stem_3x3"]["conv"]["kernel"].shape == (3, 3, 1, 16)
+    assert params["inception_3a"]["projection"]["conv"]["kernel"].shape == (1, 1, 16, 8)
+    assert params["inception_4e"]["reduce_3x3"]["conv"]["kernel"].shape == (1, 1, 64, 32)
+    sizes = [
+        variables["intermediates"][f"inception_{name}"]["__call__"][0] for name in ("3a", "4e")
+    ]
+    assert [leaf.shape for leaf in sizes] == [(2, 14, 14, 64), (2, 7, 7, 48 + 64 + 64)]
+    assert params["head"]["kernel"].shape == (176, 3) and logits.shape == (2, 3)
+
+
+@pytest.mark.parametrize(
+    ("options", "least", "halvings"),
+    [
+        (dict(), 32, 5),
+        (dict(modules=("3a", "3c")), 16, 4),
+        (dict(stem="small"), 8, 3),
+        (dict(stem="small", modules=("3a", "3b", "4e")), 4, 2),
+        (dict(stem="small", modules=("5a",)), 2, 1),
+    ],
+)
+def test_smallest_images(options, least, halvings):
+    net = Inception(3, width=1 / 64, **options)
+    logits, _ = shapes_of(net, (1, least, least + 1, 1))
+    assert logits.shape == (1, 3)
+    message = (
+        f"{least - 1}×{least}: allowed are {least}×{least} and up, as .* halved {halvings} times"
+    )
+    with pytest.raises(ValueError, match=message):
+        shapes_of(net, (1, least - 1, least, 1))
+
+
 X = jnp.zeros((2, 32, 32, 3))
 
 
@@ -340,6 +449,16 @@ X = jnp.zeros((2, 32, 32, 3))
         (dict(width=-1.0), dict(), "width=-1.0 is not allowed"),
         (dict(width=float("nan")), dict(), "width=nan is not allowed"),
         (dict(width=float("inf")), dict(), "width=inf is not allowed"),
+        (dict(stem="tiny"), dict(), "stem='tiny' is unknown: allowed are 'imagenet' and 'small'"),
+        (
+            dict(modules=()),
+            dict(),
+            r"modules=\(\) is not allowed: it must hold names out of 3a, 3b",
+        ),
+        (dict(modules=("3a", "6a")), dict(), r"modules=\('3a', '6a'\) is not allowed"),
+        (dict(modules=("3a", "3a")), dict(), r"modules=\('3a', '3a'\) is not allowed"),
+        (dict(modules=("4a", "3a")), dict(), "in this order, each once and at least one"),
+        (dict(implementation="fft"), dict(), "implementation='fft' is unknown"),
         (dict(dropout=1.0), dict(), r"dropout=1.0 is not allowed: it must be in \[0, 1\)"),
         (dict(dropout=0.4), dict(train=True), "dropout=0.4 needs keys in training"),
         (

@@ -11,6 +11,9 @@ paper prints 576, 576 and 1024 as the widths of 4c, 4d and 4e, whose branches as
 608, 608 and 1056; here they are what they add up to. With 1000 classes, BN and a stem that is not
 separable there are 11,285,224 parameters.
 
+For small images there is a stem that halves height and width once instead of three times, 3×3 → 64
+and max-pooling, and a choice of modules: `Inception(10, stem="small", modules=("3a", "3c", "4a"))`.
+
 Padding is "SAME" throughout; an average at the border is over the pixels there are.
 """
 
@@ -23,10 +26,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
+from bn_research.layers.conv import Implementation, conv2d
 from bn_research.layers.dropout import check_rate, dropout
 from bn_research.layers.local_response import local_response_normalization
 
-SMALLEST = 32  # height and width are halved five times
+SMALLEST = 32  # allowed height and width, with the defaults
+
+Stem = Literal["imagenet", "small"]
+STEM_HALVINGS: dict[Stem, int] = {"imagenet": 3, "small": 1}  # of height and width
 
 
 class Widths(NamedTuple):
@@ -70,6 +77,7 @@ class ConvBlock(nn.Module):
       dtype: of the computation and of the result.
       depth_multiplier: None, or a separable convolution: every input channel has this many filters
         of its own, and a 1×1 convolution mixes them.
+      implementation: of all but depthwise convolutions, see `bn_research.layers.conv.conv2d`.
     """
 
     features: int
@@ -80,6 +88,7 @@ class ConvBlock(nn.Module):
     stride: int = 1
     dtype: Any = None
     depth_multiplier: int | None = None
+    implementation: Implementation = "xla"
 
     @nn.compact
     def __call__(
@@ -100,8 +109,10 @@ class ConvBlock(nn.Module):
                 **options,
             )(x)
             size, strides = (1, 1), (1, 1)
-        use_bias = self.norm is None
-        x = nn.Conv(self.features, size, strides, use_bias=use_bias, name="conv", **options)(x)
+        options |= dict(use_bias=self.norm is None, name="conv")
+        if self.implementation != "xla":
+            options["conv_general_dilated"] = functools.partial(_convolve, self.implementation)
+        x = nn.Conv(self.features, size, strides, **options)(x)
         if self.norm is not None:
             # A norm layer without dtype promotes to that of its float32 parameters. Rounding here
             # gives the bits that it would give with dtype, and its statistics stay float32.
@@ -158,6 +169,13 @@ class Inception(nn.Module):
       local_response_norm: GoogLeNet's two layers in the stem (Szegedy et al., 2014).
       separable_stem: make the first convolution separable.
       activation: after every convolution.
+      modules: names of the modules there are, out of MODULES and in their order; None is all ten.
+        Each has the widths of its row, whatever it sees as input.
+      stem: "imagenet", or "small" for images of few pixels: the first convolution is 3×3 of
+        stride 1, and after its pooling, and the first local response normalization, come the
+        modules.
+      implementation: of convolutions, see `bn_research.layers.conv.conv2d`. "auto" makes a scanned
+        training step several times faster on a CPU.
       kernel_init: initializer of every kernel. He's keeps the signal where there is no BN: at
         initialization logits vary by 0.06 between images, with LeCun's by 0.0007 (width 1/4).
       dtype: of the computation, such as bfloat16; None promotes the dtypes of images and
@@ -173,6 +191,9 @@ class Inception(nn.Module):
     activation: Callable[[Array], Array] = jax.nn.relu
     kernel_init: Callable[..., Any] = nn.initializers.he_normal()
     dtype: Any = None
+    modules: tuple[str, ...] | None = None
+    stem: Stem = "imagenet"
+    implementation: Implementation = "xla"
 
     @nn.compact
     def __call__(
@@ -185,16 +206,22 @@ class Inception(nn.Module):
         """Logits of x.
 
         Args:
-          x: floating-point images of at least 32×32, of any such size.
+          x: floating-point images of any size from n×n up, where n = 2^halvings is such that what
+            is halved has two pixels at least: 3 halvings in the stem, or 1 in the small one, and 1
+            each in 3c and 4e. With the defaults n is 32.
           train: normalize by the batch and drop out.
           keys: a PRNG key for each example, for dropout in training; see
             `bn_research.layers.dropout`.
 
         Raises:
-          ValueError: images of a bad shape or dtype, a bad width or rate of dropout, or dropout
-            without keys.
+          ValueError: images of a bad shape or dtype, a bad width, stem or rate of dropout, dropout
+            without keys, or modules that are unknown, repeated, out of order or none.
         """
-        _check_images(x)
+        if self.stem not in STEM_HALVINGS:
+            raise ValueError(f"stem={self.stem!r} is unknown: allowed are 'imagenet' and 'small'")
+        modules = _chosen(self.modules)
+        strided = sum(widths.stride == 2 for widths in modules)
+        _check_images(x, STEM_HALVINGS[self.stem] + strided)
         check_rate("dropout", self.dropout)
         if not 0 < self.width < float("inf"):
             raise ValueError(f"width={self.width!r} is not allowed: it must be positive and finite")
@@ -211,20 +238,25 @@ class Inception(nn.Module):
                 self.activation,
                 self.kernel_init,
                 dtype=self.dtype,
+                implementation=self.implementation,
                 **options,
             )
 
         multiplier = _scaled(8, self.width) if self.separable_stem else None
-        x = block(64, 7, stride=2, depth_multiplier=multiplier, name="stem_7x7")(x)
+        if self.stem == "imagenet":
+            x = block(64, 7, stride=2, depth_multiplier=multiplier, name="stem_7x7")(x)
+        else:
+            x = block(64, 3, depth_multiplier=multiplier, name="stem_3x3")(x)
         x = _max_pool(x, 2)
         if self.local_response_norm:
             x = local_response_normalization(x)
-        x = block(64, 1, name="stem_reduce_3x3")(x)
-        x = block(192, 3, name="stem_3x3")(x)
-        if self.local_response_norm:
-            x = local_response_normalization(x)
-        x = _max_pool(x, 2)
-        for widths in MODULES:
+        if self.stem == "imagenet":
+            x = block(64, 1, name="stem_reduce_3x3")(x)
+            x = block(192, 3, name="stem_3x3")(x)
+            if self.local_response_norm:
+                x = local_response_normalization(x)
+            x = _max_pool(x, 2)
+        for widths in modules:
             x = InceptionModule(widths, block, name=f"inception_{widths.name}")(x)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         if train and keys is not None:
@@ -234,6 +266,23 @@ class Inception(nn.Module):
 
 def _scaled(features: int, width: float) -> int:
     return max(1, round(features * width))
+
+
+def _convolve(
+    implementation: Implementation, x: Array, kernel: Array, strides: Any, padding: Any, **_: Any
+) -> Array:
+    """Stands in for `jax.lax.conv_general_dilated`; more than stride 1 makes patches its own."""
+    if max(strides) > 1:
+        size = kernel.shape[:2]
+        pads = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
+        padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
+        rows, columns = (
+            [slice(i, sum(pad) + n - k + i + 1, stride) for i in range(k)]
+            for n, k, pad, stride in zip(x.shape[1:3], size, pads, strides, strict=True)
+        )
+        patches = [padded[:, row, column] for row in rows for column in columns]
+        x, kernel = jnp.concatenate(patches, -1), kernel.reshape(1, 1, -1, kernel.shape[-1])
+    return conv2d(x, kernel, implementation=implementation)
 
 
 def _max_pool(x: Array, stride: int) -> Array:
@@ -251,12 +300,28 @@ def _avg_pool(x: Array) -> Array:
     return (total(wide) / count).astype(x.dtype)
 
 
-def _check_images(x: Array) -> None:
+def _chosen(names: tuple[str, ...] | None) -> tuple[Widths, ...]:
+    """Rows of MODULES; ValueError unless names are some of them, in order."""
+    if names is None:
+        return MODULES
+    chosen = tuple(widths for widths in MODULES if widths.name in names)
+    if not names or tuple(names) != tuple(widths.name for widths in chosen):
+        known = ", ".join(widths.name for widths in MODULES)
+        raise ValueError(
+            f"modules={names!r} is not allowed: it must hold names out of {known}, in this order, "
+            "each once and at least one"
+        )
+    return chosen
+
+
+def _check_images(x: Array, halvings: int) -> None:
     if x.ndim != 4:
         raise ValueError(f"x has shape {x.shape}: allowed is (batch, height, width, channels)")
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x has dtype {x.dtype}: scale images to floating point")
-    if min(x.shape[1:3]) < SMALLEST:
+    least = 2**halvings
+    if min(x.shape[1:3]) < least:
         raise ValueError(
-            f"x has images of {x.shape[1]}×{x.shape[2]}: allowed are {SMALLEST}×{SMALLEST} and up"
+            f"x has images of {x.shape[1]}×{x.shape[2]}: allowed are {least}×{least} and up, as "
+            f"height and width are halved {halvings} times (2^{halvings} = {least})"
         )
