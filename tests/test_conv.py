@@ -50,6 +50,18 @@ def test_patches_equal_xla_and_loops(kernel_size):
         close(patches, xla)
 
 
+@pytest.mark.parametrize("strides", [(2, 2), (2, 1), (3, 2)])
+@pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3), (2, 2), (7, 3)])
+@pytest.mark.parametrize("size", [(6, 3), (7, 8)])
+def test_strided_patches_equal_xla(kernel_size, strides, size):
+    x, kernel = data((2, *size, 3)), data((*kernel_size, 3, 4), 1)
+    found, expected = (
+        conv2d(x, kernel, strides=strides, implementation=implementation)
+        for implementation in ("patches", "xla")
+    )
+    close(found, expected)
+
+
 @pytest.mark.parametrize("implementation", ["auto", "patches", "xla"])
 @pytest.mark.parametrize("use_bias", [True, False])
 def test_module_is_flax_conv(implementation, use_bias):

@@ -271,18 +271,8 @@ def _scaled(features: int, width: float) -> int:
 def _convolve(
     implementation: Implementation, x: Array, kernel: Array, strides: Any, padding: Any, **_: Any
 ) -> Array:
-    """Stands in for `jax.lax.conv_general_dilated`; more than stride 1 makes patches its own."""
-    if max(strides) > 1:
-        size = kernel.shape[:2]
-        pads = jax.lax.padtype_to_pads(x.shape[1:3], size, strides, padding)
-        padded = jnp.pad(x, [(0, 0), *pads, (0, 0)])
-        rows, columns = (
-            [slice(i, sum(pad) + n - k + i + 1, stride) for i in range(k)]
-            for n, k, pad, stride in zip(x.shape[1:3], size, pads, strides, strict=True)
-        )
-        patches = [padded[:, row, column] for row in rows for column in columns]
-        x, kernel = jnp.concatenate(patches, -1), kernel.reshape(1, 1, -1, kernel.shape[-1])
-    return conv2d(x, kernel, implementation=implementation)
+    """Stands in for `jax.lax.conv_general_dilated`."""
+    return conv2d(x, kernel, strides=strides, implementation=implementation)
 
 
 def _max_pool(x: Array, stride: int) -> Array:
