@@ -99,13 +99,23 @@ def judge(
     order = [ratios["none", a, b] for a, b in _COMPARED[:3]]
     verdict = conjunction(theory, *(decide(found.interval, at_least=1) for found in order))
     headline = ratios["none", "raw", "zca"]
-    measured: dict[str, float] = {"steps raw/zca": headline.mean.low}
+    named = {
+        f"steps {a}/{b}" + (", BN" if placement == "hidden" else ""): found
+        for (placement, a, b), found in ratios.items()
+    }
+    named["steps raw/raw with BN"] = ratio(
+        *(
+            [steps_to_target(config, record) for record in _group(trained, placement, "raw")]
+            for placement in ("none", "hidden")
+        )
+    )
+    first = ("steps raw/zca", "steps raw/scaled", "steps scaled/zca", "steps raw/raw with BN")
+    measured = {name: named[name].mean.low for name in first}
     measured["largest deviation of steps from theory"] = worst_steps
     measured["largest deviation of the mean's eigenvalue"] = worst_eigenvalue
-    for (placement, a, b), found in ratios.items():
-        key = f"steps {a}/{b}" + (", BN" if placement == "hidden" else "")
-        measured[key] = found.mean.low
-        measured[f"{key}, low"], measured[f"{key}, high"] = found.interval
+    for name, found in named.items():
+        measured[name] = found.mean.low
+        measured[f"{name}, low"], measured[f"{name}, high"] = found.interval
     for placement in ("none", "hidden"):
         for name in TRANSFORMS:
             group = _group(trained, placement, name)
@@ -114,14 +124,6 @@ def judge(
             measured[f"test accuracy, {where}"] = float(
                 np.mean([record["accuracy"] for record in group])
             )
-    with_bn = ratio(
-        [steps_to_target(config, r) for r in _group(trained, "none", "raw")],
-        [steps_to_target(config, r) for r in _group(trained, "hidden", "raw")],
-    )
-    measured["steps raw/raw with BN"] = with_bn.mean.low
-    measured["steps raw/raw with BN, low"], measured["steps raw/raw with BN, high"] = (
-        with_bn.interval
-    )
     for name, spectrum in spectra.items():
         measured[f"condition number, {name}"] = spectrum["condition_number"]
     return Finding(
