@@ -1,0 +1,209 @@
+"""What `experiments.covariate_shift` measures while a network trains.
+
+Every measurement is made before a dispatch, so at step 0 first, and inside the compiled program of
+the training; it takes nothing from the state and leaves it as it was.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from bn_research.layers.linen import BatchNorm
+from bn_research.models.mlp import MLP
+from bn_research.models.spec import num_weight_layers
+from bn_research.probes.covariate_shift import (
+    distribution_drift,
+    gradient_noise,
+    gradient_shift,
+    percentile_distance,
+    percentiles,
+)
+from bn_research.training.loop import History, epoch_order
+from bn_research.training.metrics import cross_entropy_metrics
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch
+
+LEVELS = (15.0, 50.0, 85.0)  # percentiles, those of the paper's figure 1
+FAN = (10.0, 50.0, 90.0)  # percentiles over units, of their medians
+
+
+class Data(NamedTuple):
+    """What a program is given."""
+
+    train: Batch
+    measuring: Array  # shape=(images, height, width, channels): percentiles are of these
+    evaluation: Batch  # accuracy during training is of these
+
+
+class Observed(NamedTuple):
+    """What is measured before a dispatch; layers are weight layers, the head is the last."""
+
+    percentiles: Array  # shape=(3, levels, units): of the measuring set and its two halves
+    accuracy: Array  # shape=(): on the evaluation images, by the running statistics
+    relative: Array  # shape=(layers,): gradient shift ‖G − G′‖/‖G‖ of the next step
+    cosine: Array  # shape=(layers,): of G and G′
+    noise: Array  # shape=(layers,): ‖G_a − G_b‖/‖G_a‖ of that step's batch and one disjoint from it
+
+
+class Networks:
+    """The apply function of a network, for `make_train_step`, and a look inside it.
+
+    Args:
+      network: spec of dense layers.
+      static: activation and whether there is BN.
+      epsilon: of BN.
+      options: of `MLP`.
+    """
+
+    def __init__(self, network: str, static: tuple[str, bool], epsilon: Any, **options: Any):
+        """Makes the module; its variables are given to each call."""
+        activation, batch_norm = static
+        self._last_hidden = num_weight_layers(network) - 1
+        self._batch_norm = batch_norm
+        self.model = MLP(
+            spec=network,
+            norm=functools.partial(BatchNorm, epsilon=epsilon),
+            placement="hidden" if batch_norm else "none",
+            activation=getattr(jax.nn, activation),
+            **options,
+        )
+
+    def __call__(self, variables: Any, image: Array, *, train: bool) -> tuple[Array, Any]:
+        """Logits and the new running statistics."""
+        if not train:
+            logits = jnp.asarray(self.model.apply(variables, image, train=False))
+            return logits, variables["batch_stats"]
+        logits, new = self.model.apply(variables, image, train=True, mutable=["batch_stats"])
+        return logits, new.get("batch_stats", {})
+
+    def inputs_of_last_activation(
+        self, variables: Any, image: Float[Array, "batch ..."]
+    ) -> Float[Array, "batch units"]:
+        """What the last hidden activation receives, in training mode: after BN, where there is."""
+        name = f"{'batch_norm' if self._batch_norm else 'dense'}{self._last_hidden}"
+        _, found = self.model.apply(
+            variables,
+            image,
+            train=True,
+            mutable=["batch_stats", "intermediates"],
+            capture_intermediates=lambda module, method: module.name == name,
+        )
+        return found["intermediates"][name]["__call__"][0]
+
+
+def measure(
+    step_fn: Any, apply_fn: Any, state: TrainState, data: Data, *, batch_size: int, layers: int
+) -> Observed:
+    """Both kinds of shift at a state, and the accuracy.
+
+    Percentiles are of what the last hidden activation receives, with BN by the statistics of the
+    measuring set itself. The gradient shift is that of the step which training takes next: its
+    batch, its update.
+
+    Args:
+      step_fn: (state, batch) -> (state after the step, …).
+      apply_fn: as of `Networks`.
+      state: of the training.
+      data: of the training.
+      batch_size: of the training.
+      layers: number of weight layers.
+    """
+    inputs = apply_fn.inputs_of_last_activation(_variables(state), data.measuring)
+    half = len(data.measuring) // 2
+    parts = (inputs, inputs[:half], inputs[half : 2 * half])
+    logits, _ = apply_fn(_variables(state), data.evaluation.image, train=False)
+    correct = jnp.argmax(logits, axis=-1) == data.evaluation.label
+
+    batch, other = next_batches(state, data.train, batch_size)
+
+    def loss_of(batch):
+        def loss_fn(params):
+            logits, _ = apply_fn(_variables(state, params), batch.image, train=True)
+            return cross_entropy_metrics(logits, batch.label).loss / batch_size
+
+        return loss_fn
+
+    paths = [
+        tuple(f"['{name}{i}']" for name in ("dense", "batch_norm") if f"{name}{i}" in state.params)
+        for i in range(1, layers + 1)
+    ]
+    new_params = step_fn(state, batch)[0].params
+    shift = gradient_shift(loss_of(batch), state.params, new_params, paths)
+    noise = gradient_noise(loss_of(batch), loss_of(other), state.params, paths)
+    return Observed(
+        jnp.stack([percentiles(part, levels=LEVELS) for part in parts]),
+        jnp.mean(correct, dtype=jnp.float32),
+        shift.relative,
+        shift.cosine,
+        noise.relative,
+    )
+
+
+def next_batches(state: TrainState, examples: Batch, batch_size: int) -> tuple[Batch, Batch]:
+    """The batch that `run_steps` takes next, and the one after it in the order of this epoch.
+
+    The two share no example; at the end of an epoch the second is the epoch's first.
+    """
+    count = examples.label.shape[0]
+    steps_per_epoch = count // batch_size
+    epoch, position = jnp.divmod(state.step, steps_per_epoch)
+    order = epoch_order(state.key, epoch, count)
+    starts = position * batch_size, (position + 1) % steps_per_epoch * batch_size
+    first, second = (
+        jax.tree.map(
+            lambda leaf, start=start: jnp.take(
+                leaf, jax.lax.dynamic_slice_in_dim(order, start, batch_size), axis=0
+            ),
+            examples,
+        )
+        for start in starts
+    )
+    return first, second
+
+
+def summary(history: History, steps_per_dispatch: int) -> dict[str, Any]:
+    """What a run's record keeps of its history: means over units, and one unit whole.
+
+    Units whose distribution has no width at some time are counted and left out of the means.
+    """
+    seen: Observed = history.observed
+    found = np.asarray(seen.percentiles, np.float64)
+    whole, halves = found[:, 0], found[:, 1:]
+    times = len(whole)
+    record: dict[str, Any] = {
+        "step": steps_per_dispatch * np.arange(times),
+        "loss": history.loss.reshape(times, -1).mean(axis=1),  # of each dispatch
+        "diverged": history.diverged,
+        "evaluated": seen.accuracy,
+        "relative": seen.relative,
+        "cosine": seen.cosine,
+        "noise": seen.noise,
+        "fan": np.percentile(whole[:, 1], FAN, axis=-1).T,  # [times, 3]
+    }
+    if times < 2 or not np.isfinite(whole).all():
+        return record | {"path": None}
+    drift = distribution_drift(whole)
+    kept = ~drift.constant
+    if not kept.any():
+        return record | {"path": None, "constant": int(drift.constant.sum())}
+    order = np.argsort(drift.path)
+    typical = int(order[len(order) // 2])
+    raw = np.abs(np.diff(whole, axis=0)).mean(axis=1)
+    return record | {
+        "path": drift.path[kept],  # of each unit
+        "net": float(drift.net[kept].mean()),
+        "constant": int(drift.constant.sum()),
+        "movement": drift.movement[:, kept].mean(axis=1),  # of each interval
+        "raw_movement": raw[:, kept].mean(axis=1),  # in units of the activation's input
+        "floor": percentile_distance(halves[:, 0], halves[:, 1])[:, kept].mean(axis=1),
+        "typical": whole[:, :, typical],  # [times, levels]: of the unit with the median path
+    }
+
+
+def _variables(state: TrainState, params: Any = None) -> dict[str, Any]:
+    params = state.params if params is None else params
+    return {"params": params, "batch_stats": state.batch_stats}
