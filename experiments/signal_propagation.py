@@ -50,16 +50,13 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
-from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.preemption import Preemption, Stopped
 from bn_research.training.sweep import use_cpu_cores
 from experiments import signal_propagation_measurements as measurements
 from experiments import signal_propagation_training as training
 from experiments import signal_propagation_verdicts as verdicts
 from experiments.arms import Images, load_images
 from experiments.launch import Experiment, main
+from experiments.runner import Runner
 from experiments.signal_propagation_figures import draw
 from experiments.signal_propagation_theory import LEAST_BATCH, growth
 from experiments.workdir import Ledger
@@ -212,22 +209,17 @@ def prepare(config: Config) -> Images:
 
 def run(config: Config, images: Images, path: Path):
     """Measures what is not yet in the workdir, decides, and draws."""
-    ledger = Ledger(path / "metrics.jsonl")
     seeds = range(config.seeds)
-    runs = 2 * len(config.train_depths)  # plain and residual
-    total = config.seeds * (3 + len(config.rank_widths) + runs) + runs * len(config.learning_rates)
-    with (
-        Preemption() as preemption,
-        tqdm(total=total, unit="measurement", dynamic_ncols=True) as bar,
-    ):
+    runs = 2 * len(config.train_depths) * (len(config.learning_rates) + config.seeds)
+    with Runner(
+        path,
+        Ledger(path / "metrics.jsonl"),
+        total_steps=runs * config.num_steps,
+        strategy="devices",
+    ) as runner:
 
-        def get(name: str, measure: Callable[..., Mapping[str, Any]], *arguments, **options):
-            bar.set_description(name)
-            record = ledger.get(name, functools.partial(measure, *arguments, **options))
-            bar.update()
-            if preemption.requested(bar.n):
-                raise Stopped(bar.n)
-            return record
+        def get(name: str, measure: Callable[..., Mapping[str, Any]], *arguments):
+            return runner.get(name, functools.partial(measure, *arguments))
 
         gradients = [
             get(f"gradients seed={seed}", measurements.measure_gradients, config, seed)
@@ -244,21 +236,16 @@ def run(config: Config, images: Images, path: Path):
             get(f"rank d={d} seed={seed}", measurements.measure_ranks, config, d, seed)
             for d, seed in itertools.product(config.rank_widths, seeds)
         ]
-        saver = Checkpointer(path / "checkpoints")
         trainer = training.Trainer(
             images,
-            ledger,
-            saver,
+            runner,
             width=config.train_width,
             batch_size=config.batch_size,
             num_steps=config.num_steps,
             steps_per_dispatch=config.steps_per_dispatch,
-            on_record=bar.update,
-            preempted=preemption.requested,
         )
         trained = []
         for depth in sorted(config.train_depths):
-            bar.set_description(f"training, depth {depth}")
             trials = [
                 training.Setting(residual, rate, training.TUNING_SEED)
                 for residual in (False, True)
@@ -277,7 +264,6 @@ def run(config: Config, images: Images, path: Path):
                     for seed in seeds
                 ],
             )
-        saver.close()
     findings = [
         verdicts.judge_gradients(config, gradients, jacobians),
         verdicts.judge_residual(config, residuals),

@@ -7,7 +7,7 @@ network of 80 compiles as fast as one of 5.
 """
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -24,20 +24,18 @@ from bn_research.normalization import (
     population_stats,
     update_batch_stats,
 )
-from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import evaluate, every, padded_batches, run_steps
+from bn_research.training.loop import evaluate, padded_batches, run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import make_eval_step, make_train_step
 from bn_research.training.sweep import Member, Sweep
 from experiments.arms import Images, compiler_options
-from experiments.workdir import Ledger
+from experiments.runner import Runner
 
 TUNING_SEED = 10_000  # apart from every seed of a run
 _EVAL_BATCH = 256
 _POPULATION_BATCHES = 16
 _MOMENTUM = 0.9  # of SGD
-_SECONDS_BETWEEN_CHECKPOINTS = 10.0
 _STATS_MOMENTUM = 0.9  # of the running statistics, which only training sees
 
 
@@ -143,14 +141,11 @@ class Trainer(NamedTuple):
     """What the trainings of a run share."""
 
     images: Images
-    ledger: Ledger
-    saver: Checkpointer
+    runner: Runner
     width: int
     batch_size: int
     num_steps: int
     steps_per_dispatch: int
-    on_record: Callable[[], Any]  # told of every record, also of those in the ledger
-    preempted: Callable[[int], bool]
 
     def tune(self, depth: int, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         """Records of runs that are to choose a rate: no test set."""
@@ -164,40 +159,32 @@ class Trainer(NamedTuple):
         return self._records("train", depth, settings, self._scores)
 
     def _records(self, purpose, depth, settings, score):
-        """Records of a sweep by momentum SGD, of what is not yet in the ledger."""
+        """Records of a sweep by momentum SGD."""
         named = {_name(purpose, depth, setting): setting for setting in settings}
-        done = [name for name in named if name in self.ledger]
-        for _ in done:
-            self.on_record()
-        if len(done) < len(named):
-            members = [
+        inputs = int(np.prod(self.images.train.image.shape[1:]))
+
+        def record(member, state, history):
+            return {
+                **named[member.name]._asdict(),
+                "depth": depth,
+                "loss": np.mean(history.loss[-max(1, self.num_steps // 10) :]),
+                "diverged": history.diverged,
+                **score(state, float(member.hyper.skip)),
+            }
+
+        self.runner.describe(f"{purpose}, depth {depth}")
+        return self.runner.train(
+            _create_program(inputs, self.width, depth, self.images.num_classes),
+            _sweep(self.batch_size, self.steps_per_dispatch),
+            [
                 Member(
                     name, s.seed, Hyper(np.float32(s.rate), np.float32(s.residual)), self.num_steps
                 )
                 for name, s in named.items()
-            ]
-            inputs = int(np.prod(self.images.train.image.shape[1:]))
-            create = _create_program(inputs, self.width, depth, self.images.num_classes)
-            for member, state, history in _sweep(self.batch_size, self.steps_per_dispatch).run(
-                create,
-                members,
-                self.images.train,
-                done=done,
-                saver=self.saver,
-                save_when=every(_SECONDS_BETWEEN_CHECKPOINTS),
-                on_choice=lambda choice: None,
-                preempted=self.preempted,
-            ):
-                record = {
-                    **named[member.name]._asdict(),
-                    "depth": depth,
-                    "loss": np.mean(history.loss[-max(1, self.num_steps // 10) :]),
-                    "diverged": history.diverged,
-                    **score(state, float(member.hyper.skip)),
-                }
-                self.ledger.get(member.name, lambda record=record: record)
-                self.on_record()
-        return [self.ledger.get(name, dict) for name in named]
+            ],
+            self.images.train,
+            record=record,
+        )
 
     def _scores(self, state: TrainState, skip: float) -> dict[str, float]:
         count = min(_POPULATION_BATCHES, len(self.images.train.label) // self.batch_size)

@@ -19,6 +19,7 @@ from bn_research.training.sweep import Sweep
 from experiments import signal_propagation_measurements as measurements
 from experiments import signal_propagation_training as training
 from experiments.launch import main
+from experiments.runner import Runner
 from experiments.signal_propagation import EXPERIMENT, PRESETS, prepare
 from experiments.signal_propagation_measurements import (
     layer_jacobian,
@@ -286,19 +287,11 @@ def test_initial_weights_are_hes_and_differ_between_layers():
 
 @contextlib.contextmanager
 def trainer(path, images):
-    saver = Checkpointer(path / "checkpoints")
-    yield training.Trainer(
-        images,
-        Ledger(path / "metrics.jsonl"),
-        saver,
-        width=32,
-        batch_size=32,
-        num_steps=100,
-        steps_per_dispatch=50,
-        on_record=lambda: None,
-        preempted=lambda step: False,
-    )
-    saver.close()
+    ledger = Ledger(path / "metrics.jsonl")
+    with Runner(path, ledger, total_steps=100, strategy="devices") as runner:
+        yield training.Trainer(
+            images, runner, width=32, batch_size=32, num_steps=100, steps_per_dispatch=50
+        )
 
 
 def test_a_network_learns_and_tuning_sees_no_test_set(images, tmp_path):
@@ -536,7 +529,7 @@ def test_stopped_by_sigterm_it_ends_with_the_same_bits(finished, tmp_path, monke
             assert launch(tmp_path / "run") == 4
     finally:
         signal.signal(signal.SIGTERM, handler)
-    assert "stopped by SIGTERM at step 8" in capsys.readouterr().err
+    assert "stopped by SIGTERM at step 0" in capsys.readouterr().err
     assert len(calls) == 2
     ledger = tmp_path / "run" / "metrics.jsonl"
     ledger.write_bytes(ledger.read_bytes()[:-20])  # the last record is measured anew
