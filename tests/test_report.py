@@ -15,6 +15,7 @@ from bn_research.claims.formatting import (
     display_width,
     format_duration,
     format_interval,
+    format_measured,
     format_number,
     printable,
     wrap,
@@ -350,6 +351,16 @@ def test_intervals_and_durations_for_people():
     assert format_interval(None) == "none"
     assert format_interval((-0.5, math.inf)) == format_interval([-0.5, None]) == "[−0.5, inf]"
     assert format_interval([None, 0.5]) == "[−inf, 0.5]"
+
+
+def test_numbers_are_shown_with_their_intervals():
+    measured = {"x": 1.0, "x, low": 0.5, "y": 3.0, "x, high": None, "z, low": 2.0, "w, high": 1.0}
+    assert format_measured(measured) == [
+        ("x", "1 [0.5, inf]"),
+        ("y", "3"),
+        ("z, low", "2"),
+        ("w, high", "1"),
+    ]
     durations = {0.84: "0.84 s", 75.4: "75 s", 720: "12 min", 7500: "2 h 5 min", 3599: "1 h 0 min"}
     assert {seconds: format_duration(seconds) for seconds in durations} == durations
 

@@ -2,7 +2,7 @@
 
 import math
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -70,6 +70,32 @@ def format_interval(interval: Sequence[float | None] | None) -> str:
     low, high = interval
     low, high = -math.inf if low is None else low, math.inf if high is None else high
     return f"[{format_number(low)}, {format_number(high)}]"
+
+
+def format_measured(measured: Mapping[str, float | None]) -> list[tuple[str, str]]:
+    """Names with their numbers, and with the interval where ``name, low`` and ``name, high`` stand.
+
+    Those two are not listed again: ``{"x": 1, "x, low": 0.5, "x, high": 2}`` is one entry,
+    ``("x", "1 [0.5, 2]")``.
+    """
+
+    def ends(name: str) -> tuple[str, str]:
+        return f"{name}, low", f"{name}, high"
+
+    with_interval = {name for name in measured if set(ends(name)) <= measured.keys()}
+    listed = [name for name in measured if not any(name in ends(n) for n in with_interval)]
+    return [
+        (
+            name,
+            format_number(measured[name])
+            + (
+                f" {format_interval([measured[end] for end in ends(name)])}"
+                if name in with_interval
+                else ""
+            ),
+        )
+        for name in listed
+    ]
 
 
 def format_duration(seconds: float) -> str:

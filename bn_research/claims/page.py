@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from bn_research.claims.figures import Figure
-from bn_research.claims.formatting import format_duration, format_interval, format_number
+from bn_research.claims.formatting import format_duration, format_interval, format_measured
 from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 
 _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
@@ -142,8 +142,8 @@ def _verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
 
 def _claim_row(claim: Mapping[str, Any]) -> str:
     measured = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(format_number(value))}</dd></div>"
-        for name, value in claim["measured"].items()
+        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
+        for name, text in format_measured(claim["measured"])
     )
     measured = f"<dl>{measured}</dl>" if measured else "<p>none</p>"
     if claim["interval"] is not None:

@@ -13,6 +13,7 @@ from bn_research.claims.figures import Figure
 from bn_research.claims.formatting import (
     display_width,
     format_interval,
+    format_measured,
     format_number,
     printable,
     wrap,
@@ -131,8 +132,8 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     lines = ["| claim | expected | measured | 95 % interval | verdict |", "|---|---|---|---|---|"]
     notes = []
     for claim in results["claims"]:
-        shown = list(claim["measured"].items())[:_MEASURED_SHOWN]
-        measured = "<br>".join(f"{name} = {format_number(value)}" for name, value in shown)
+        shown = format_measured(claim["measured"])[:_MEASURED_SHOWN]
+        measured = "<br>".join(f"{name} = {text}" for name, text in shown)
         cells = (
             f"{claim['statement']} (`{claim['id']}`)",
             claim["expected"],
@@ -219,7 +220,7 @@ def _claim_entry(finding: Finding) -> dict[str, Any]:
 
 def _table_row(finding: Finding) -> list[list[str]]:
     """Return the five cells, each a list of paragraphs."""
-    measured = [f"{name} = {format_number(value)}" for name, value in finding.measured.items()]
+    measured = [f"{name} = {text}" for name, text in format_measured(finding.measured)]
     if len(measured) > _MEASURED_SHOWN:
         more = len(measured) - _MEASURED_SHOWN
         measured = [*measured[:_MEASURED_SHOWN], f"({more} more in results.json)"]
