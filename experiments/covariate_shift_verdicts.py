@@ -223,7 +223,8 @@ def judge_gradient(config: Any, runs: Mapping[str, Runs]) -> Finding:
         f"{config.steps_per_dispatch} steps, on the batch and the update of the step that training "
         "takes next. BN's statistics are those of the batch under the mixed parameters; its scale "
         "and bias belong to their layer. The noise floor is ‖G_a − G_b‖/‖G_a‖ of two disjoint "
-        f"batches of {config.batch_size} at the same parameters. {_settings_note(config, runs)}"
+        f"batches of {config.batch_size} at the same parameters. What was tuned, and which runs "
+        f"were lost, stands with {CLAIMS[0].id}"
     )
     return Finding(CLAIMS[1], measured, found and found.interval, verdict, note)
 
