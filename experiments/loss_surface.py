@@ -3,9 +3,10 @@
 Santurkar et al. (2018) answer that BN does not work by reducing internal covariate shift but by
 making the loss smoother: along a training step, loss and gradient change less with BN than without.
 This experiment measures both along the steps of plain SGD, up to four times their length, and the
-largest eigenvalue λmax of the Hessian, with and without BN, at the same learning rate and with each
-network at its own best rate. It then asks whether λmax at the start says how large a rate a network
-takes, as it would for a quadratic, and whether it settles at 2 over the rate during training.
+largest eigenvalue λmax of the Hessian, with and without BN, at the same learning rate (the plain
+network's best, and the next lower one) and with each network at its own best rate. It then asks
+whether λmax at the start says how large a rate a network takes, as it would for a quadratic, and
+whether it settles at 2 over the rate during training.
 
     python -m experiments.loss_surface --preset=smoke|quick|standard --workdir=DIR
 
@@ -198,7 +199,7 @@ def run(config: Config, images: Images, path: Path):
     descents_of_an_arm = len(config.descent_factors) * config.descent_steps + config.edge_steps
     total = (
         2 * len(config.rates) * config.num_steps
-        + 3 * config.seeds * config.num_steps
+        + 5 * config.seeds * config.num_steps
         + 2 * config.seeds * descents_of_an_arm
     )
     with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
@@ -221,10 +222,14 @@ def run(config: Config, images: Images, path: Path):
             runs = [Run(networks[arm], rate, seed, config.num_steps) for seed in seeds]
             return trained("SGD", arm, runs)
 
+        # At its best rate a plain network is near the end of its stability, and some seeds die.
+        lower = max((r for r in config.rates if r < best["plain"]), default=best["plain"])
         surfaces = {
             verdicts.PLAIN: sgd("plain", best["plain"]),
             verdicts.SAME: sgd("BN", best["plain"]),
             verdicts.OWN: sgd("BN", best["BN"]),
+            verdicts.LOW: sgd("plain", lower),
+            verdicts.LOW_BN: sgd("BN", lower),
         }
         descents, edges = {}, {}
         for arm, role in (("plain", verdicts.PLAIN), ("BN", verdicts.SAME)):

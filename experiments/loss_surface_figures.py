@@ -64,7 +64,8 @@ def _label(role: str, records: Sequence[Record]) -> str:
 def _roles(surfaces: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
     """Those that differ: BN at its own rate is left out where that is the plain network's."""
     same = surfaces[OWN][0]["rate"] == surfaces[SAME][0]["rate"]
-    return {role: records for role, records in surfaces.items() if role != OWN or not same}
+    roles = (PLAIN, SAME) if same else (PLAIN, SAME, OWN)
+    return {role: surfaces[role] for role in roles}
 
 
 def _draw_surface(config, surfaces, path) -> Figure:

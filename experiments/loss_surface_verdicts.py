@@ -17,6 +17,7 @@ from bn_research.claims.verdict import (
     decide,
     estimate,
 )
+from bn_research.models.spec import num_logits
 from experiments.loss_surface_summaries import (
     TRAINS,
     UNBOUNDED,
@@ -35,6 +36,7 @@ from experiments.loss_surface_summaries import (
 
 ARMS = ("plain", "BN")
 PLAIN, SAME, OWN = "plain", "BN, plain's rate", "BN, own rate"  # roles of the SGD runs
+LOW, LOW_BN = "plain, lower rate", "BN, lower rate"  # the rate of the grid below plain's best
 _AGREE = 4.0
 _EDGE = (1.5, 3.0)
 
@@ -83,8 +85,8 @@ def judge_surface(config: Any, trained: Mapping[str, Sequence[Record]]) -> Findi
         for role, records in trained.items()
     }
 
-    def compare(role: str, name: str, part: slice = slice(None)) -> Ratio:
-        sides = [[geometric_mean(c[name][part]) for c in curves[r]] for r in (role, PLAIN)]
+    def compare(role: str, name: str, part: slice = slice(None), base: str = PLAIN) -> Ratio:
+        sides = [[geometric_mean(c[name][part]) for c in curves[r]] for r in (role, base)]
         return compared(*sides)
 
     loss, gradient = compare(SAME, "loss range"), compare(SAME, "gradient distance")
@@ -93,6 +95,9 @@ def judge_surface(config: Any, trained: Mapping[str, Sequence[Record]]) -> Findi
     for role, words in ((SAME, "same rate"), (OWN, "own rates")):
         for name in names:
             _put(measured, f"{name}, BN/plain, {words}", compare(role, name))
+    for name in names:
+        found = compare(LOW_BN, name, base=LOW)
+        _put(measured, f"{name}, BN/plain, same lower rate", found)
     half = dispatches // 2
     for words, part in (("at the first step", slice(1)), ("second half", slice(half, None))):
         for name in names[:3]:
@@ -107,11 +112,15 @@ def judge_surface(config: Any, trained: Mapping[str, Sequence[Record]]) -> Findi
         )
         measured[f"rate, {role}"] = records[0]["rate"]
     own = compare(OWN, "loss range"), compare(OWN, "gradient distance")
+    low = [compare(LOW_BN, name, base=LOW) for name in ("loss range", "gradient distance")]
     note = (
         "interval: of the ratio of ranges of the loss; that of the gradient distances is "
         f"{format_number(gradient.mean.low)} {format_interval(gradient.interval)}. Each arm at its "
         f"own best rate: {format_number(own[0].mean.low)} {format_interval(own[0].interval)} and "
-        f"{format_number(own[1].mean.low)} {format_interval(own[1].interval)}. Distances are in "
+        f"{format_number(own[1].mean.low)} {format_interval(own[1].interval)}. At the next lower "
+        f"rate of the grid, {trained[LOW][0]['rate']:g}: {format_number(low[0].mean.low)} "
+        f"{format_interval(low[0].interval)} and {format_number(low[1].mean.low)} "
+        f"{format_interval(low[1].interval)}. Distances are in "
         "units of the weights and of the gradient, of which BN changes the scale; free of it are "
         "the relative distance and the cosine." + _notes(config, trained)
     )
@@ -232,6 +241,14 @@ def _notes(config: Any, trained: Mapping[str, Sequence[Record]]) -> str:
     """Runs that were lost, and rates at an end of the grid."""
     lost = {role: sum(r["diverged"] > 0 for r in records) for role, records in trained.items()}
     text = "".join(f" {count} of {role} diverged." for role, count in lost.items() if count)
+    guessing = math.log(num_logits(config.network)) - TRAINS
+    for role, records in trained.items():
+        flat = sum(final_loss(record) > guessing for record in records)
+        if flat:
+            text += (
+                f" {flat} of {len(records)} of {role} did not learn: where all units are dead the "
+                "surface is flat, and counts as smooth."
+            )
     for role in (PLAIN, OWN):
         rate = trained[role][0]["rate"]
         if rate in (min(config.rates), max(config.rates)):

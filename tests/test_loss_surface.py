@@ -24,6 +24,8 @@ from experiments.loss_surface_summaries import (
     surface_curves,
 )
 from experiments.loss_surface_verdicts import (
+    LOW,
+    LOW_BN,
     OWN,
     PLAIN,
     SAME,
@@ -215,6 +217,8 @@ def surfaces(bn, plain=(), **fields):
         PLAIN: [surface_record(seed=-s, rate=0.1, **dict(plain)) for s in seeds],
         SAME: [surface_record(bn, seed=s, rate=0.1, **fields) for s in seeds],
         OWN: [surface_record(2 * bn, seed=s, rate=3.0) for s in seeds],
+        LOW: [surface_record(seed=s, rate=0.03) for s in seeds],
+        LOW_BN: [surface_record(bn, seed=s, rate=0.03) for s in seeds],
     }
 
 
@@ -242,7 +246,11 @@ def test_numbers_of_the_surface():
     assert found.measured["relative gradient distance, BN/plain, same rate"] == pytest.approx(1)
     assert "The best rate of BN, own rate, 3, lies at an end" in found.note
     lost = judge_surface(CONFIG, surfaces(0.5, dispatches=3))
-    assert "3 of BN, plain's rate diverged" in lost.note
+    assert "3 of BN, plain's rate diverged" in lost.note and "did not learn" not in lost.note
+    dead = surfaces(0.5)
+    dead[PLAIN][1]["loss"] = [2.3] * CONFIG.num_steps
+    assert "1 of 3 of plain did not learn" in judge_surface(CONFIG, dead).note
+    assert found.measured["loss range, BN/plain, same lower rate"] == pytest.approx(0.5)
     curves = surface_curves(surface_record(0.5), 5)
     np.testing.assert_allclose(curves["loss range"], [1.75] * 4 + [np.nan])
     np.testing.assert_allclose(curves["gradient distance"][:4], 2.0)
