@@ -47,13 +47,24 @@ def smoothed(record: Mapping[str, Any], window: int) -> tuple[np.ndarray, np.nda
     return steps, np.convolve(loss, np.full(window, 1 / window), "valid")
 
 
-def steps_to_target(config: Any, record: Mapping[str, Any]) -> Bounded:
+def other(epsilon: float) -> str:
+    """Name of the inputs that are ZCA-whitened with another ε."""
+    return f"zca, ε {epsilon:g}"
+
+
+def kinds(config: Any) -> tuple[str, ...]:
+    """Names of all inputs, in the order of the figures."""
+    return *TRANSFORMS, *map(other, config.other_epsilons)
+
+
+def steps_to_target(config: Any, record: Mapping[str, Any], target: float | None = None) -> Bounded:
     """Steps until the averaged loss is at most the target; a bound where it never is.
 
     A run that was lost ends early, but would not have got there later either: its bound is that of
     the others, num_steps.
     """
-    found = first_reaching(*_negated(smoothed(record, config.window)), -config.target_loss)
+    target = config.target_loss if target is None else target
+    found = first_reaching(*_negated(smoothed(record, config.window)), -target)
     return found._replace(low=float(config.num_steps)) if found.is_censored else found
 
 
@@ -92,7 +103,7 @@ def judge(
     else:
         theory = conjunction(theory, INCONCLUSIVE)
     ratios = {
-        (placement, a, b): _ratio(config, trained, placement, a, b)
+        (placement, a, b): steps_ratio(config, trained, placement, a, b)
         for placement in ("none", "hidden")
         for a, b in _COMPARED
     }
@@ -113,11 +124,21 @@ def judge(
     measured = {name: named[name].mean.low for name in first}
     measured["largest deviation of steps from theory"] = worst_steps
     measured["largest deviation of the mean's eigenvalue"] = worst_eigenvalue
+    for epsilon in config.other_epsilons:
+        for a in ("raw", "scaled"):
+            named[f"steps {a}/{other(epsilon)}"] = steps_ratio(
+                config, trained, "none", a, other(epsilon)
+            )
+    for target in config.other_targets:
+        for a, b in _COMPARED[:3]:
+            named[f"steps {a}/{b} to a loss of {target:g}"] = steps_ratio(
+                config, trained, "none", a, b, target
+            )
     for name, found in named.items():
         measured[name] = found.mean.low
         measured[f"{name}, low"], measured[f"{name}, high"] = found.interval
     for placement in ("none", "hidden"):
-        for name in TRANSFORMS:
+        for name in kinds(config):
             group = _group(trained, placement, name)
             where = f"{name}, BN" if placement == "hidden" else name
             measured[f"best rate, {where}"] = group[0]["learning_rate"]
@@ -136,7 +157,7 @@ def judge(
 
 
 def _note(config, trained, ratios, count: int) -> str:
-    groups = [(p, n) for p in ("none", "hidden") for n in TRANSFORMS]
+    groups = [(p, n) for p in ("none", "hidden") for n in kinds(config)]
     lost = sum(record["diverged"] > 0 for record in trained)
     missed = sum(steps_to_target(config, record).is_censored for record in trained)
     ends = [
@@ -183,9 +204,17 @@ def _words(pair: tuple[str, str, str], found: Ratio) -> str:
     return f"{a}/{b}{where} {found.mean} {format_interval(found.interval)}"
 
 
-def _ratio(config, trained, placement: str, a: str, b: str) -> Ratio:
+def steps_ratio(
+    config: Any,
+    trained: Sequence[Mapping[str, Any]],
+    placement: str,
+    a: str,
+    b: str,
+    target: float | None = None,
+) -> Ratio:
+    """Steps to a target on inputs a over those on inputs b."""
     sides = [
-        [steps_to_target(config, record) for record in _group(trained, placement, name)]
+        [steps_to_target(config, record, target) for record in _group(trained, placement, name)]
         for name in (a, b)
     ]
     return ratio(*sides)

@@ -12,11 +12,11 @@ from bn_research.training.checkpoint import Checkpointer
 from experiments import runner
 from experiments.launch import main
 from experiments.whitening import EXPERIMENT, PRESETS, prepare
-from experiments.whitening_inputs import TRANSFORMS
-from experiments.whitening_verdicts import choose, judge, smoothed, steps_to_target
+from experiments.whitening_verdicts import choose, judge, kinds, smoothed, steps_to_target
 
 CONFIG = dataclasses.replace(PRESETS["smoke"], seeds=3, target_loss=0.5, window=2, num_steps=100)
-SPECTRA = {name: {"condition_number": 10.0} for name in TRANSFORMS}
+KINDS = kinds(CONFIG)
+SPECTRA = {name: {"condition_number": 10.0} for name in KINDS}
 
 
 def launch(workdir, *flags):
@@ -59,7 +59,7 @@ def records(**steps):
             seed=seed,
         )
         for placement in ("none", "hidden")
-        for name in TRANSFORMS
+        for name in KINDS
         for seed in range(3)
     ]
 
@@ -167,7 +167,7 @@ def test_results_are_those_of_the_ledger(finished):
     ]
     assert claim["measured"]["test accuracy, zca"] == pytest.approx(np.mean(trained))
     assert {path.stem for path in (finished / "figures").iterdir()} == {
-        *("steps", "losses", "regression")
+        *("steps", "targets", "losses", "regression")
     }
 
 
@@ -205,8 +205,10 @@ def test_interrupted_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch)
         ({"condition_numbers": (0.5,)}, "each must be ≥ 1"),
         ({"mean_norms": (-1.0,)}, "each must be ≥ 0"),
         ({"regression_examples": 4}, "more than features=4"),
-        ({"epsilon": -0.1}, "epsilon=-0.1 is not allowed"),
-        ({"target_loss": 0.0}, "target_loss=0.0 is not allowed"),
+        ({"epsilon": -0.1}, "epsilon=-0.1 with"),
+        ({"other_epsilons": (0.1,)}, r"other_epsilons=\(0.1,\) is not allowed"),
+        ({"target_loss": 0.0}, "target_loss=0.0 with"),
+        ({"other_targets": (2.0,)}, r"other_targets=\(2.0,\) is not allowed"),
         ({"num_steps": 30}, "multiple of steps_per_dispatch=20"),
         ({"window": 50}, "at least window=50"),
         ({"network": "f8 f7"}, "end it in f10"),
