@@ -24,10 +24,17 @@ from experiments.loss_surface_summaries import (
     final_loss,
     surface_curves,
 )
-from experiments.loss_surface_verdicts import ARMS, OWN, PLAIN, SAME
+from experiments.loss_surface_verdicts import ARMS, LOW, LOW_BN, OWN, PLAIN, SAME
 
 _GREY = "#777777"
-_COLORS = {PLAIN: PALETTE.vermillion, SAME: PALETTE.blue, OWN: PALETTE.green, "BN": PALETTE.blue}
+_COLORS = {
+    PLAIN: PALETTE.vermillion,
+    SAME: PALETTE.blue,
+    OWN: PALETTE.green,
+    LOW: PALETTE.vermillion,
+    LOW_BN: PALETTE.blue,
+    "BN": PALETTE.blue,
+}
 _MARKERS = {PLAIN: "s", SAME: "o", OWN: "^", "BN": "o"}
 _BAND = "Line: mean of {} seeds; band: lowest to highest."
 
@@ -49,7 +56,8 @@ def draw(
       folder: where the PNG files go.
     """
     return [
-        _draw_surface(config, surfaces, folder / "along_the_step.png"),
+        _draw_surface(config, _roles(surfaces), folder / "along_the_step.png"),
+        _draw_surface(config, _lower(surfaces), folder / "along_the_step_lower_rate.png"),
         _draw_profile(config, surfaces, folder / "profile.png"),
         _draw_sharpness(config, surfaces, folder / "sharpness.png"),
         _draw_stable(config, descents, folder / "stable_rates.png"),
@@ -58,7 +66,7 @@ def draw(
 
 
 def _label(role: str, records: Sequence[Record]) -> str:
-    return f"{'plain' if role == PLAIN else 'BN'}, η = {records[0]['rate']:g}"
+    return f"{'plain' if role in (PLAIN, LOW) else 'BN'}, η = {records[0]['rate']:g}"
 
 
 def _roles(surfaces: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
@@ -68,7 +76,11 @@ def _roles(surfaces: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Recor
     return {role: surfaces[role] for role in roles}
 
 
-def _draw_surface(config, surfaces, path) -> Figure:
+def _lower(surfaces: Mapping[str, Sequence[Record]]) -> dict[str, Sequence[Record]]:
+    return {role: surfaces[role] for role in (LOW, LOW_BN)}
+
+
+def _draw_surface(config, roles, path) -> Figure:
     names = {
         "loss range": "range of the loss\n(nats)",
         "gradient distance": "largest distance of\ngradients (nats/unit of θ)",
@@ -79,7 +91,7 @@ def _draw_surface(config, surfaces, path) -> Figure:
     dispatches = config.num_steps // config.steps_per_dispatch
     steps = np.arange(dispatches) * config.steps_per_dispatch
     for axis, (name, words) in zip(axes, names.items(), strict=True):
-        for role, records in _roles(surfaces).items():
+        for role, records in roles.items():
             curves = [surface_curves(record, dispatches)[name] for record in records]
             band(axis, steps, curves, label=_label(role, records), color=_COLORS[role])
         axis.set_yscale("log")
@@ -89,7 +101,8 @@ def _draw_surface(config, surfaces, path) -> Figure:
     return save_figure(
         fig,
         path,
-        title="How loss and gradient change along the step",
+        title="How loss and gradient change along the step"
+        + ("" if PLAIN in roles else ", at the next lower rate"),
         alt="Range of the loss, distance of gradients, effective smoothness and relative distance "
         "of gradients against steps, on logarithmic axes, with BN and without.",
         caption=f"Over {FACTORS[0]:g} to {FACTORS[-1]:g} times the step of SGD, on the batch that "

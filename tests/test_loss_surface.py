@@ -36,7 +36,10 @@ from experiments.loss_surface_verdicts import (
 
 SMOKE = PRESETS["smoke"]
 CLAIM_IDS = ["smoother-along-the-step", "sharpness-sets-the-rate", "edge-of-stability"]
-FIGURES = {"along_the_step", "profile", "sharpness", "stable_rates", "edge_of_stability"}
+FIGURES = {
+    *("along_the_step", "along_the_step_lower_rate", "profile", "sharpness", "stable_rates"),
+    "edge_of_stability",
+}
 
 
 def launch(workdir, *flags):
