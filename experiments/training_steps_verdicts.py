@@ -188,8 +188,7 @@ def _numbers(name: str, mean: float, low: float, high: float) -> dict[str, float
 
 def _ratio_numbers(name: str, found: Ratio, factor: float = 1.0) -> dict[str, float]:
     """A ratio with its interval; of one that is a bound only, the end that is known."""
-    mean = found.mean.low if np.isinf(found.mean.high) else found.mean.high
-    return _numbers(name, *(factor * x for x in (mean, *found.interval)))
+    return _numbers(name, *(factor * x for x in (found.known, *found.interval)))
 
 
 def _measured(records: Records, seconds: Mapping[str, float], arm: str) -> dict[str, float]:

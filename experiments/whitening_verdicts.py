@@ -121,7 +121,7 @@ def judge(
         )
     )
     first = ("steps raw/zca", "steps raw/scaled", "steps scaled/zca", "steps raw/raw with BN")
-    measured = {name: named[name].mean.low for name in first}
+    measured = {name: named[name].known for name in first}
     measured["largest deviation of steps from theory"] = worst_steps
     measured["largest deviation of the mean's eigenvalue"] = worst_eigenvalue
     for epsilon in config.other_epsilons:
@@ -135,7 +135,7 @@ def judge(
                 config, trained, "none", a, b, target
             )
     for name, found in named.items():
-        measured[name] = found.mean.low
+        measured[name] = found.known
         measured[f"{name}, low"], measured[f"{name}, high"] = found.interval
     for placement in ("none", "hidden"):
         for name in kinds(config):

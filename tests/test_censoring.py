@@ -40,6 +40,7 @@ def test_a_bound_in_the_numerator_leaves_the_ratio_open_above():
     as_if = ratio(exact(900, 1000, 2000), exact(300, 310, 290))
     assert found.low == as_if.low and found.high == math.inf
     assert found.mean == (as_if.mean.low, math.inf) and found.censored == 1
+    assert found.known == as_if.mean.low
 
 
 def test_a_bound_in_the_denominator_leaves_it_open_below():
@@ -48,11 +49,13 @@ def test_a_bound_in_the_denominator_leaves_it_open_below():
     as_if = ratio(exact(900, 1000, 950), exact(300, 310, 2000))
     assert found.low == 0 and found.high == as_if.high
     assert found.mean == (0, as_if.mean.low)
+    assert found.known == as_if.mean.low
 
 
 def test_bounds_on_both_sides_say_nothing():
     found = ratio([Bounded(100, math.inf)] * 3, [Bounded(100, math.inf)] * 3)
     assert found.interval == (0, math.inf) and found.censored == 3
+    assert math.isnan(found.known)
 
 
 def test_one_pair_has_no_interval():

@@ -353,6 +353,16 @@ def test_intervals_and_durations_for_people():
     assert format_interval([None, 0.5]) == "[−inf, 0.5]"
 
 
+def test_an_open_end_needs_no_note():
+    measured = {"x": 3.0, "x, low": 2.0, "x, high": math.inf, "y, high": math.inf}
+    finding = Finding(claim("first"), measured, (2.0, math.inf), REPRODUCED)
+    entry = results_document(
+        experiment="e", preset="p", dataset="", seeds=[0], wall_seconds=1.0, findings=[finding]
+    )["claims"][0]
+    assert entry["note"] == "Not finite, stored as null: y, high (inf)."
+    assert entry["measured"]["x, high"] is None and entry["interval"] == [2.0, None]
+
+
 def test_numbers_are_shown_with_their_intervals():
     measured = {"x": 1.0, "x, low": 0.5, "y": 3.0, "x, high": None, "z, low": 2.0, "w, high": 1.0}
     assert format_measured(measured) == [

@@ -51,6 +51,13 @@ class Ratio(NamedTuple):
         """The pair ``(low, high)``."""
         return self.low, self.high
 
+    @property
+    def known(self) -> float:
+        """The mean, or the bound of it that is known; NaN where there is none."""
+        if math.isfinite(self.mean.high):
+            return self.mean.high
+        return self.mean.low if self.mean.low > 0 else math.nan
+
 
 def first_reaching(steps: ArrayLike, values: ArrayLike, target: float) -> Bounded:
     """First of the steps whose value is at least target; above the last step if there is none.

@@ -40,8 +40,8 @@ def results_document(
     """Return the content of ``results.json``.
 
     JSON has no infinity and no NaN: such a number becomes None, and the claim's note says which and
-    what it was. An interval that is open on one side, as a censored number's is, has None there;
-    one that is open on both is None.
+    what it was. An interval that is open on one side, as a censored number's is, has None there,
+    and so have the numbers ``name, low`` and ``name, high``; one that is open on both is None.
 
     Args:
         experiment: Name of the experiment's module.
@@ -192,7 +192,7 @@ def _claim_entry(finding: Finding) -> dict[str, Any]:
     lost = [
         f"{name} ({format_number(value)})"
         for name, value in measured.items()
-        if not math.isfinite(value)
+        if not math.isfinite(value) and not _is_open_end(name, measured)
     ]
     interval = None
     if finding.interval is not None:
@@ -216,6 +216,12 @@ def _claim_entry(finding: Finding) -> dict[str, Any]:
         "verdict": finding.verdict,
         "note": note,
     }
+
+
+def _is_open_end(name: str, measured: Mapping[str, float]) -> bool:
+    """Whether this is the end of an interval that the number itself stands beside."""
+    number, _, end = name.rpartition(", ")
+    return end in ("low", "high") and number in measured
 
 
 def _table_row(finding: Finding) -> list[list[str]]:
