@@ -353,6 +353,13 @@ def test_intervals_and_durations_for_people():
     assert format_interval([None, 0.5]) == "[−inf, 0.5]"
 
 
+def test_many_numbers_are_folded():
+    assert "<details>" not in page._measured([("x", "1")] * 12)
+    folded = page._measured([(f"x{i}", "1 [0, 2]") for i in range(15)])
+    shown, _, rest = folded.partition("<details><summary>3 more</summary>")
+    assert shown.count("<dt>") == 12 and rest.count("<dt>") == 3 and "x14" in rest
+
+
 def test_an_open_end_needs_no_note():
     measured = {"x": 3.0, "x, low": 2.0, "x, high": math.inf, "y, high": math.inf}
     finding = Finding(claim("first"), measured, (2.0, math.inf), REPRODUCED)

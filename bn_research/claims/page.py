@@ -24,6 +24,7 @@ _PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 # Class and sign of each badge: the colour never carries the verdict alone.
 _BADGES = {REPRODUCED: ("yes", "✓"), NOT_REPRODUCED: ("no", "✗"), INCONCLUSIVE: ("open", "~")}
 
+_UNFOLDED = 12  # numbers of a claim; the rest opens on demand
 _COLUMNS = ("Claim", "Source", "Criterion", "Expected", "Measured", "Verdict")
 
 # The policy makes the browser itself refuse whatever would reach out of this file.
@@ -140,12 +141,24 @@ def _verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
     )
 
 
+def _measured(entries: list[tuple[str, str]]) -> str:
+    """A list of names and numbers, folded after the first ones."""
+    if not entries:
+        return "<p>none</p>"
+    first, rest = entries[:_UNFOLDED], entries[_UNFOLDED:]
+    shown = _numbers(first)
+    if rest:
+        shown += f"<details><summary>{len(rest)} more</summary>{_numbers(rest)}</details>"
+    return shown
+
+
+def _numbers(entries: list[tuple[str, str]]) -> str:
+    rows = (f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in entries)
+    return f"<dl>{''.join(rows)}</dl>"
+
+
 def _claim_row(claim: Mapping[str, Any]) -> str:
-    measured = "".join(
-        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>"
-        for name, text in format_measured(claim["measured"])
-    )
-    measured = f"<dl>{measured}</dl>" if measured else "<p>none</p>"
+    measured = _measured(format_measured(claim["measured"]))
     if claim["interval"] is not None:
         interval = escape(format_interval(claim["interval"]))
         measured += f'<p class="interval">interval {interval}</p>'
