@@ -110,7 +110,8 @@ def train(numbers: Sequence[int], steps: int) -> None:
     """Trains members in this process and prints a digest of the losses of each."""
     import numpy as np
 
-    from bn_research.training.sweep import Sweep, use_cpu_cores
+    from bn_research.training.cores import use_cpu_cores
+    from bn_research.training.sweep import Sweep
 
     if len(numbers) > 1:
         use_cpu_cores()
@@ -269,7 +270,7 @@ def main() -> None:
     if arguments.train:
         train([int(number) for number in arguments.train.split(",")], arguments.steps)
         return
-    from bn_research.training.sweep import use_cpu_cores
+    from bn_research.training.cores import use_cpu_cores
 
     load = os.getloadavg()[0]
     launches = start_to_finish(arguments.steps, arguments.rounds)

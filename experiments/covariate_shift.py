@@ -52,7 +52,7 @@ from typing import NamedTuple
 import jax
 
 from bn_research.models.spec import Dense, num_logits, num_weight_layers, parse_spec
-from bn_research.training.sweep import use_cpu_cores
+from bn_research.training.cores import use_cpu_cores
 from experiments.arms import Images, load_images
 from experiments.covariate_shift_figures import draw
 from experiments.covariate_shift_training import Setting, Trainer, choose

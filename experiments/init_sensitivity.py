@@ -34,8 +34,8 @@ import numpy as np
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import NAMES as INITIALIZERS
 from bn_research.models.spec import num_logits, num_weight_layers, parse_spec
+from bn_research.training.cores import use_cpu_cores
 from bn_research.training.lanes import STRATEGIES
-from bn_research.training.sweep import use_cpu_cores
 from experiments.arms import FIXUP, Arm, Images, Trainer, load_images
 from experiments.init_sensitivity_figures import draw
 from experiments.init_sensitivity_signal import measure_signals

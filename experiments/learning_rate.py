@@ -46,8 +46,8 @@ import jax.numpy as jnp
 
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.spec import num_logits
+from bn_research.training.cores import use_cpu_cores
 from bn_research.training.lanes import STRATEGIES
-from bn_research.training.sweep import use_cpu_cores
 from experiments.arms import Arm, Images, Trainer, load_images
 from experiments.launch import Experiment, main
 from experiments.learning_rate_figures import draw

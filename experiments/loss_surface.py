@@ -48,7 +48,7 @@ import numpy as np
 
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.spec import num_logits
-from bn_research.training.sweep import use_cpu_cores
+from bn_research.training.cores import use_cpu_cores
 from experiments import loss_surface_verdicts as verdicts
 from experiments.arms import Images, load_images
 from experiments.launch import Experiment, main

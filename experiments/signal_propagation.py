@@ -50,7 +50,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from bn_research.training.sweep import use_cpu_cores
+from bn_research.training.cores import use_cpu_cores
 from experiments import signal_propagation_measurements as measurements
 from experiments import signal_propagation_training as training
 from experiments import signal_propagation_verdicts as verdicts

@@ -52,7 +52,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from bn_research.training.sweep import use_cpu_cores
+from bn_research.training.cores import use_cpu_cores
 from experiments import training_steps_training as training
 from experiments import training_steps_verdicts as verdicts
 from experiments.arms import Images, load_images

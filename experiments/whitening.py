@@ -43,8 +43,8 @@ import numpy as np
 
 from bn_research.models.cnn import NormPlacement
 from bn_research.models.spec import num_logits, parse_spec
+from bn_research.training.cores import use_cpu_cores
 from bn_research.training.step import Batch
-from bn_research.training.sweep import use_cpu_cores
 from experiments.arms import Arm, Images, Trainer, load_images
 from experiments.launch import Experiment, main
 from experiments.runner import Runner

@@ -16,12 +16,10 @@ members stay in step. In turn and over devices a member's numbers are those of
 `bn_research.training.loop.train` to the last bit. Batched products round in another order, so
 under "vmap" they agree to rounding, which training then amplifies as any other perturbation.
 
-A small network cannot use all cores of a CPU: `use_cpu_cores` makes each core a device.
+A small network cannot use all cores of a CPU: `bn_research.training.cores` makes each a device.
 """
 
 import collections
-import contextlib
-import os
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -43,10 +41,8 @@ from bn_research.training.members import Member, Run, check_members, created, re
 from bn_research.training.preemption import Stopped
 from bn_research.training.state import TrainState
 
-_MOST_CORES = 8
 _CLEARLY = 0.8  # of the time of the best strategy that changes no bit, for one that does
 _SECONDS_OF_TIMING = 0.5  # at least, of each strategy
-_FORCED = "xla_force_host_platform_device_count"
 
 
 class Choice(NamedTuple):
@@ -257,23 +253,6 @@ class Sweep:
                 compiler_options=self._compiler_options,
             )
         return self._lanes[key]
-
-
-def use_cpu_cores(most: int = _MOST_CORES) -> None:
-    """Makes each CPU core a device of JAX; call it before anything asks JAX for its devices.
-
-    Later it does nothing, nor where the number of CPU devices has been set.
-
-    Args:
-      most: devices at most; each holds a copy of the data.
-    """
-    chosen = jax.config.values["jax_num_cpu_devices"] != -1
-    if chosen or _FORCED in os.environ.get("XLA_FLAGS", ""):
-        return
-    mine = hasattr(os, "sched_getaffinity")  # of all cores those of this process, on Linux
-    cores = len(os.sched_getaffinity(0)) if mine else os.cpu_count() or 1
-    with contextlib.suppress(RuntimeError):  # JAX has its devices already
-        jax.config.update("jax_num_cpu_devices", min(cores, most))
 
 
 class _Hooks(NamedTuple):
