@@ -18,6 +18,7 @@ from bn_research import data
 from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import kernel_initializer
+from bn_research.models.spec import num_logits
 from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.loop import run_steps
 from bn_research.training.optimizers import create_optimizer
@@ -102,6 +103,18 @@ def load_images(
         batches.append(Batch(resize(images, size), jnp.asarray(split.label)))
     num_classes = builder.info.features["label"].num_classes
     return Images(batches[0], batches[1], splits[0].image, num_classes)
+
+
+def check_network(network: str, images: Images, dataset: str) -> None:
+    """ValueError unless a CNN of this spec has a logit for each class and can take the images."""
+    units, classes = num_logits(network), images.num_classes
+    if units != classes:
+        raise ValueError(
+            f"network {network!r} ends in {units} units but {dataset} has {classes} classes: end "
+            f"it in f{classes}"
+        )
+    sample = jax.ShapeDtypeStruct((1, *images.train.image.shape[1:]), jnp.float32)
+    jax.eval_shape(functools.partial(CNN(network).init, train=False), jax.random.key(0), sample)
 
 
 def resize(images: np.ndarray | Array, size: int) -> Array:

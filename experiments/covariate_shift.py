@@ -51,9 +51,9 @@ from typing import NamedTuple
 
 import jax
 
-from bn_research.models.spec import Dense, num_logits, num_weight_layers, parse_spec
+from bn_research.models.spec import Dense, num_weight_layers, parse_spec
 from bn_research.training.cores import use_cpu_cores
-from experiments.arms import Images, load_images
+from experiments.arms import Images, check_network, load_images
 from experiments.covariate_shift_figures import draw
 from experiments.covariate_shift_training import Setting, Trainer, choose
 from experiments.covariate_shift_verdicts import (
@@ -182,11 +182,7 @@ def prepare(config: Config) -> Images:
         manual_dir=config.manual_dir,
         scale="standardized",
     )
-    if num_logits(config.network) != images.num_classes:
-        raise ValueError(
-            f"network={config.network!r} ends in {num_logits(config.network)} units but "
-            f"{config.dataset} has {images.num_classes} classes: end it in f{images.num_classes}"
-        )
+    check_network(config.network, images, config.dataset)
     count, test = len(images.train.label), len(images.test.label)
     if 2 * config.batch_size > count:
         raise ValueError(

@@ -22,7 +22,7 @@ from bn_research.probes.covariate_shift import (
     percentile_distance,
     percentiles,
 )
-from bn_research.training.loop import History, epoch_order
+from bn_research.training.loop import History, batch_at
 from bn_research.training.metrics import cross_entropy_metrics
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
@@ -118,7 +118,7 @@ def measure(
     logits, _ = apply_fn(_variables(state), data.evaluation.image, train=False)
     correct = jnp.argmax(logits, axis=-1) == data.evaluation.label
 
-    batch, other = next_batches(state, data.train, batch_size)
+    batch, other = (batch_at(state, data.train, batch_size, ahead=n) for n in (0, 1))
 
     def loss_of(batch):
         def loss_fn(params):
@@ -141,28 +141,6 @@ def measure(
         shift.cosine,
         noise.relative,
     )
-
-
-def next_batches(state: TrainState, examples: Batch, batch_size: int) -> tuple[Batch, Batch]:
-    """The batch that `run_steps` takes next, and the one after it in the order of this epoch.
-
-    The two share no example; at the end of an epoch the second is the epoch's first.
-    """
-    count = examples.label.shape[0]
-    steps_per_epoch = count // batch_size
-    epoch, position = jnp.divmod(state.step, steps_per_epoch)
-    order = epoch_order(state.key, epoch, count)
-    starts = position * batch_size, (position + 1) % steps_per_epoch * batch_size
-    first, second = (
-        jax.tree.map(
-            lambda leaf, start=start: jnp.take(
-                leaf, jax.lax.dynamic_slice_in_dim(order, start, batch_size), axis=0
-            ),
-            examples,
-        )
-        for start in starts
-    )
-    return first, second
 
 
 def summary(history: History, steps_per_dispatch: int) -> dict[str, Any]:

@@ -22,21 +22,18 @@ once, and the rate must be small as a^2 is.
 """
 
 import dataclasses
-import functools
 import itertools
 import sys
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bn_research.models.cnn import CNN, NormPlacement
+from bn_research.models.cnn import NormPlacement
 from bn_research.models.initializers import NAMES as INITIALIZERS
-from bn_research.models.spec import num_logits, num_weight_layers, parse_spec
+from bn_research.models.spec import num_weight_layers, parse_spec
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.lanes import STRATEGIES
-from experiments.arms import FIXUP, Arm, Images, Trainer, load_images
+from experiments.arms import FIXUP, Arm, Images, Trainer, check_network, load_images
 from experiments.init_sensitivity_figures import draw
 from experiments.init_sensitivity_signal import measure_signals
 from experiments.init_sensitivity_verdicts import (
@@ -221,18 +218,10 @@ def prepare(config: Config) -> Images:
         size=config.image_size,
         limit=config.examples or None,
     )
-    if num_logits(config.network) != images.num_classes:
-        raise ValueError(
-            f"network {config.network!r} ends in {num_logits(config.network)} units but "
-            f"{config.dataset} has {images.num_classes} classes: end it in f{images.num_classes}"
-        )
-    count, shape = len(images.train.label), images.train.image.shape[1:]
+    check_network(config.network, images, config.dataset)
+    count = len(images.train.label)
     if not 2 <= config.batch_size <= count:
         raise ValueError(f"batch_size={config.batch_size} must lie between 2 and {count}")
-    sample = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
-    jax.eval_shape(
-        functools.partial(CNN(config.network).init, train=False), jax.random.key(0), sample
-    )
     return images
 
 

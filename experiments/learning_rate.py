@@ -35,20 +35,15 @@ trial on digits, where the advantage grew with it.
 """
 
 import dataclasses
-import functools
 import math
 import sys
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from bn_research.models.cnn import CNN, NormPlacement
-from bn_research.models.spec import num_logits
+from bn_research.models.cnn import NormPlacement
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.lanes import STRATEGIES
-from experiments.arms import Arm, Images, Trainer, load_images
+from experiments.arms import Arm, Images, Trainer, check_network, load_images
 from experiments.launch import Experiment, main
 from experiments.learning_rate_figures import draw
 from experiments.learning_rate_search import Searches, Setting, arm_of, find_limits
@@ -202,15 +197,9 @@ def prepare(config: Config) -> Images:
         size=config.image_size,
         limit=config.examples or None,
     )
-    count, shape = len(images.train.label), images.train.image.shape[1:]
-    sample = jax.ShapeDtypeStruct((1, *shape), jnp.float32)
+    count = len(images.train.label)
     for network in (config.cnn, config.mlp, *config.sigmoid_networks):
-        if num_logits(network) != images.num_classes:
-            raise ValueError(
-                f"network {network!r} ends in {num_logits(network)} units but {config.dataset} "
-                f"has {images.num_classes} classes: end it in f{images.num_classes}"
-            )
-        jax.eval_shape(functools.partial(CNN(network).init, train=False), jax.random.key(0), sample)
+        check_network(network, images, config.dataset)
     for name in ("cnn_batch_sizes", "mlp_batch_sizes", "sigmoid_batch_size"):
         sizes: Any = getattr(config, name)
         for size in sizes if isinstance(sizes, tuple) else (sizes,):

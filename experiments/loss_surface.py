@@ -35,22 +35,18 @@ fallen as the square of its norm.
 """
 
 import dataclasses
-import functools
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 
-from bn_research.models.cnn import CNN, NormPlacement
-from bn_research.models.spec import num_logits
+from bn_research.models.cnn import NormPlacement
 from bn_research.training.cores import use_cpu_cores
 from experiments import loss_surface_verdicts as verdicts
-from experiments.arms import Images, load_images
+from experiments.arms import Images, check_network, load_images
 from experiments.launch import Experiment, main
 from experiments.loss_surface_figures import draw
 from experiments.loss_surface_summaries import final_loss, sharpness_at_start
@@ -156,7 +152,6 @@ def prepare(config: Config) -> Images:
             f"curvature_steps={config.curvature_steps} is not allowed: 0 and multiples of "
             f"steps_per_dispatch={config.steps_per_dispatch} below num_steps={config.num_steps}"
         )
-    sample_network = CNN(config.network)
     use_cpu_cores()
     images = load_images(
         config.dataset,
@@ -165,19 +160,13 @@ def prepare(config: Config) -> Images:
         scale="standardized",
         size=config.image_size,
     )
-    if num_logits(config.network) != images.num_classes:
-        raise ValueError(
-            f"network {config.network!r} ends in {num_logits(config.network)} units but "
-            f"{config.dataset} has {images.num_classes} classes: end it in f{images.num_classes}"
-        )
+    check_network(config.network, images, config.dataset)
     count = len(images.train.label)
     for name in ("batch_size", "fixed_examples"):
         if not 2 <= getattr(config, name) <= count:
             raise ValueError(
                 f"{name}={getattr(config, name)} is not allowed: it must lie between 2 and {count}"
             )
-    sample = jax.ShapeDtypeStruct((1, *images.train.image.shape[1:]), jnp.float32)
-    jax.eval_shape(functools.partial(sample_network.init, train=False), jax.random.key(0), sample)
     return images
 
 

@@ -19,7 +19,7 @@ from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import kernel_initializer
 from bn_research.probes.curvature import HessianEigenvalues, LossFn, hessian_top_eigenvalues
 from bn_research.probes.step_direction import StepSurface, loss_along_step
-from bn_research.training.loop import History, epoch_order, run_steps
+from bn_research.training.loop import History, batch_at, run_steps
 from bn_research.training.metrics import cross_entropy_metrics
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState, create_train_state
@@ -111,15 +111,6 @@ def frozen_loss(network: Network, params: Any, batch: Batch) -> LossFn:
     return loss_fn
 
 
-def next_batch(state: TrainState, examples: Batch, batch_size: int) -> Batch:
-    """The batch that `run_steps` takes at this state."""
-    count = examples.label.shape[0]
-    epoch, position = jnp.divmod(state.step, count // batch_size)
-    order = epoch_order(state.key, epoch, count)
-    rows = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
-    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), examples)
-
-
 def step_surface(
     network: Network, params: Any, batch: Batch, rate: float | Float[Array, ""]
 ) -> StepSurface:
@@ -133,7 +124,7 @@ def _observe(program: Program, state: TrainState, hyper: Hyper, data: Data) -> O
     network, params = program.network, state.params
 
     def surface() -> StepSurface:
-        batch = next_batch(state, data.train, program.batch_size)
+        batch = batch_at(state, data.train, program.batch_size)
         return step_surface(network, params, batch, hyper.rate)
 
     def through() -> HessianEigenvalues:

@@ -42,10 +42,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from bn_research.models.cnn import NormPlacement
-from bn_research.models.spec import num_logits, parse_spec
+from bn_research.models.spec import parse_spec
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.step import Batch
-from experiments.arms import Arm, Images, Trainer, load_images
+from experiments.arms import Arm, Images, Trainer, check_network, load_images
 from experiments.launch import Experiment, main
 from experiments.runner import Runner
 from experiments.whitening_figures import draw
@@ -176,11 +176,7 @@ def prepare(config: Config) -> Images:
         size=config.image_size,
         limit=config.examples or None,
     )
-    if num_logits(config.network) != images.num_classes:
-        raise ValueError(
-            f"network {config.network!r} ends in {num_logits(config.network)} units but "
-            f"{config.dataset} has {images.num_classes} classes: end it in f{images.num_classes}"
-        )
+    check_network(config.network, images, config.dataset)
     count = len(images.train.label)
     if not 2 <= config.batch_size <= count:
         raise ValueError(f"batch_size={config.batch_size} must lie between 2 and {count}")

@@ -15,7 +15,7 @@ from scipy import stats
 
 from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.training.lanes import Lanes
-from bn_research.training.loop import History, run_steps
+from bn_research.training.loop import History, batch_at, run_steps
 from bn_research.training.step import Batch, make_train_step
 from bn_research.training.sweep import Sweep
 from experiments import covariate_shift_measurements as measurements
@@ -74,7 +74,7 @@ def measured(request):
         state, metrics = run_steps(step, state, data.train, batch_size=8, num_steps=3)
         seen = measurements.measure(step, apply_fn, state, data, batch_size=8, layers=3)
         after, following = run_steps(step, state, data.train, batch_size=8, num_steps=1)
-        batches = measurements.next_batches(state, data.train, 8)
+        batches = [batch_at(state, data.train, 8, ahead=n) for n in (0, 1)]
         return state, seen, batches, after, following.loss[0]
 
     return request.param, data, advance(state)

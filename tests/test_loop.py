@@ -12,7 +12,15 @@ from scipy.special import log_softmax
 from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
 from bn_research.training import loop
 from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import evaluate, every, padded_batches, run_steps, streamed, train
+from bn_research.training.loop import (
+    batch_at,
+    evaluate,
+    every,
+    padded_batches,
+    run_steps,
+    streamed,
+    train,
+)
 from bn_research.training.preemption import Stopped
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, StepMetrics, make_eval_step, make_train_step
@@ -80,6 +88,16 @@ def test_batches_do_not_depend_on_the_cuts():
     np.testing.assert_array_equal(whole, np.concatenate(halves))
     single = [seen(start=start, num_steps=1, **options) for start in range(10)]
     np.testing.assert_array_equal(whole, np.concatenate(single))
+
+
+def test_the_batch_at_a_step_is_the_one_that_is_taken():
+    """13 examples in batches of 5 are two steps an epoch; one ahead of the second is the first."""
+    taken = seen(count=13, batch_size=5, num_steps=6).reshape(6, 5)
+    for step in range(6):
+        state = TrainState(jnp.int32(step), (), (), (), jax.random.key(0))
+        np.testing.assert_array_equal(batch_at(state, numbered(13), 5).label, taken[step])
+        ahead = batch_at(state, numbered(13), 5, ahead=1)
+        np.testing.assert_array_equal(ahead.label, taken[step + 1 if step % 2 == 0 else step - 1])
 
 
 def test_the_order_depends_on_the_seed():

@@ -22,6 +22,25 @@ def epoch_order(key: PRNGKeyArray, epoch: Int[Array, ""], num_examples: int) -> 
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
 
 
+def batch_at(state: TrainState, examples: Batch, batch_size: int, *, ahead: int = 0) -> Batch:
+    """The batch that `run_steps` takes at this state, or one further on in its epoch.
+
+    Args:
+      state: before the step.
+      examples: the training set.
+      batch_size: examples of a step.
+      ahead: batches further on in this epoch's order, which after its last begins anew; two that
+        are fewer than an epoch apart share no example.
+    """
+    num_examples = examples.label.shape[0]
+    steps_per_epoch = num_examples // batch_size
+    epoch, position = jnp.divmod(state.step, steps_per_epoch)
+    order = epoch_order(state.key, epoch, num_examples)
+    start = (position + ahead) % steps_per_epoch * batch_size
+    rows = jax.lax.dynamic_slice_in_dim(order, start, batch_size)
+    return jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), examples)
+
+
 def run_steps(
     train_step: Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]],
     state: TrainState,
