@@ -190,6 +190,8 @@ def _download_in_child(name: str, builder: "tfds.core.DatasetBuilder") -> str | 
     accelerator's memory away from JAX in this one.
     """
     code = (
+        # Where this runs in a shell's background the child would be born deaf to it.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
         "import sys, tensorflow_datasets as tfds; "
         "tfds.builder(sys.argv[1], data_dir=sys.argv[2])"
         ".download_and_prepare(download_dir=sys.argv[3], file_format='array_record')"
