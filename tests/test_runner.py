@@ -102,8 +102,8 @@ def test_new_members_join_those_that_are_done(tmp_path, whole, monkeypatch):
     assert (tmp_path / "metrics.jsonl").read_bytes().startswith(first)
 
 
-def test_stopped_by_sigterm_it_goes_on_with_the_same_bits(tmp_path, whole):
-    asked = []
+def test_stopped_by_sigterm_it_goes_on_from_there_with_the_same_bits(tmp_path, whole, monkeypatch):
+    asked, restored = [], []
 
     def stop_in_the_middle(member, loss):
         asked.append(member.name)
@@ -118,7 +118,15 @@ def test_stopped_by_sigterm_it_goes_on_with_the_same_bits(tmp_path, whole):
     finally:
         signal.signal(signal.SIGTERM, handler)
     assert asked[-1] == MEMBERS[1].name and len(asked) < 6
+    restore = Checkpointer.restore
+
+    def counted(self, number, template):
+        restored.append(number)
+        return restore(self, number, template)
+
+    monkeypatch.setattr(Checkpointer, "restore", counted)
     assert run(tmp_path) == whole[1]
+    assert len(restored) == 1
 
 
 def test_a_measurement_is_made_once_and_sigterm_is_noticed_after_it(tmp_path):
