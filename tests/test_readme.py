@@ -44,16 +44,20 @@ def test_a_changed_result_changes_the_readme(tmp_path, name, old, new):
     assert render(README, docs) != README
 
 
+_INTERVAL = r"\[(-?\d+(?:\.\d+)?), (-?\d+(?:\.\d+)?)\]"
+
+
 def test_intervals_in_the_text_are_those_of_the_results():
     """Every [low, high] outside tables and code is a rounding of one that a run has written."""
     text = re.sub(r"<!-- (\w+:\w+) -->.*?<!-- /\1 -->|```.*?```", "", README, flags=re.DOTALL)
-    said = re.findall(r"\[(\d\.\d+), (\d\.\d+)\]", text)
-    assert len(said) >= 10
+    text = text.replace("−", "-")
+    said = re.findall(_INTERVAL, text)
+    assert len(said) >= 40
     known = []
     for path in (ROOT / "docs" / "results").glob("*/results.json"):
         for claim in json.loads(path.read_text())["claims"]:
             known += [claim["interval"]] if claim["interval"] else []
-            known += re.findall(r"\[(\d\.\d+), (\d\.\d+)\]", claim["note"])
+            known += re.findall(_INTERVAL, claim["note"].replace("−", "-"))
             measured = claim["measured"]
             known += [
                 (measured[name], measured[name[:-3] + "high"])
@@ -62,7 +66,7 @@ def test_intervals_in_the_text_are_those_of_the_results():
             ]
     known = [pair for pair in known if None not in pair]  # an end that is open
     for low, high in said:
-        digits = len(low.split(".")[1])
+        digits = len(low.partition(".")[2])
         rounded = {tuple(f"{float(end):.{digits}f}" for end in pair) for pair in known}
         assert (low, high) in rounded, f"[{low}, {high}] stands in no results.json"
 

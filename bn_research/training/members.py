@@ -92,12 +92,11 @@ def restored(
     if saver is None or newest is None or not runs.keys() >= {note["name"] for note in notes}:
         return list(runs.values())
     saved = [runs[note["name"]] for note in notes]
-    template = []
+    template, observed = [], None  # of one shape in all members, and a whole program to trace
     for run in saved:
         state = created(create, run.member)
-        run.observed = _room(
-            observes(state, run.member.hyper), run.member.num_steps // steps_per_dispatch
-        )
+        observed = observes(state, run.member.hyper) if observed is None else observed
+        run.observed = _room(observed, run.member.num_steps // steps_per_dispatch)
         template.append({"state": state, "loss": run.loss, "observed": run.observed})
     trees = saver.restore(newest[0], template) if template else []
     for run, note, tree in zip(saved, notes, trees, strict=True):
