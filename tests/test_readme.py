@@ -71,6 +71,15 @@ def test_intervals_in_the_text_are_those_of_the_results():
         assert (low, high) in rounded, f"[{low}, {high}] stands in no results.json"
 
 
+def test_verdicts_of_the_table_of_effects_are_those_of_the_results():
+    rows = re.findall(r"\| ([a-z ]+?)(?: \([^|]*\))? \| `(\w+)`: `([a-z0-9-]+)` \|", README)
+    assert len(rows) == 9
+    for verdict, experiment, claim_id in rows:
+        path = ROOT / "docs" / "results" / experiment / "results.json"
+        claims = {c["id"]: c["verdict"] for c in json.loads(path.read_text())["claims"]}
+        assert claims[claim_id] == verdict
+
+
 def test_python_blocks_run():
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 2
