@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, PRNGKeyArray
+from jaxtyping import Array
 
 from bn_research.training.distortion import distort, draw_factors
-from bn_research.training.loop import epoch_order
+from bn_research.training.loop import epoch_order_of_groups, run_steps
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 from bn_research.training.sweep import Member, Sweep
@@ -53,60 +53,6 @@ def place(images: Images, eval_examples: int) -> Data:
 def _eval_batch(count: int) -> int:
     """The largest divisor of count that is at most _EVAL_BATCH: no example is padded or left."""
     return max(size for size in range(1, _EVAL_BATCH + 1) if count % size == 0)
-
-
-def order_of_epoch(
-    key: PRNGKeyArray,
-    epoch: Int[Array, ""],
-    shuffled: Bool[Array, ""],
-    *,
-    num_examples: int,
-    batch_size: int,
-) -> Int[Array, "used"]:
-    """Examples of an epoch in order, as many as fill whole batches.
-
-    Args:
-      key: of the run.
-      epoch: counted from 0.
-      shuffled: True draws a new order of the examples for each epoch. False draws one, cuts it into
-        batches, and in each epoch only orders these anew: an example always meets the same others,
-        and the remainder that fills no batch is never seen.
-      num_examples: in the training set.
-      batch_size: examples of a step.
-    """
-    batches = num_examples // batch_size
-    first = jnp.where(shuffled, epoch, 0)
-    examples = epoch_order(key, first, num_examples)[: batches * batch_size]
-    rows = examples.reshape(batches, batch_size)
-    # A key of its own: epochs, which are folded into the run's, are small numbers.
-    order = epoch_order(jax.random.fold_in(key, 2**31), epoch, batches)
-    return jnp.where(shuffled, rows, rows[order]).ravel()
-
-
-def take_steps(train_step, state: TrainState, data: Data, shuffled, *, network: Network):
-    """steps_per_dispatch steps, scanned; batches depend on the state's key and step alone."""
-    num_examples, size = data.train.label.shape[0], network.batch_size
-    batches = num_examples // size
-
-    def step(carry, index):
-        state, order = carry
-        epoch, position = jnp.divmod(state.step, batches)
-        order = jax.lax.cond(
-            (position == 0) | (index == 0),
-            lambda: order_of_epoch(
-                state.key, epoch, shuffled, num_examples=num_examples, batch_size=size
-            ),
-            lambda: order,
-        )
-        rows = jax.lax.dynamic_slice_in_dim(order, position * size, size)
-        batch = jax.tree.map(lambda leaf: jnp.take(leaf, rows, axis=0), data.train)
-        state, metrics = train_step(state, batch)
-        return (state, order), metrics
-
-    order = jnp.zeros(batches * size, jnp.int32)  # drawn by the first step
-    steps = jnp.arange(network.steps_per_dispatch)
-    (state, _), metrics = jax.lax.scan(step, (state, order), steps)
-    return state, metrics
 
 
 def apply_fn(network: Network, static: tuple[Any, ...], hyper: Hyper, data: Data):
@@ -154,7 +100,16 @@ def advance_fn(network: Network, static: tuple[Any, ...]):
     def advance(state: TrainState, hyper: Hyper, data: Data):
         apply = apply_fn(network, static, hyper, data)
         step = make_train_step(apply, optimizer(hyper), stochastic=True)
-        state, metrics = take_steps(step, state, data, hyper.shuffled, network=network)
+        state, metrics = run_steps(
+            step,
+            state,
+            data.train,
+            batch_size=network.batch_size,
+            num_steps=network.steps_per_dispatch,
+            order_of_epoch=functools.partial(
+                epoch_order_of_groups, group_size=network.batch_size, regrouped=hyper.shuffled
+            ),
+        )
         sums = jax.lax.map(lambda batch: make_eval_step(apply)(state, batch), data.test)
         return state, metrics._replace(observed=jnp.sum(sums.correct) / jnp.sum(sums.count))
 

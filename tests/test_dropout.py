@@ -76,6 +76,22 @@ def test_what_is_dropped_reaches_neither_value_nor_gradient():
     np.testing.assert_allclose(gradient, np.where(dropped, 0, 8 * x), rtol=1e-6)
 
 
+@pytest.mark.parametrize("rate", [0.0, 0.25])
+def test_one_program_serves_many_rates(rate):
+    """A traced rate, 0 too: exact where 1 − rate is."""
+    traces = []
+
+    def run(x, rate):
+        traces.append(rate)
+        return dropout(x, keys(), rate=rate)
+
+    program = jax.jit(run)
+    program(activations(), 0.7)
+    found = program(activations(), rate)
+    np.testing.assert_array_equal(found, dropout(activations(), keys(), rate=rate))
+    assert len(traces) == 1
+
+
 def test_rate_zero_changes_nothing():
     x = activations().at[0, 0, 0].set(jnp.nan)
     np.testing.assert_array_equal(dropout(x, keys(), rate=0), x)

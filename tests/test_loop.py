@@ -14,6 +14,8 @@ from bn_research.training import loop
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.loop import (
     batch_at,
+    epoch_order,
+    epoch_order_of_groups,
     evaluate,
     every,
     padded_batches,
@@ -98,6 +100,62 @@ def test_the_batch_at_a_step_is_the_one_that_is_taken():
         np.testing.assert_array_equal(batch_at(state, numbered(13), 5).label, taken[step])
         ahead = batch_at(state, numbered(13), 5, ahead=1)
         np.testing.assert_array_equal(ahead.label, taken[step + 1 if step % 2 == 0 else step - 1])
+
+
+def epochs(regrouped, count=4, num_examples=23, group_size=4, seed=0):
+    """Groups of examples, [epochs, groups, group_size]."""
+    order = functools.partial(
+        epoch_order_of_groups, num_examples=num_examples, group_size=group_size
+    )
+    key = jax.random.key(seed)
+    found = [order(key, jnp.int32(e), regrouped=jnp.bool_(regrouped)) for e in range(count)]
+    return np.array(found).reshape(count, -1, group_size)
+
+
+def companies(groups):
+    return {frozenset(group) for group in groups.tolist()}
+
+
+def test_frozen_groups_keep_their_company_and_change_places():
+    found = epochs(regrouped=False)
+    first = np.asarray(epoch_order(jax.random.key(0), jnp.int32(0), 23))[:20].reshape(5, 4)
+    for groups in found:
+        assert companies(groups) == companies(first)
+    assert not np.array_equal(found[0], found[1])
+    assert companies(epochs(regrouped=False, seed=1)[0]) != companies(first)
+
+
+def test_groups_drawn_anew_are_those_of_run_steps():
+    found = epochs(regrouped=True)
+    for epoch, groups in enumerate(found):
+        order = np.asarray(epoch_order(jax.random.key(0), jnp.int32(epoch), 23))
+        assert groups.ravel().tolist() == order[:20].tolist()
+        assert len(np.unique(groups)) == 20
+    assert companies(found[0]).isdisjoint(companies(found[1]))
+
+
+@pytest.mark.parametrize("regrouped", [False, True])
+def test_batches_of_groups_do_not_depend_on_the_cuts(regrouped):
+    """Groups of 3 in batches of 6, of 20 examples: 18 are seen in an epoch, by 3 batches."""
+    order = functools.partial(epoch_order_of_groups, group_size=3, regrouped=regrouped)
+
+    @functools.partial(jax.jit, static_argnames="num_steps")
+    def dispatch(start, num_steps):
+        state = TrainState(start, (), (), (), jax.random.key(3))
+        return run_steps(
+            recorded,
+            state,
+            numbered(20),
+            batch_size=6,
+            num_steps=num_steps,
+            order_of_epoch=order,
+        )[1].loss
+
+    whole = np.asarray(dispatch(jnp.int32(0), 8))
+    parts = [dispatch(jnp.int32(start), 2) for start in (0, 2, 4, 6)]
+    np.testing.assert_array_equal(whole, np.concatenate(parts))
+    expected = epochs(regrouped, 3, num_examples=20, group_size=3, seed=3)
+    np.testing.assert_array_equal(whole, expected.reshape(-1, 6)[:8])
 
 
 def test_the_order_depends_on_the_seed():

@@ -18,9 +18,6 @@ from bn_research.layers.linen import BatchNorm
 from bn_research.models.inception import Inception
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.lanes import Lanes
-from bn_research.training.loop import epoch_order
-from bn_research.training.state import TrainState
-from bn_research.training.step import Batch, StepMetrics
 from bn_research.training.sweep import Sweep
 from experiments import training_steps_arms as arms
 from experiments import training_steps_training as training
@@ -149,74 +146,6 @@ def test_optimizer_by_hand():
             params[name] = params[name] - 0.5 * math.exp(-0.3 * t) * velocity[name]
     for name in params:
         np.testing.assert_allclose(found[name], params[name], rtol=1e-5, atol=1e-6)
-
-
-# --- batches ---
-
-
-def epochs(shuffled, count=4, num_examples=23, batch_size=4, seed=0):
-    """Batches of examples, [epochs, batches, batch_size]."""
-    order = functools.partial(
-        training.order_of_epoch, num_examples=num_examples, batch_size=batch_size
-    )
-    key = jax.random.key(seed)
-    found = [order(key, jnp.int32(epoch), jnp.bool_(shuffled)) for epoch in range(count)]
-    return np.array(found).reshape(count, -1, batch_size)
-
-
-def companies(batches):
-    return {frozenset(batch) for batch in batches.tolist()}
-
-
-def test_frozen_batches_keep_their_company_and_change_places():
-    found = epochs(shuffled=False)
-    first = np.asarray(epoch_order(jax.random.key(0), jnp.int32(0), 23))[:20].reshape(5, 4)
-    for batches in found:
-        assert companies(batches) == companies(first)
-    assert not np.array_equal(found[0], found[1])
-    assert companies(epochs(shuffled=False, seed=1)[0]) != companies(first)
-
-
-def test_shuffled_batches_are_those_of_run_steps():
-    found = epochs(shuffled=True)
-    for epoch, batches in enumerate(found):
-        order = np.asarray(epoch_order(jax.random.key(0), jnp.int32(epoch), 23))
-        assert batches.ravel().tolist() == order[:20].tolist()
-        assert len(np.unique(batches)) == 20
-    assert companies(found[0]).isdisjoint(companies(found[1]))
-
-
-def batches_seen(images, shuffled, steps_per_dispatch, dispatches):
-    """Labels of each step's batch, for dispatches one after the other."""
-    labels = jnp.arange(10)
-    data = training.Data(Batch(labels[:, None, None, None] * 1.0, labels), None, None, None)
-    network = _network(CONFIG, images)._replace(batch_size=3, steps_per_dispatch=steps_per_dispatch)
-
-    def train_step(state, batch):
-        zero = jnp.zeros(())
-        metrics = StepMetrics(zero, zero, zero, (batch.label, batch.image[:, 0, 0, 0]))
-        return state._replace(step=state.step + 1), metrics
-
-    @jax.jit
-    def dispatch(state):
-        return training.take_steps(train_step, state, data, jnp.bool_(shuffled), network=network)
-
-    state = TrainState(jnp.int32(0), {}, {}, (), jax.random.key(3))
-    seen = []
-    for _ in range(dispatches):
-        state, metrics = dispatch(state)
-        label, image = metrics.observed
-        assert np.array_equal(label, image)
-        seen += np.asarray(label).tolist()
-    return np.array(seen)
-
-
-@pytest.mark.parametrize("shuffled", [False, True])
-def test_batches_do_not_depend_on_where_dispatches_are_cut(images, shuffled):
-    whole = batches_seen(images, shuffled, 8, 1)
-    assert np.array_equal(whole, batches_seen(images, shuffled, 2, 4))
-    expected = epochs(shuffled, 3, num_examples=10, batch_size=3, seed=3).reshape(-1, 3)[:8]
-    assert np.array_equal(whole, expected)
 
 
 # --- networks ---

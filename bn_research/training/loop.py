@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Int, PRNGKeyArray
+from jaxtyping import Array, Bool, Int, PRNGKeyArray
 
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.metrics import Metrics
@@ -20,6 +20,33 @@ def epoch_order(key: PRNGKeyArray, epoch: Int[Array, ""], num_examples: int) -> 
     """The order of the examples in an epoch: a function of key and epoch alone."""
     examples = jnp.arange(num_examples, dtype=jnp.int32)  # with float64 enabled too
     return jax.random.permutation(jax.random.fold_in(key, epoch), examples)
+
+
+def epoch_order_of_groups(
+    key: PRNGKeyArray,
+    epoch: Int[Array, ""],
+    num_examples: int,
+    *,
+    group_size: int,
+    regrouped: bool | Bool[Array, ""] = True,
+) -> Int[Array, "used"]:
+    """The order of the examples in an epoch, by groups; as many as fill whole groups.
+
+    Args:
+      key: of the run.
+      epoch: counted from 0.
+      num_examples: in the training set.
+      group_size: examples that follow each other.
+      regrouped: True draws the groups anew in each epoch: `epoch_order`. False draws them once, and
+        each epoch orders the groups: an example always meets the same others, and the remainder
+        that fills no group is never seen. May be traced.
+    """
+    groups = num_examples // group_size
+    examples = epoch_order(key, jnp.where(regrouped, epoch, 0), num_examples)
+    rows = examples[: groups * group_size].reshape(groups, group_size)
+    # A key of its own: epochs, which are folded into the run's, are small numbers.
+    order = epoch_order(jax.random.fold_in(key, 2**31), epoch, groups)
+    return jnp.where(regrouped, rows, rows[order]).ravel()
 
 
 def batch_at(state: TrainState, examples: Batch, batch_size: int, *, ahead: int = 0) -> Batch:
@@ -48,12 +75,22 @@ def run_steps(
     *,
     batch_size: int,
     num_steps: int,
+    order_of_epoch: Callable[[PRNGKeyArray, Array, int], Int[Array, "used"]] = epoch_order,
 ) -> tuple[TrainState, StepMetrics]:
     """Takes num_steps steps as one scanned program; jit it, donating the state.
 
     Examples are shuffled anew in each epoch, on the device; the remainder that does not fill a
     batch is left for another epoch's order. Batches depend on the state's key and step alone, so
     a run cut into dispatches anywhere, or resumed, sees the same batches.
+
+    Args:
+      train_step: (state, batch) -> new state and metrics.
+      state: before the first step.
+      examples: the training set.
+      batch_size: examples of a step.
+      num_steps: of the program.
+      order_of_epoch: (key of the run, epoch, number of examples) -> those of an epoch in order, at
+        least as many as whole batches need.
 
     Returns:
       The new state, and metrics of each step, shape=(num_steps,).
@@ -74,7 +111,7 @@ def run_steps(
         epoch, position = jnp.divmod(state.step, steps_per_epoch)
         order = jax.lax.cond(
             (position == 0) | (index == 0),
-            lambda: epoch_order(state.key, epoch, num_examples),
+            lambda: order_of_epoch(state.key, epoch, num_examples),
             lambda: order,
         )
         rows = jax.lax.dynamic_slice_in_dim(order, position * batch_size, batch_size)
@@ -82,7 +119,8 @@ def run_steps(
         state, metrics = train_step(state, batch)
         return (state, order), metrics
 
-    order = jnp.zeros(num_examples, jnp.int32)  # drawn by the first step
+    shape = jax.eval_shape(lambda: order_of_epoch(state.key, state.step, num_examples))
+    order = jnp.zeros(shape.shape, shape.dtype)  # drawn by the first step
     (state, _), metrics = jax.lax.scan(step, (state, order), jnp.arange(num_steps))
     return state, metrics
 
