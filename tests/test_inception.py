@@ -199,6 +199,8 @@ def sigmoid(x):
 class ByHand:
     """Logits of the network in float64; with BN, `moments` holds each layer's of the batch."""
 
+    per_activation = ""  # name of a module whose BN is
+
     def __init__(self, params, activation=relu, response=False, mask=1.0):
         self.params, self.activation, self.mask = params, activation, mask
         self.response = local_response if response else lambda x: x
@@ -216,7 +218,8 @@ class ByHand:
             x, stride = np.concatenate(parts, -1), 1
         x = convolve(x, params["conv"]["kernel"], stride)
         if "batch_norm" in params:
-            mean, var = self.moments[path] = x.mean((0, 1, 2)), x.var((0, 1, 2))
+            axes = (0,) if path[0] == self.per_activation else (0, 1, 2)
+            mean, var = self.moments[path] = x.mean(axes), x.var(axes)
             scale, bias = params["batch_norm"]["scale"], params["batch_norm"]["bias"]
             x = scale * (x - mean) / np.sqrt(var + 1e-3) + bias
         else:
@@ -365,6 +368,52 @@ def test_chosen_modules_and_stem(stem, modules, shape, options):
     reference = ChosenByHand(variables["params"], stem, modules)
     close(logits, reference(x))
     assert len(reference.moments) == len(jax.tree.leaves(variables["batch_stats"])) / 2
+
+
+def test_per_activation_bn_in_the_last_module():
+    """Each pixel of each channel has moments, scale and bias of its own there, and only there."""
+    net = Inception(
+        4,
+        NORM,
+        width=1 / 16,
+        stem="small",
+        modules=("3a", "5b"),
+        last_norm=functools.partial(NORM, axis=(1, 2, 3)),
+    )
+    x = images((5, 6, 9, 2), 6)
+    variables = drawn(net, x)
+    with jax.enable_x64(True):
+        logits, new = jax.jit(lambda v, x: net.apply(v, x, train=True, mutable="batch_stats"))(
+            variables, x
+        )
+    reference = ChosenByHand(variables["params"], "small", ("3a", "5b"))
+    reference.response, reference.per_activation = (lambda x: x), "inception_5b"
+    close(logits, reference(x))
+    old, new = flatten_dict(variables["batch_stats"]), flatten_dict(new["batch_stats"])
+    assert len(reference.moments) == 1 + 7 + 7
+    for path, (mean, _) in reference.moments.items():
+        at = (*path, "batch_norm", "mean")
+        assert mean.shape[:-1] == ((3, 5) if path[0] == "inception_5b" else ())
+        close(new[at], 0.9 * old[at] + 0.1 * mean)
+
+
+def test_one_program_serves_many_rates_of_dropout():
+    """A traced rate gives the numbers of the same rate as a number; a traced 0 drops nothing."""
+    net = Inception(4, width=1 / 16, stem="small", modules=("3c",))
+    x, keys = images((3, 8, 8, 1)), jax.random.split(jax.random.key(2), 3)
+    params = drawn(net, x)["params"]
+
+    def logits(rate, keys=keys):
+        return net.clone(dropout=rate).apply({"params": params}, x, train=True, keys=keys)
+
+    traced = jax.jit(logits)
+    for rate in (0.1, 0.5):
+        close(traced(rate), logits(rate), rtol=1e-5)
+        assert np.abs(traced(rate) - traced(0.0)).max() > 1e-2
+    close(traced(0.0), logits(0.0, keys=None), rtol=1e-5)
+    assert traced._cache_size() == 1
+    with pytest.raises(ValueError, match="needs keys in training"):
+        jax.eval_shape(functools.partial(logits, keys=None), 0.1)
 
 
 def test_gradients_of_patches_are_those_of_convolutions():

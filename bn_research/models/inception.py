@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from bn_research.layers.conv import Implementation, conv2d
-from bn_research.layers.dropout import check_rate, dropout
+from bn_research.layers.dropout import check_rate, dropout, never_drops
 from bn_research.layers.local_response import local_response_normalization
 
 SMALLEST = 32  # allowed height and width, with the defaults
@@ -165,7 +165,8 @@ class Inception(nn.Module):
         example `functools.partial(BatchNorm, epsilon=1e-3)`. None is no normalization;
         convolutions then have biases.
       width: multiplies every number of channels; they are rounded (half to even) and at least 1.
-      dropout: rate on the pooled features before the head, in training.
+      dropout: rate on the pooled features before the head, in training; a traced one serves many
+        rates with one program, and is not checked.
       local_response_norm: GoogLeNet's two layers in the stem (Szegedy et al., 2014).
       separable_stem: make the first convolution separable.
       activation: after every convolution.
@@ -180,12 +181,16 @@ class Inception(nn.Module):
         initialization logits vary by 0.06 between images, with LeCun's by 0.0007 (width 1/4).
       dtype: of the computation, such as bfloat16; None promotes the dtypes of images and
         parameters. Parameters, norm statistics, the pooled features and the logits are float32.
+      last_norm: the factory of the last module's layers; None is norm. With
+        `functools.partial(BatchNorm, axis=(1, 2, 3))` its BN is per activation, as in the last
+        hidden layers of some networks of the paper's ensemble (section 4.2.3), and the images'
+        size is fixed.
     """
 
     num_classes: int = 1000
     norm: Callable[..., nn.Module] | None = None
     width: float = 1.0
-    dropout: float = 0.0
+    dropout: float | Float[Array, ""] = 0.0
     local_response_norm: bool = False
     separable_stem: bool = False
     activation: Callable[[Array], Array] = jax.nn.relu
@@ -194,6 +199,7 @@ class Inception(nn.Module):
     modules: tuple[str, ...] | None = None
     stem: Stem = "imagenet"
     implementation: Implementation = "xla"
+    last_norm: Callable[..., nn.Module] | None = None
 
     @nn.compact
     def __call__(
@@ -225,12 +231,12 @@ class Inception(nn.Module):
         check_rate("dropout", self.dropout)
         if not 0 < self.width < float("inf"):
             raise ValueError(f"width={self.width!r} is not allowed: it must be positive and finite")
-        if train and self.dropout and keys is None:
+        if train and keys is None and not never_drops(self.dropout):
             raise ValueError(f"dropout={self.dropout!r} needs keys in training: one an example")
 
-        norm = self.norm
-
-        def block(features: int, kernel_size: int, **options: Any) -> ConvBlock:
+        def block(
+            features: int, kernel_size: int, norm: Any = self.norm, **options: Any
+        ) -> ConvBlock:
             return ConvBlock(
                 _scaled(features, self.width),
                 kernel_size,
@@ -256,8 +262,10 @@ class Inception(nn.Module):
             if self.local_response_norm:
                 x = local_response_normalization(x)
             x = _max_pool(x, 2)
+        last = functools.partial(block, norm=self.last_norm or self.norm)
         for widths in modules:
-            x = InceptionModule(widths, block, name=f"inception_{widths.name}")(x)
+            made_of = last if widths is modules[-1] else block
+            x = InceptionModule(widths, made_of, name=f"inception_{widths.name}")(x)
         x = jnp.mean(x, axis=(1, 2), dtype=jnp.promote_types(x.dtype, jnp.float32))
         if train and keys is not None:
             x = dropout(x, keys, rate=self.dropout)
