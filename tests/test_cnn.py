@@ -93,8 +93,11 @@ def test_logits_do_not_depend_on_other_examples_in_evaluation(trained):
     assert np.all(np.isfinite(apply(x)))
 
 
-def by_hand(variables, x, placement, train):
-    """The network written out: weights → BN → relu, pooling between; its pre-activations."""
+def by_hand(variables, x, placement, train, drop=lambda x, number, place: x):
+    """The network written out: weights → BN → relu, pooling between; its pre-activations.
+
+    drop(x, layer, place) is called "before" BN and "after" the relu of each hidden layer.
+    """
     params, sown = variables["params"], {}
     tokens, number = SPEC.split(), 0
     for token in tokens:
@@ -113,6 +116,8 @@ def by_hand(variables, x, placement, train):
             x = x.reshape(len(x), -1) @ layer["kernel"]
         x = np.asarray(x + layer["bias"])
         sown[f"pre_activation_{number}"] = x
+        if number < 7:
+            x = drop(x, number, "before")
         if placement in ("all", number) or (placement == "last" and number == 7):
             bn = params[f"batch_norm{number}"]
             axes = tuple(range(x.ndim - 1))
@@ -120,7 +125,7 @@ def by_hand(variables, x, placement, train):
             mean, var = (x.mean(axes), x.var(axes)) if train else (stats["mean"], stats["var"])
             x = np.asarray(bn["scale"] * (x - mean) / np.sqrt(var + 1e-3) + bn["bias"])
         if number < 7:
-            x = np.maximum(x, 0)
+            x = drop(np.maximum(x, 0), number, "after")
     return x, sown
 
 
@@ -139,6 +144,82 @@ def test_sown_pre_activations_and_logits(trained, placement, train):
         (got,) = new["intermediates"][name]
         np.testing.assert_allclose(got, value, rtol=1e-3, atol=1e-3, err_msg=name)
     np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=1e-3)
+
+
+def masks(keys, rate):
+    """Of `by_hand`: mask/(1 − rate) of layer l from each example's key folded with l."""
+
+    def drop(x, number):
+        folded = [jax.random.fold_in(key, number) for key in keys]
+        kept = [jax.random.bernoulli(key, 1 - rate, x.shape[1:]) for key in folded]
+        return x * np.stack(kept) / (1 - rate)
+
+    return drop
+
+
+@pytest.mark.parametrize(
+    ("dropout_placement", "where"),
+    [
+        ("before", {(number, "before") for number in range(1, 7)}),
+        ("after", {(number, "after") for number in range(1, 7)}),
+        ("last", {(6, "after")}),
+    ],
+)
+def test_dropout_in_training(trained, dropout_placement, where):
+    """Whole pre-activations are sown; BN, where dropout is before it, sees what is left of them."""
+    x, keys, rate = images(), jax.random.split(jax.random.key(3), 4), 0.3
+
+    @jax.jit
+    def run(variables, x, rate):
+        net = CNN(SPEC, NORM, "all", dropout=rate, dropout_placement=dropout_placement)
+        mutable = ["intermediates", "batch_stats"]
+        return net.apply(variables, x, train=True, keys=keys, mutable=mutable)
+
+    logits, new = run(trained, x, rate)
+    undropped, _ = run(trained, x, 0.0)
+    drop = masks(keys, rate)
+    expected, sown = by_hand(
+        trained,
+        x,
+        "all",
+        True,
+        lambda x, number, place: drop(x, number) if (number, place) in where else x,
+    )
+    assert set(new["intermediates"]) == set(sown)
+    for name, value in sown.items():
+        (got,) = new["intermediates"][name]
+        np.testing.assert_allclose(got, value, rtol=1e-3, atol=1e-3, err_msg=name)
+    np.testing.assert_allclose(logits, expected, rtol=1e-3, atol=2e-3)
+    whole, _ = by_hand(trained, x, "all", True)
+    np.testing.assert_allclose(undropped, whole, rtol=1e-3, atol=2e-3)
+    assert np.abs(whole - expected).max() > 0.1
+
+
+def test_without_dropout_nothing_changes(trained):
+    """Not a bit, of variables, logits or moments: keys alone, and a rate in evaluation."""
+    x, keys = images(), jax.random.split(jax.random.key(3), 4)
+    plain, dropped = CNN("c4 P f5 f3", NORM, "all"), CNN("c4 P f5 f3", NORM, "all", dropout=0.4)
+    variables = plain.init(jax.random.key(0), x, train=False)
+    jax.tree.map(
+        np.testing.assert_array_equal, variables, dropped.init(jax.random.key(0), x, train=False)
+    )
+    mutable = ["intermediates", "batch_stats"]
+
+    def apply(net, train, **options):
+        run = functools.partial(net.apply, train=train, mutable=mutable, **options)
+        return jax.jit(run)(variables, x)
+
+    jax.tree.map(np.testing.assert_array_equal, apply(plain, True), apply(plain, True, keys=keys))
+    evaluated = apply(plain, False)
+    jax.tree.map(np.testing.assert_array_equal, evaluated, apply(dropped, False, keys=keys))
+
+
+def test_without_bn_dropout_before_a_relu_is_dropout_after_it():
+    x, keys = images(), jax.random.split(jax.random.key(3), 4)
+    nets = [CNN("f6 f5 f3", dropout=0.4, dropout_placement=place) for place in ("before", "after")]
+    variables = nets[0].init(jax.random.key(0), x, train=False)
+    before, after = (net.apply(variables, x, train=True, keys=keys) for net in nets)
+    np.testing.assert_array_equal(before, after)
 
 
 def test_activation_is_the_one_given():
@@ -176,8 +257,21 @@ def test_one_program_serves_every_traced_initialization():
         (dict(placement="all"), images(), "placement='all' needs norm"),
         (dict(placement="last"), images(), "placement='last' needs norm"),
         (dict(spec="c4"), images(), "does not end in a dense layer"),
+        (dict(dropout_placement="first"), images(), "placement='first' is unknown.*before, after"),
+        (dict(dropout=1.0), images(), r"dropout=1.0 is not allowed: it must be in \[0, 1\)"),
     ],
 )
 def test_errors(options, x, message):
     with pytest.raises(ValueError, match=message):
         CNN(**options).init(jax.random.key(0), x, train=False)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [(None, "dropout=0.4 needs keys in training"), (3, r"one for each example is \(4,\)")],
+)
+def test_errors_of_dropout_in_training(keys, message):
+    if keys is not None:
+        keys = jax.random.split(jax.random.key(0), keys)
+    with pytest.raises(ValueError, match=message):
+        CNN("f4 f3", dropout=0.4).init(jax.random.key(0), images(), train=True, keys=keys)

@@ -1,17 +1,20 @@
-"""Plain convolutional networks, described by a spec, with BN where asked."""
+"""Plain convolutional networks, described by a spec, with BN and dropout where asked."""
 
 from collections.abc import Callable
 from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from bn_research.layers.conv import Conv as ConvLayer
+from bn_research.layers.dropout import check_rate, dropout, never_drops
 from bn_research.models.spec import Conv, Dense, Pool, parse_spec
 
 NormPlacement = Literal["none", "last", "hidden", "all"] | int
 PLACEMENTS = ("none", "last", "hidden", "all")
+DropoutPlacement = Literal["before", "after", "last"]
+DROPOUT_PLACEMENTS = ("before", "after", "last")
 
 # The Notes do not give their seven layers; of the five candidates this one has seven weight layers
 # of widths that were usual then.
@@ -23,7 +26,8 @@ class CNN(nn.Module):
 
     The pre-activation of weight layer l, before its BN, is sown as
     `intermediates/pre_activation_l`; BN's output replaces it on the way to the activation or, on
-    the head, to the softmax.
+    the head, to the softmax. Dropout drops elements, in convolution layers too: neighbouring pixels
+    of a channel apart from each other.
 
     Attributes:
       spec: the layers, see `bn_research.models.spec`.
@@ -35,6 +39,12 @@ class CNN(nn.Module):
       head_init: initializer of the head's kernel; None is kernel_init.
       use_bias: biases in convolution and dense layers (γ and β of BN are its own).
       activation: between weight layers.
+      dropout: rate, in training; a traced one serves many rates with one program, and is not
+        checked.
+      dropout_placement: "before" the BN of every hidden layer, on the pre-activation that is sown
+        whole (without BN, before the activation, which for a ReLU is the same as after it); "after"
+        the activation of every hidden layer, before any pooling; or after the activation of the
+        "last" hidden layer alone. Never on the head.
     """
 
     spec: str = DEFAULT_SPEC
@@ -44,21 +54,42 @@ class CNN(nn.Module):
     head_init: Callable[..., Any] | None = None
     use_bias: bool = True
     activation: Callable[[Array], Array] = jax.nn.relu
+    dropout: float | Float[Array, ""] = 0.0
+    dropout_placement: DropoutPlacement = "after"
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"], *, train: bool
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool,
+        keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits of x.
 
+        Args:
+          x: images.
+          train: normalize by the batch and drop out.
+          keys: a PRNG key for each example, for dropout in training; each layer folds its number
+            into them. See `bn_research.layers.dropout`.
+
         Raises:
-          ValueError: a bad spec or placement, placement without norm, or images too small to pool.
+          ValueError: a bad spec, placement or rate of dropout, placement without norm, dropout in
+            training without keys, or images too small to pool.
         """
         layers = parse_spec(self.spec)
         names = _names(layers)
         count = len(names)
         check_placement(self.placement, self.norm, count)
+        self._check_dropout(train, keys)
         number = 0
+
+        def drop(x: Array, *placements: str) -> Array:
+            if not train or keys is None or self.dropout_placement not in placements:
+                return x
+            keys_of_layer = jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+            return dropout(x, keys_of_layer, rate=self.dropout)
+
         for layer in layers:
             if isinstance(layer, Pool):
                 if min(x.shape[1:3]) < 2:
@@ -81,13 +112,26 @@ class CNN(nn.Module):
                 x = x.reshape(x.shape[0], -1)
                 x = nn.Dense(layer.features, name=name, **options)(x)
             self.sow("intermediates", f"pre_activation_{number}", x)
+            if number < count:
+                x = drop(x, "before")
             part = "last" if number == count else "hidden"
             placed = self.placement in ("all", part, number)
             if self.norm is not None and placed:
                 x = self.norm(name=f"batch_norm{number}", use_running_average=not train)(x)
             if number < count:
                 x = self.activation(x)
+                x = drop(x, "after", *(["last"] if number == count - 1 else []))
         return x
+
+    def _check_dropout(self, train: bool, keys: Array | None) -> None:
+        if self.dropout_placement not in DROPOUT_PLACEMENTS:
+            raise ValueError(
+                f"dropout_placement={self.dropout_placement!r} is unknown: allowed are "
+                f"{', '.join(DROPOUT_PLACEMENTS)}"
+            )
+        check_rate("dropout", self.dropout)
+        if train and keys is None and not never_drops(self.dropout):
+            raise ValueError(f"dropout={self.dropout!r} needs keys in training: one an example")
 
 
 def check_placement(
