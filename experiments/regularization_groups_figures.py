@@ -1,0 +1,141 @@
+"""The figures of `experiments.regularization` about groups and noise."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+
+from bn_research.claims.figures import (
+    PALETTE,
+    Figure,
+    band,
+    end_labels,
+    new_figure,
+    save_figure,
+    shared_legend,
+)
+from bn_research.claims.verdict import estimate
+from experiments.regularization_groups_verdicts import (
+    FROZEN,
+    GAP,
+    LOSS_GAP,
+    PLAIN,
+    POPULATION,
+    TEST,
+    Measure,
+    by_seed,
+    ladder_arm,
+)
+
+Records = Sequence[Mapping[str, Any]]
+
+# At the size of their groups, side by side: arm, name, colour, marker.
+_MARKS = (
+    (FROZEN, "BN, groups drawn once", PALETTE.sky, "D"),
+    ("measured", "noise of the measured law", PALETTE.green, "o"),
+    ("borrowed", "noise of another group", PALETTE.purple, "s"),
+    ("additive", "noise for each element", PALETTE.vermillion, "v"),
+)
+_LINES = (
+    (POPULATION, "population statistics", "black", "--"),
+    (PLAIN, "no BN", PALETTE.orange, ":"),
+)
+_PANELS = (
+    (GAP, "gap in accuracy, points"),
+    (LOSS_GAP, "gap in loss, nats"),
+    (TEST, "test accuracy, %"),
+)
+
+
+def draw(config: Any, records: Mapping[str, Records], folder: Path) -> list[Figure]:
+    """All figures, in the order of the report.
+
+    Args:
+      config: of the run.
+      records: of `regularization_groups.measure`.
+      folder: where the PNG files go.
+    """
+    return [
+        _draw_ladder(config, records["main"], folder / "batch_noise.png"),
+        _draw_training(config, records["main"], folder / "batch_noise_training.png"),
+    ]
+
+
+def _draw_ladder(config, main, path) -> Figure:
+    fig, axes = new_figure(rows=len(_PANELS), width=5.0, height=9.6)
+    sizes = config.groups_sizes
+    for axis, (measure, label) in zip(axes, _PANELS, strict=True):
+        rows = np.stack([by_seed(main, ladder_arm(size), measure) for size in sizes], axis=1)
+        line = band(axis, sizes, rows, label="BN by groups", color=PALETTE.blue, spread="interval")
+        line.set(marker="o", markersize=5)
+        for arm, name, color, style in _LINES:
+            _mark_line(axis, by_seed(main, arm, measure), name, color, style)
+        for place, (arm, name, color, marker) in enumerate(_MARKS):
+            x = config.groups_size * 2 ** (0.16 * (place - 1.5))
+            _mark_point(axis, x, main, arm, measure, dict(label=name, color=color, marker=marker))
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sizes, [str(size) for size in sizes])
+        axis.minorticks_off()
+        axis.set_ylabel(label)
+    axes[-1].set_xlabel("examples that share statistics")
+    shared_legend(fig, columns=2)
+    return save_figure(
+        fig,
+        path,
+        title="Less noise, a wider gap?",
+        alt="Three panels against the number of examples that share statistics: the gap between "
+        "training and test accuracy, that between the losses, and test accuracy. BN by groups is a "
+        "line, drawn noise are points at one group size, population statistics and the network "
+        "without BN are horizontal lines.",
+        caption=f"{config.dataset}, {config.groups_examples} training examples, "
+        f"{config.groups_network}, SGD batch {sizes[-1]} throughout. Mean and 95 % interval over "
+        f"{config.groups_seeds} seeds, of each arm alone: differences paired by seed are surer. "
+        f"Inference mode. Points, side by side for the eye: groups of {config.groups_size}, or "
+        "population statistics with noise of such groups.",
+    )
+
+
+def _mark_line(axis: Axes, values: np.ndarray, name: str, color: str, style: str) -> None:
+    axis.axhline(float(values.mean()), color=color, linestyle=style, linewidth=1.6, label=name)
+
+
+def _mark_point(
+    axis: Axes, x: float, main: Records, arm: str, measure: Measure, look: Mapping[str, Any]
+) -> None:
+    """A mean with its interval; without one where there is one seed."""
+    found = estimate(by_seed(main, arm, measure))
+    half = found.high - found.mean if np.isfinite(found.high) else 0.0
+    axis.errorbar(
+        x, found.mean, yerr=half, linestyle="", markersize=6, capsize=2.5, zorder=3, **look
+    )
+
+
+def _draw_training(config, main, path) -> Figure:
+    fig, axis = new_figure(width=5.0, height=4.0)
+    sizes = config.groups_sizes
+    arms = [(ladder_arm(size), f"groups of {size}") for size in (config.groups_size, sizes[-1])]
+    if sizes[0] != config.groups_size:
+        arms.insert(0, (ladder_arm(sizes[0]), f"groups of {sizes[0]}"))
+    arms += [("measured", "measured noise"), (POPULATION, "population"), (PLAIN, "no BN")]
+    styles = ["-"] * (len(arms) - 3) + ["--", "--", ":"]
+    colors = [PALETTE.sky, PALETTE.blue, PALETTE.purple][-(len(arms) - 3) :]
+    colors += [PALETTE.green, "black", PALETTE.orange]
+    for (arm, name), color, style in zip(arms, colors, styles, strict=True):
+        losses = [np.array(r["loss"], dtype=float) for r in main if r["arm"] == arm]
+        steps = config.groups_steps_per_dispatch * (np.arange(len(losses[0])) + 1)
+        band(axis, steps, losses, label=name, color=color, linestyle=style)
+    axis.set_yscale("log")
+    axis.set_xlabel("steps")
+    axis.set_ylabel("training loss, nats")
+    end_labels(axis)
+    return save_figure(
+        fig,
+        path,
+        title="What the noise does to training",
+        alt="Training loss against steps, a line each for BN by small and large groups, population "
+        "statistics with and without drawn noise, and the network without BN.",
+        caption=f"{config.dataset}; loss in training mode, with its noise, mean of "
+        f"{config.groups_steps_per_dispatch} steps. Bands span {config.groups_seeds} seeds.",
+    )
