@@ -14,7 +14,7 @@ from bn_research.claims.figures import (
     save_figure,
     shared_legend,
 )
-from experiments.population_stats_grid import LEVELS, Cell, Records, distance, floor
+from experiments.population_stats_grid import LEVELS, Cell, Records, distance
 from experiments.population_stats_measurements import (
     ALGORITHM2,
     MERGED,
@@ -65,12 +65,6 @@ def _styles(config: Any) -> dict[str, tuple[str, str]]:
 def _curves(cells: Sequence[Records], value: Any) -> np.ndarray:
     """Of those cells, [seeds, cells]."""
     return np.array([[value(run) for run in runs] for runs in cells], float).T
-
-
-def _resolved(runs: Records) -> float:
-    """Algorithm 2's floor; not a number, and not drawn, where its interval reaches 0."""
-    found = floor(runs)
-    return found.mean if found.low > 0 else np.nan
 
 
 def _distance_of(kind: str):
@@ -171,16 +165,6 @@ def _draw_batches(config, cells, momentum, path) -> Figure:
             color=_GREY,
             linestyle=":",
         )
-        floors = [_resolved(records) for records in runs]
-        axis.plot(
-            sizes,
-            floors,
-            color="black",
-            linestyle=":",
-            marker="_",
-            markersize=9,
-            label=f"floor of {ALGORITHM2}",
-        )
         axis.set_yscale("log")
         axis.set_xticks(sizes, [str(size) for size in sizes])
         axis.minorticks_off()
@@ -192,11 +176,9 @@ def _draw_batches(config, cells, momentum, path) -> Figure:
         path,
         title=f"Against the batch size, at step {last}",
         alt="Distance to the full-set statistics against batch size, both on log axes, one panel "
-        "for a low and one for a high rate, with the floor of Algorithm 2 below its line.",
+        "for a low and one for a high rate.",
         caption=f"At step {last}, rates tuned for each batch size. {ALGORITHM2} and merged: "
-        f"{config.population_batches} batches. Floor: the part of the distance that two halves of "
-        f"{config.most_population_batches} batches have in common, where its interval "
-        "over seeds lies above 0. Lines: mean of the seeds; bands: lowest to highest.",
+        f"{config.population_batches} batches. Lines: mean of the seeds; bands: lowest to highest.",
     )
 
 
@@ -211,7 +193,6 @@ def _draw_counts(config, cells, path) -> Figure:
                 curves = np.array([[distance(p) for p in run["counts"][kind]] for run in runs])
                 label = f"{kind}, batch {size}"
                 band(axis, numbers, curves, label=label, color=color, linestyle=style)
-            axis.axhline(_resolved(runs), color=color, linestyle=":", linewidth=1.2)
             if index == len(chosen) - 1:
                 start = np.mean([distance(run["counts"][ALGORITHM2][0]) for run in runs])
                 guide = start / np.sqrt(numbers)
@@ -229,9 +210,7 @@ def _draw_counts(config, cells, path) -> Figure:
         title=f"Against the number of batches, at step {last}",
         alt="Distance of Algorithm 2 and of merged batches to the full-set statistics against the "
         "number of batches, both on log axes, for each batch size, with a line of slope minus one "
-        "half and the floors as dotted lines.",
-        caption=f"At step {last}, independent batches. Dotted: {ALGORITHM2}'s floor, what two "
-        "halves of the batches have in common, where its interval lies above 0; more batches do "
-        "not remove it, since the layers below are normalized by each batch and not by the whole "
-        "set. Lines: mean of the seeds; bands: lowest to highest.",
+        "half.",
+        caption=f"At step {last}, independent batches. Lines: mean of the seeds; bands: lowest to "
+        "highest.",
     )

@@ -114,9 +114,9 @@ def _judge_distance(config, cells, controls, momentum, common) -> Finding:
             if late:
                 name = f"{kind}/{ALGORITHM2}, all cells of step {last}"
                 measured |= _with_interval(name, _ratio(late, kind, ALGORITHM2))
-    for cell, runs in controls.items():
-        name = f"{best}/{ALGORITHM2}, batch {cell.batch_size}, rate decayed to 0"
-        measured |= _with_interval(name, _ratio({cell: runs}, best, ALGORITHM2))
+    for (cell, runs), m in itertools.product(controls.items(), config.momenta):
+        name = f"{average(m)}/{ALGORITHM2}, batch {cell.batch_size}, rate decayed to 0"
+        measured |= _with_interval(name, _ratio({cell: runs}, average(m), ALGORITHM2))
     measured |= _with_interval(f"{ALGORITHM2}/{MERGED}", _ratio(cells, ALGORITHM2, MERGED))
     for cell, runs in cells.items():
         place = f"batch {cell.batch_size}, {cell.level} rate, step {cell.step}"
@@ -147,9 +147,9 @@ def _judge_accuracy(config, cells, controls, momentum, common) -> Finding:
     for m in config.momenta:
         if m != momentum:
             measured |= _with_interval(f"{ALGORITHM2} − {average(m)}", _gain(cells, m))
-    for cell, runs in controls.items():
-        name = f"{ALGORITHM2} − {best}, batch {cell.batch_size}, rate decayed to 0"
-        measured |= _with_interval(name, _gain({cell: runs}, momentum))
+    for (cell, runs), m in itertools.product(controls.items(), config.momenta):
+        name = f"{ALGORITHM2} − {average(m)}, batch {cell.batch_size}, rate decayed to 0"
+        measured |= _with_interval(name, _gain({cell: runs}, m))
     for cell, runs in cells.items():
         place = f"batch {cell.batch_size}, {cell.level} rate, step {cell.step}"
         for kind in ("truth", ALGORITHM2, best):
