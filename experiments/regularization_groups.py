@@ -14,6 +14,7 @@ for statistics of the whole batch: the end of the ladder that has least noise. T
 BN has its own.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -22,6 +23,7 @@ import jax
 
 from bn_research.models.spec import num_logits
 from experiments.regularization_arms import Setting
+from experiments.regularization_groups_dose import dose
 from experiments.regularization_groups_figures import draw
 from experiments.regularization_groups_verdicts import (
     CLAIMS,
@@ -124,14 +126,15 @@ def measure(config: Any, data: Data, runner: Runner) -> dict[str, list[dict[str,
         steps_per_dispatch=config.groups_steps_per_dispatch,
         compiler_level=config.compiler_level,
     )
-    tuning = trainer.train(_tuning_runs(config))
+    measured = functools.partial(dose, trainer)
+    tuning = trainer.train(_tuning_runs(config), measure=measured)
     rates = {norm: best_rate(tuning, norm) for norm in ("batch", "none")}
     main = _main_settings(config, rates["batch"], rates["none"])
     slower = _ladder(config, rates["batch"] / config.groups_slower) if config.groups_slower else {}
     return {
         "tuning": tuning,
-        "main": trainer.train(_for_each_seed(main, range(config.groups_seeds))),
-        "slower": trainer.train(_for_each_seed(slower, range(config.seeds))),
+        "main": trainer.train(_for_each_seed(main, range(config.groups_seeds)), measure=measured),
+        "slower": trainer.train(_for_each_seed(slower, range(config.seeds)), measure=measured),
     }
 
 

@@ -18,6 +18,7 @@ from bn_research.claims.figures import (
 )
 from bn_research.claims.verdict import estimate
 from experiments.regularization_groups_verdicts import (
+    DOSE,
     FROZEN,
     GAP,
     LOSS_GAP,
@@ -59,6 +60,7 @@ def draw(config: Any, records: Mapping[str, Records], folder: Path) -> list[Figu
     """
     return [
         _draw_ladder(config, records["main"], folder / "batch_noise.png"),
+        _draw_dose(config, records["main"], folder / "batch_noise_dose.png"),
         _draw_training(config, records["main"], folder / "batch_noise_training.png"),
     ]
 
@@ -109,6 +111,39 @@ def _mark_point(
     half = found.high - found.mean if np.isfinite(found.high) else 0.0
     axis.errorbar(
         x, found.mean, yerr=half, linestyle="", markersize=6, capsize=2.5, zorder=3, **look
+    )
+
+
+def _draw_dose(config, main, path) -> Figure:
+    fig, axes = new_figure(rows=2, width=5.0, height=7.2)
+    ladder = [ladder_arm(size) for size in config.groups_sizes]
+    for axis, (measure, label) in zip(axes, _PANELS[1:], strict=True):
+        doses = [by_seed(main, arm, DOSE).mean() for arm in ladder]
+        means = [by_seed(main, arm, measure).mean() for arm in ladder]
+        axis.plot(doses, means, "o-", color=PALETTE.blue, markersize=5, label="BN by groups")
+        for x, y, size in zip(doses, means, config.groups_sizes, strict=True):
+            axis.annotate(str(size), (x, y), xytext=(0, 6), textcoords="offset points", fontsize=8)
+        marks = ((POPULATION, "population statistics", "black", "^"), *_MARKS)
+        for arm, name, color, marker in marks:
+            look = dict(label=name, color=color, marker=marker)
+            _mark_point(axis, by_seed(main, arm, DOSE).mean(), main, arm, measure, look)
+        _mark_line(axis, by_seed(main, PLAIN, measure), "no BN", PALETTE.orange, ":")
+        axis.set_xscale("log")
+        axis.set_ylabel(label)
+    axes[-1].set_xlabel("noise in the logits, of the signal's power")
+    shared_legend(fig, columns=2)
+    return save_figure(
+        fig,
+        path,
+        title="Is it the amount of noise, or its law?",
+        alt="The gap between the losses, and test accuracy, against the power of the noise in the "
+        "logits on a log axis: BN by groups of each size as a line, population statistics with and "
+        "without drawn noise and BN with frozen groups as points.",
+        caption=f"{config.dataset}; as the figure above, against the noise that reaches the "
+        "logits of the trained network: variance over passes in training mode over the variance "
+        "over examples. Numbers: group sizes. Mean, and for points the 95 % interval, over "
+        f"{config.groups_seeds} seeds. A law that did nothing but set the amount of noise would "
+        "lie on the line.",
     )
 
 

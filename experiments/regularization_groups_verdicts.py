@@ -88,6 +88,7 @@ LOSS_GAP = Measure("loss gap", lambda r: _number(r["test_loss"]) - _number(r["tr
 TEST_LOSS = Measure("test loss", lambda r: _number(r["test_loss"]), "nats")
 TRAIN = Measure("training accuracy", _points("train_accuracy"))
 TRAIN_LOSS = Measure("training loss", lambda r: _number(r["train_loss"]), "nats")
+DOSE = Measure("noise in the logits", lambda r: _number(r["dose"]), "of the signal's power")
 MEASURES = (GAP, TEST, LOSS_GAP, TEST_LOSS, TRAIN, TRAIN_LOSS)
 
 _WORDS = (
@@ -207,7 +208,7 @@ def judge_noise(
             f". Lower rate: that of the others divided by {config.groups_slower:g}, "
             f"{config.seeds} seeds"
         )
-    measured |= _of_arms(main, (gap, test, TRAIN if gap is GAP else TRAIN_LOSS))
+    measured |= _of_arms(main, (gap, test, TRAIN) if gap is GAP else (gap, test, TRAIN_LOSS, DOSE))
     return Finding(claim, measured, slope.interval, verdict, note + _lost(main))
 
 

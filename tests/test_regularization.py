@@ -35,7 +35,7 @@ def test_every_claim_is_decided_and_every_figure_drawn(finished):
         "less-need-for-dropout",
         "dropout-before-bn-shifts-variance",
     ]
-    assert len(list((finished / "figures").glob("*.png"))) == 7
+    assert len(list((finished / "figures").glob("*.png"))) == 8
 
 
 def test_a_finished_run_trains_nothing_and_ends_with_the_same_results(finished, capfd):
