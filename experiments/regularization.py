@@ -50,7 +50,7 @@ from experiments import regularization_noise as noise
 from experiments import regularization_noise_figures as noise_figures
 from experiments.arms import Images, check_network, load_images
 from experiments.launch import Experiment, main
-from experiments.regularization_training import split
+from experiments.regularization_data import split
 from experiments.runner import Runner
 from experiments.workdir import Ledger
 

@@ -27,9 +27,10 @@ from bn_research.normalization import BatchStats, batch_moments, population_stat
 from bn_research.training.state import TrainState
 from experiments.arms import compiler_options
 from experiments.regularization_arms import Setting, make_model
+from experiments.regularization_data import Data
 from experiments.regularization_dropout_figures import draw
 from experiments.regularization_dropout_verdicts import CELLS, CLAIMS, Cell, judge
-from experiments.regularization_training import Data, Run, Trainer, choose
+from experiments.regularization_training import Run, Trainer, choose, trainer_of
 from experiments.runner import Runner
 
 __all__ = ["CLAIMS", "check", "draw", "judge", "measure", "total_steps"]
@@ -101,20 +102,7 @@ def measure(config: Any, data: Data, runner: Runner) -> dict[str, list[dict[str,
       data: of its training set, the first config.dropout_examples are used.
       runner: of the run.
     """
-    count = len(data.train.label)
-    if config.dropout_examples > count:
-        raise ValueError(
-            f"dropout_examples={config.dropout_examples} is not allowed: there are {count} "
-            "training examples"
-        )
-    train = jax.tree.map(lambda leaf: leaf[: config.dropout_examples], data.train)
-    trainer = Trainer(
-        runner,
-        data._replace(train=train),
-        num_steps=config.dropout_steps,
-        steps_per_dispatch=config.dropout_steps_per_dispatch,
-        compiler_level=config.compiler_level,
-    )
+    trainer = trainer_of("dropout", config, data, runner)
 
     def measure_shift(setting: Setting, state: TrainState) -> Mapping[str, Any]:
         return variance_shift(trainer, setting, state)

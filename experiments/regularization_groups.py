@@ -19,10 +19,9 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from bn_research.models.spec import num_logits
 from experiments.regularization_arms import Setting
+from experiments.regularization_data import Data
 from experiments.regularization_groups_dose import dose
 from experiments.regularization_groups_figures import draw
 from experiments.regularization_groups_verdicts import (
@@ -35,7 +34,7 @@ from experiments.regularization_groups_verdicts import (
     judge,
     ladder_arm,
 )
-from experiments.regularization_training import Data, Run, Trainer, choose
+from experiments.regularization_training import Run, choose, trainer_of
 from experiments.runner import Runner
 
 __all__ = ["CLAIMS", "check", "draw", "judge", "measure", "total_steps"]
@@ -112,20 +111,7 @@ def measure(config: Any, data: Data, runner: Runner) -> dict[str, list[dict[str,
       data: of its training set, the first config.groups_examples are used.
       runner: of the run.
     """
-    count = len(data.train.label)
-    if config.groups_examples > count:
-        raise ValueError(
-            f"groups_examples={config.groups_examples} is not allowed: there are {count} training "
-            "examples"
-        )
-    train = jax.tree.map(lambda leaf: leaf[: config.groups_examples], data.train)
-    trainer = Trainer(
-        runner,
-        data._replace(train=train),
-        num_steps=config.groups_steps,
-        steps_per_dispatch=config.groups_steps_per_dispatch,
-        compiler_level=config.compiler_level,
-    )
+    trainer = trainer_of("groups", config, data, runner)
     measured = functools.partial(dose, trainer)
     tuning = trainer.train(_tuning_runs(config), measure=measured)
     rates = {norm: best_rate(tuning, norm) for norm in ("batch", "none")}

@@ -15,7 +15,7 @@ from bn_research.training.loop import epoch_order_of_groups, run_steps
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 from bn_research.training.sweep import Member, Sweep
-from experiments.arms import Images, compiler_options
+from experiments.arms import compiler_options
 from experiments.regularization_arms import (
     Hyper,
     Setting,
@@ -24,32 +24,12 @@ from experiments.regularization_arms import (
     make_model,
     optimizer,
 )
+from experiments.regularization_data import Data
 from experiments.runner import Runner
 
 _EVAL_BATCH = 32
 _POPULATION_BATCHES = 32  # at most
 _MOMENTS_KEY = 20_000  # of the dropout and noise under which population statistics are taken
-
-
-class Data(NamedTuple):
-    """Three sets that share no example."""
-
-    train: Batch
-    validation: Batch  # the training split's next examples: settings are chosen by it
-    test: Batch
-
-
-def split(images: Images, *, train: int, validation: int, test: int) -> Data:
-    """The first examples of the training split, those after them, and the first of the test set."""
-
-    def cut(examples: Batch, start: int, stop: int) -> Batch:
-        return jax.tree.map(lambda leaf: leaf[start:stop], examples)
-
-    return Data(
-        cut(images.train, 0, train),
-        cut(images.train, train, train + validation),
-        cut(images.test, 0, test),
-    )
 
 
 class Run(NamedTuple):
@@ -282,6 +262,25 @@ class Trainer:
             list(zip(jnp.split(images[: count * size], count), keys, strict=True)),
         )
         return state._replace(batch_stats=population)
+
+
+def trainer_of(part: str, config: Any, data: Data, runner: Runner) -> Trainer:
+    """The trainer of a part of the experiment, by the config's fields that begin with its name.
+
+    Args:
+      part: "groups" or "dropout".
+      config: of the run.
+      data: of its training set, the first PART_examples are used.
+      runner: of the run.
+    """
+    examples = getattr(config, f"{part}_examples")
+    return Trainer(
+        runner,
+        data._replace(train=jax.tree.map(lambda leaf: leaf[:examples], data.train)),
+        num_steps=getattr(config, f"{part}_steps"),
+        steps_per_dispatch=getattr(config, f"{part}_steps_per_dispatch"),
+        compiler_level=config.compiler_level,
+    )
 
 
 def choose(records: Sequence[Mapping[str, Any]], key: str = "validation_loss") -> dict[str, Any]:

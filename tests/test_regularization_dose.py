@@ -8,8 +8,9 @@ import pytest
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
 from experiments.regularization_arms import Setting, make_model
+from experiments.regularization_data import Data
 from experiments.regularization_groups_dose import dose
-from experiments.regularization_training import Data, Trainer
+from experiments.regularization_training import Trainer
 from experiments.runner import Runner
 from experiments.workdir import Ledger
 

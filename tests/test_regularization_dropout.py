@@ -13,6 +13,7 @@ from bn_research.training.step import Batch
 from bn_research.training.sweep import Sweep
 from experiments import regularization_dropout as dropout
 from experiments.regularization_arms import Setting
+from experiments.regularization_data import Data
 from experiments.regularization_dropout_figures import tuned_curve
 from experiments.regularization_dropout_verdicts import (
     CELLS,
@@ -22,7 +23,7 @@ from experiments.regularization_dropout_verdicts import (
     judge_shift,
     shifted,
 )
-from experiments.regularization_training import Data, Run, Trainer
+from experiments.regularization_training import Run, Trainer
 from experiments.runner import Runner
 from experiments.workdir import Ledger
 
@@ -349,8 +350,3 @@ def test_layers_with_dropout_below():
 def test_bad_config(field, value, message):
     with pytest.raises(ValueError, match=message):
         dropout.check(dataclasses.replace(CONFIG, **{field: value}))
-
-
-def test_more_examples_than_there_are(data):
-    with pytest.raises(ValueError, match="dropout_examples=541 is not allowed: there are 540"):
-        dropout.measure(dataclasses.replace(CONFIG, dropout_examples=541), data, None)

@@ -13,6 +13,7 @@ from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.training.step import Batch
 from bn_research.training.sweep import Sweep
 from experiments import regularization_groups as groups
+from experiments.regularization_data import Data
 from experiments.regularization_groups_verdicts import (
     FROZEN,
     GAP,
@@ -28,7 +29,6 @@ from experiments.regularization_groups_verdicts import (
     recovery,
     slopes,
 )
-from experiments.regularization_training import Data
 from experiments.runner import Runner
 from experiments.workdir import Ledger
 
@@ -151,11 +151,6 @@ def test_findings_and_figures_of_a_run(finished, tmp_path):
     assert findings[0].measured[name] == pytest.approx(np.mean(expected))
     for figure in groups.draw(CONFIG, records, tmp_path):
         assert figure.path.stat().st_size > 10_000
-
-
-def test_more_examples_than_there_are(data, tmp_path):
-    with pytest.raises(ValueError, match="groups_examples=91 is not allowed: there are 90"):
-        run(tmp_path, data, dataclasses.replace(CONFIG, groups_examples=91))
 
 
 # --- the verdicts, by made-up records ---

@@ -14,7 +14,8 @@ from bn_research.training.loop import epoch_order
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
 from experiments.regularization_arms import NORMS, Setting, hyper, make_model, optimizer
-from experiments.regularization_training import Data, Run, Trainer, choose
+from experiments.regularization_data import Data
+from experiments.regularization_training import Run, Trainer, choose
 from experiments.runner import Runner
 from experiments.workdir import Ledger
 
