@@ -28,7 +28,7 @@ from experiments.ensemble_verdicts import (
 
 _GREY = "#777777"
 _COLORS = {VARIED: PALETTE.blue, SEEDS: PALETTE.vermillion}
-_SHOWN = 20  # examples that a bin of the reliability diagram needs
+_SHOWN = 100  # examples that a bin of the reliability diagram needs: an error below 0.05
 
 
 def draw(config: Any, ensembles: Ensembles, folder: Path) -> list[Figure]:
