@@ -16,6 +16,7 @@ from bn_research.claims.figures import (
     save_figure,
     shared_legend,
 )
+from bn_research.claims.formatting import format_number
 from bn_research.claims.verdict import estimate
 from experiments.regularization_groups_verdicts import (
     DOSE,
@@ -72,6 +73,7 @@ def _draw_ladder(config, main, path) -> Figure:
         rows = np.stack([by_seed(main, ladder_arm(size), measure) for size in sizes], axis=1)
         line = band(axis, sizes, rows, label="BN by groups", color=PALETTE.blue, spread="interval")
         line.set(marker="o", markersize=5)
+        _zoom(axis, config, main, measure)
         for arm, name, color, style in _LINES:
             _mark_line(axis, by_seed(main, arm, measure), name, color, style)
         for place, (arm, name, color, marker) in enumerate(_MARKS):
@@ -95,8 +97,19 @@ def _draw_ladder(config, main, path) -> Figure:
         f"{config.groups_network}, SGD batch {sizes[-1]} throughout. Mean and 95 % interval over "
         f"{config.groups_seeds} seeds, of each arm alone: differences paired by seed are surer. "
         f"Inference mode. Points, side by side for the eye: groups of {config.groups_size}, or "
-        "population statistics with noise of such groups.",
+        "population statistics with noise of such groups; ↓ and a number, far below.",
     )
+
+
+def _zoom(axis: Axes, config: Any, main: Records, measure: Measure) -> None:
+    """Limits the y axis to the ladder and what lies near it."""
+    arms = [*map(ladder_arm, config.groups_sizes), POPULATION, PLAIN, "measured", "additive"]
+    means = [by_seed(main, arm, measure).mean() for arm in arms]
+    margin = 0.25 * (max(means) - min(means)) or 1.0
+    low, frozen = min(means) - margin, by_seed(main, FROZEN, measure).mean()
+    if low - 4 * margin < frozen < low + margin:
+        low = frozen - 2 * margin
+    axis.set_ylim(low, max(means) + margin)
 
 
 def _mark_line(axis: Axes, values: np.ndarray, name: str, color: str, style: str) -> None:
@@ -106,8 +119,17 @@ def _mark_line(axis: Axes, values: np.ndarray, name: str, color: str, style: str
 def _mark_point(
     axis: Axes, x: float, main: Records, arm: str, measure: Measure, look: Mapping[str, Any]
 ) -> None:
-    """A mean with its interval; without one where there is one seed."""
+    """A mean with its interval, none for one seed; where it lies below the axis, its value."""
     found = estimate(by_seed(main, arm, measure))
+    low, high = axis.get_ylim()
+    if found.mean < low:
+        y = low + 0.05 * (high - low)
+        axis.plot(x, y, linestyle="", markersize=6, zorder=3, **look)
+        left = arm == FROZEN  # the leftmost of the points side by side
+        text = f"{format_number(found.mean)} ↓  " if left else f"  ↓ {format_number(found.mean)}"
+        style: dict[str, Any] = dict(fontsize=9, va="center", ha="right" if left else "left")
+        axis.annotate(text, (x, y), color=look["color"], **style)
+        return
     half = found.high - found.mean if np.isfinite(found.high) else 0.0
     axis.errorbar(
         x, found.mean, yerr=half, linestyle="", markersize=6, capsize=2.5, zorder=3, **look
@@ -123,6 +145,7 @@ def _draw_dose(config, main, path) -> Figure:
         axis.plot(doses, means, "o-", color=PALETTE.blue, markersize=5, label="BN by groups")
         for x, y, size in zip(doses, means, config.groups_sizes, strict=True):
             axis.annotate(str(size), (x, y), xytext=(0, 6), textcoords="offset points", fontsize=8)
+        _zoom(axis, config, main, measure)
         marks = ((POPULATION, "population statistics", "black", "^"), *_MARKS)
         for arm, name, color, marker in marks:
             look = dict(label=name, color=color, marker=marker)
