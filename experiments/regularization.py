@@ -77,7 +77,7 @@ class Config:
     law_steps_per_dispatch: int = 50
     law_sizes: tuple[int, ...] = (8, 32, 128, 256)  # m
     law_points: tuple[float, ...] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # x̃ of Gaussian samples
-    law_samples: int = 10_000  # batches of Gaussian samples
+    law_samples: int = 40_000  # batches of Gaussian samples
     law_batches: int = 1000  # of images
     law_examples: int = 64  # whose variance is measured
 
