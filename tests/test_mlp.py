@@ -50,6 +50,19 @@ def test_batch_norm_and_inputs_of_any_rank(shape):
     np.testing.assert_allclose(logits, norm(np.asarray(h @ second)), rtol=1e-3, atol=1e-3)
 
 
+def test_dropout():
+    """On the only hidden layer: its elements are doubled or gone, by the keys."""
+    x, keys = data((5, 6)), jax.random.split(jax.random.key(3), 5)
+    net = MLP("f4 f2", use_bias=False, dropout=0.5)
+    variables = net.init(jax.random.key(0), x, train=False)
+    first, second = (variables["params"][n]["kernel"] for n in ("dense1", "dense2"))
+    folded = jax.vmap(jax.random.fold_in, (0, None))(keys, 1)
+    kept = [jax.random.bernoulli(key, 0.5, (4,)) for key in folded]
+    h = 2 * np.maximum(np.asarray(x @ first), 0) * np.array(kept)
+    logits = net.apply(variables, x, train=True, keys=keys)
+    np.testing.assert_allclose(logits, h @ np.asarray(second), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("spec", ["c4 f10", "P f10"])
 def test_dense_layers_only(spec):
     with pytest.raises(ValueError, match=f"network '{spec}' has more than dense layers: use CNN"):

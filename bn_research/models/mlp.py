@@ -1,6 +1,6 @@
 """Multilayer perceptrons: dense layers only, on flattened inputs."""
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from bn_research.models.cnn import CNN
 from bn_research.models.spec import Dense, parse_spec
@@ -16,13 +16,22 @@ class MLP(CNN):
     spec: str = "f100 f100 f100 f10"
 
     def __call__(
-        self, x: Float[Array, "batch ..."], *, train: bool
+        self,
+        x: Float[Array, "batch ..."],
+        *,
+        train: bool,
+        keys: Key[Array, "batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits of x.
+
+        Args:
+          x: inputs.
+          train: normalize by the batch and drop out.
+          keys: a PRNG key for each example, for dropout in training.
 
         Raises:
           ValueError: a spec with convolutions or pooling, or as `CNN`.
         """
         if not all(isinstance(layer, Dense) for layer in parse_spec(self.spec)):
             raise ValueError(f"network {self.spec!r} has more than dense layers: use CNN for it")
-        return super().__call__(x, train=train)
+        return super().__call__(x, train=train, keys=keys)
