@@ -129,6 +129,7 @@ PRESETS = {
         groups_rates=(0.1,),
         groups_steps=4,
         groups_steps_per_dispatch=2,
+        groups_tuning_seeds=2,  # as many as of the rest: so many lanes are one program
         groups_seeds=2,
         dropout_network="f16 f16 f10",
         dropout_rates=(0.5,),
@@ -137,6 +138,7 @@ PRESETS = {
         dropout_batch_size=32,
         dropout_steps=20,
         dropout_steps_per_dispatch=10,
+        dropout_tuning_seeds=2,
         dropout_seeds=2,
     ),
     "quick": Config(),

@@ -29,17 +29,17 @@ def dose(trainer: Trainer, setting: Setting, state: TrainState) -> dict[str, flo
     """What a record is to hold, under "dose"; over the training set, as far as it fills batches."""
     image = trainer.data.train.image
     batches = len(image) // setting.batch_size
-    program = _program(setting.static, batches)
+    program = _program(setting.static, batches, trainer.compiler_level)
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     return {"dose": float(program(variables, image[: batches * setting.batch_size]))}
 
 
 @functools.cache
-def _program(static: tuple[Any, ...], batches: int):
+def _program(static: tuple[Any, ...], batches: int, compiler_level: int):
     setting = Setting(*static)
     model = make_model(setting)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options(1))
+    @functools.partial(jax.jit, compiler_options=compiler_options(compiler_level))
     def program(variables, image):
         def one_pass(key):
             order_key, noise_key = jax.random.split(key)

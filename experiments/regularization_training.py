@@ -140,7 +140,7 @@ class Trainer:
       data: the three sets.
       num_steps: of each training.
       steps_per_dispatch: steps of one call into the compiled program.
-      compiler_level: see `experiments.arms.compiler_options`.
+      compiler_level: see `experiments.arms.compiler_options`; an attribute too.
     """
 
     def __init__(
@@ -154,7 +154,8 @@ class Trainer:
     ):
         """Places the sets on the devices."""
         self.data = data
-        self._runner, self._compiler_level = runner, compiler_level
+        self.compiler_level = compiler_level
+        self._runner = runner
         self._num_steps, self._steps_per_dispatch = num_steps, steps_per_dispatch
         self._sets = {
             name: place_batches(examples, batch_size=_EVAL_BATCH)
@@ -196,7 +197,7 @@ class Trainer:
                     setting.static,
                     self._num_steps,
                     self._steps_per_dispatch,
-                    self._compiler_level,
+                    self.compiler_level,
                 ),
                 [
                     Member(name, run.seed, hyper(run.setting), self._num_steps)
@@ -232,7 +233,7 @@ class Trainer:
         state = state._replace(opt_state=(), key=jax.random.key(0))
         for name, examples in self._sets.items():
             program = _evaluation_program(
-                setting.network, setting.norm != "none", examples.mesh, self._compiler_level
+                setting.network, setting.norm != "none", examples.mesh, self.compiler_level
             )
             scores = program(examples.batches, state)
             found |= {f"{name}_loss": scores["loss"], f"{name}_accuracy": scores["accuracy"]}
@@ -254,7 +255,7 @@ class Trainer:
         images = self.data.train.image
         count = min(len(images) // size, _POPULATION_BATCHES)
         rate = np.float32(setting.dropout if dropout is None else dropout)
-        moments = _moments_program(setting.static, self._compiler_level)
+        moments = _moments_program(setting.static, self.compiler_level)
         keys = jax.random.split(jax.random.key(_MOMENTS_KEY), (count, size))
         population = population_batch_stats(
             lambda variables, batch: moments(variables, *batch, rate),
