@@ -10,7 +10,7 @@ that is asked several times, each time with the BN statistics of another trainin
 
     python -m experiments.ensemble --preset=smoke|quick|standard --workdir=DIR
 
-    smoke     digits, 2 ensembles of each kind, one module, 15 s
+    smoke     digits, 2 ensembles of each kind, one module, 20 s
     quick     digits, 3 ensembles of each kind: a first answer in 90 s on 2 CPU cores
     standard  Fashion-MNIST at 14×14, 5 ensembles of each kind: within 25 min on 2 CPU cores
 

@@ -9,7 +9,7 @@ early to late in training, at a low and a high learning rate and several batch s
 
     smoke     digits, 2 seeds, tiny: every line runs, verdicts may be inconclusive
     quick     digits, 3 seeds, two batch sizes: a first answer in 90 s on 2 CPU cores
-    standard  Fashion-MNIST at 14×14, 5 seeds, three batch sizes: within 15 min on 2 CPU cores
+    standard  Fashion-MNIST at 14×14, 5 seeds, three batch sizes: within 20 min on 2 CPU cores
 
 Method. A convolutional network with BN on its hidden layers is trained by momentum SGD at a
 constant rate, and carries moving averages of every momentum at once, which do not influence it. At
