@@ -5,7 +5,7 @@ import os
 
 _FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
-    # XLA's older code generator compiles in two thirds of the time; XLA of jax 0.11 is without it.
+    # XLA's older code generator compiles in half the time; XLA of jax 0.11 has it no more.
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_opt_preset=FAST_COMPILE"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 
