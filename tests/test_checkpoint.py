@@ -629,14 +629,15 @@ def start_two(folder, task):
 
 
 def finish(processes, timeout=90):
-    """Exit statuses, lines on stdout and what orbax or we wrote on stderr."""
+    """Exit statuses, lines that TWO printed, and what orbax or we wrote on stderr."""
     try:
         outputs = [process.communicate(timeout=timeout) for process in processes]
     finally:
         for process in processes:
             process.kill()
-    lines = [out.splitlines() for out, _ in outputs]
-    lines = [[line for line in each if not line.startswith("[Gloo]")] for each in lines]
+    # Gloo writes there too, from a thread for each device, into each other's lines.
+    ours = ("newest ", "refused ", "end ")
+    lines = [[line for line in out.splitlines() if line.startswith(ours)] for out, _ in outputs]
     errors = [err for _, err in outputs]
     return [process.returncode for process in processes], lines, errors
 

@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
 
 from bn_research.training.manifest import DamageError, read_manifest, write_manifest
 from bn_research.training.quiet import quiet_orbax
@@ -134,7 +133,7 @@ class Checkpointer:
             except CheckpointError as error:
                 number, failure = _UNREADABLE, error
         if jax.process_count() > 1:
-            number = int(multihost_utils.broadcast_one_to_all(np.int32(number)))
+            number = _from_process_0(number)
         if number == _UNREADABLE:
             raise failure or CheckpointError(
                 f"process 0 finds every checkpoint in {self.directory} damaged"
@@ -265,6 +264,18 @@ class Checkpointer:
             f"checkpoint {self._folder(number)} is damaged or cut ({error}); remove that "
             "folder to continue without it, or use another --workdir"
         )
+
+
+def _from_process_0(number: int) -> int:
+    """What process 0 gives, in every process, once all devices are done with telling it.
+
+    `multihost_utils.broadcast_one_to_all` waits for one device of each process. Where a process
+    ended next, one of its devices might not have connected yet, and that of another process would
+    wait for it for ever.
+    """
+    given = number if jax.process_index() == 0 else _UNREADABLE  # the least there is
+    everywhere = jax.pmap(lambda n: jax.lax.pmax(n, "all"), axis_name="all")
+    return int(everywhere(np.full(jax.local_device_count(), given)).block_until_ready()[0])
 
 
 def _said(error: Exception) -> str:
