@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, Key
 
 from bn_research.layers.conv import Conv as ConvLayer
 from bn_research.layers.dropout import check_rate, dropout, never_drops
+from bn_research.layers.max_pool import max_pool
 from bn_research.models.spec import Conv, Dense, Pool, parse_spec
 
 NormPlacement = Literal["none", "last", "hidden", "all"] | int
@@ -97,7 +98,7 @@ class CNN(nn.Module):
                         f"network {self.spec!r} pools images that are only {x.shape[1]}×"
                         f"{x.shape[2]} by then: remove a P or use larger images"
                     )
-                x = nn.max_pool(x, (2, 2), (2, 2))
+                x = max_pool(x, (2, 2), (2, 2))
                 continue
             name = names[number]
             number += 1

@@ -29,6 +29,7 @@ from jaxtyping import Array, Float, Key
 from bn_research.layers.conv import Implementation, conv2d
 from bn_research.layers.dropout import check_rate, dropout, never_drops
 from bn_research.layers.local_response import local_response_normalization
+from bn_research.layers.max_pool import max_pool
 
 SMALLEST = 32  # allowed height and width, with the defaults
 
@@ -284,7 +285,7 @@ def _convolve(
 
 
 def _max_pool(x: Array, stride: int) -> Array:
-    return nn.max_pool(x, (3, 3), (stride, stride), "SAME")
+    return max_pool(x, (3, 3), (stride, stride), "SAME")
 
 
 def _avg_pool(x: Array) -> Array:

@@ -22,6 +22,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from bn_research.layers.max_pool import max_pool
+
 Stem = Literal["cifar", "imagenet"]
 STEMS = ("cifar", "imagenet")
 _EXPANSION = 4  # of a bottleneck's channels at its end
@@ -148,7 +150,7 @@ class ResNet(nn.Module):
         if not self.preactivation:
             x = self.activation(normalized(norm, x, name="stem_norm"))
         if self.stem == "imagenet":
-            x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+            x = max_pool(x, (3, 3), (2, 2), "SAME")
         for stage, blocks in enumerate(self.stage_sizes):
             for block in range(blocks):
                 x = ResNetBlock(

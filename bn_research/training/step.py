@@ -185,7 +185,7 @@ def _example_keys(state: TrainState, shape: tuple[int, ...], axis_name: str | No
 def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
     """What the backward pass keeps rather than recomputes."""
     # The statistics of `batch_norm` are a custom_jvp_call by then: few numbers, one collective.
-    return primitive.name in ("conv_general_dilated", "dot_general", "custom_jvp_call")
+    return primitive.name in ("conv2d", "conv_general_dilated", "dot_general", "custom_jvp_call")
 
 
 def _all_finite(tree: Any) -> Array:
