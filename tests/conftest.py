@@ -8,6 +8,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
     # XLA's older code generator compiles in half the time; XLA of jax 0.11 has it no more.
     _FLAGS += ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_opt_preset=FAST_COMPILE"]
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
+# Tests neither read nor fill the user's cache; the tests of the cache have their own.
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -78,8 +78,8 @@ def _kernel(x: Array, g: Array, geometry: Geometry) -> Array:
     wide = jnp.promote_types(x.dtype, jnp.float32)
 
     def of(start: Array | int, size: int) -> Array:
-        part = (jax.lax.dynamic_slice_in_dim(v, start, size) for v in (x, g))
-        return _kernel_at_once(*part, geometry).astype(wide)
+        some_x, some_g = (jax.lax.dynamic_slice_in_dim(v, start, size) for v in (x, g))
+        return _kernel_at_once(some_x, some_g, geometry).astype(wide)
 
     first = len(x) % _EXAMPLES or min(len(x), _EXAMPLES)
     total = of(0, first)
