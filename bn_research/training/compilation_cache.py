@@ -21,7 +21,8 @@ def use_compilation_cache() -> None:
     program is found again by what it computes, JAX's version, XLA's options and the device; CPUs of
     different instructions, which may share a home, have folders of their own.
     """
-    if jax.config.jax_compilation_cache_dir or not jax.config.jax_enable_compilation_cache:
+    told = jax.config.values
+    if told["jax_compilation_cache_dir"] or not told["jax_enable_compilation_cache"]:
         return
     cache = Path(platformdirs.user_cache_dir("bn_research", appauthor=False))
     folder = cache / "compiled" / _instructions()
