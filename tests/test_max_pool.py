@@ -6,7 +6,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bn_research.layers.conv import conv2d
 from bn_research.layers.max_pool import max_pool
+from bn_research.normalization import batch_norm
 
 OPTIONS = [
     ((2, 2), (2, 2), "VALID"),
@@ -48,6 +50,37 @@ def test_forward_mode_and_vmap(options):
     np.testing.assert_allclose(tangent, expected, atol=1e-2)
     mapped = jax.vmap(jax.grad(lambda x: jnp.sum(jnp.sin(pool(x[None])))))(x)
     np.testing.assert_allclose(mapped, jax.grad(lambda x: jnp.sum(jnp.sin(pool(x))))(x), atol=1e-6)
+
+
+def test_in_one_program_with_what_comes_before():
+    """A compiler may compute the images again for the gradient, rounded in another way."""
+    x, kernel = images((32, 12, 12, 3), ties=False), images((3, 3, 3, 16), ties=False)
+    scale = jnp.linspace(0.1, 3, 16)
+
+    def gradients(pool):
+        @jax.jit
+        def gradient(kernel, scale):
+            def loss(kernel, scale):
+                y = jax.nn.relu(batch_norm(conv2d(x, kernel), scale, scale - 1)[0])
+                return jnp.sum(jnp.sin(pool(y, (2, 2), (2, 2))))
+
+            return jax.grad(loss, (0, 1))(kernel, scale)
+
+        return gradient(kernel, scale)
+
+    for found, expected in zip(gradients(max_pool), gradients(nn.max_pool), strict=True):
+        error = np.abs(found - expected).max() / np.abs(expected).max()
+        assert error < 1e-5
+
+
+def test_second_derivatives():
+    x, change = images((2, 6, 6, 2), ties=False), images((2, 6, 6, 2), ties=True)
+
+    def product(pool):
+        loss = lambda x: jnp.sum(jnp.sin(pool(x, (3, 3), (2, 2), "SAME")))  # noqa: E731
+        return jax.jvp(jax.grad(loss), (x,), (change,))[1]
+
+    np.testing.assert_allclose(product(max_pool), product(nn.max_pool), atol=1e-6)
 
 
 def test_half_precision_keeps_its_type():
