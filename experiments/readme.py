@@ -14,7 +14,7 @@ from bn_research.claims.formatting import format_duration
 from bn_research.claims.report import markdown_table
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("README.md", "docs/scaling.md")
+PAGES = ("README.md", "docs/performance.md", "docs/scaling.md")
 _BLOCK = re.compile(r"(<!-- (results|benchmark):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 
 

@@ -32,6 +32,7 @@ def test_results_are_those_committed(page):
         ("benchmarks/accuracy.md", "NaN", "0"),
         ("benchmarks/speed.md", " ms", " s"),
         ("benchmarks/sweep.md", " ms", " s"),
+        ("benchmarks/train_step.md", " ms", " s"),
     ],
 )
 def test_a_changed_result_changes_the_readme(tmp_path, name, old, new):

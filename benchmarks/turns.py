@@ -1,0 +1,114 @@
+"""Programs that take turns, each in a process of its own, so that a busy machine hits them alike.
+
+A program answers every line of its input with the seconds of one step. Each process has the threads
+and the memory of one library only: beside each other they would wait for each other.
+"""
+
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+WARM_UP = 3  # turns that do not count
+
+
+class Memory(NamedTuple):
+    """Resident memory of a process, MiB."""
+
+    before: float  # with its library imported, before it builds anything
+    peak: float  # of its life, compilation included
+    at_end: float
+
+
+class Measured(NamedTuple):
+    """Of one program."""
+
+    seconds: list[float]  # of a step, one a round
+    memory: Memory
+
+
+def resident() -> float:
+    """Of this process, MiB."""
+    with open("/proc/self/statm") as statm:
+        return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
+
+
+def serve(build: Callable[[], Callable[[], int]]) -> None:
+    """Builds a program and runs it once a line of input; the program returns its steps."""
+    before = resident()
+    run = build()
+    for line in sys.stdin:
+        if line.strip() == "memory":
+            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+            print(json.dumps(Memory(before, peak, resident())), flush=True)
+            continue
+        start = time.perf_counter()
+        steps = run()
+        print((time.perf_counter() - start) / steps, flush=True)
+
+
+class _Process:
+    def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            env={**os.environ, **environment},
+        )
+
+    def ask(self, line: str) -> str:
+        assert self._process.stdin and self._process.stdout
+        self._process.stdin.write(f"{line}\n")
+        answer = self._process.stdout.readline()
+        if not answer:
+            raise RuntimeError(f"{' '.join(self._process.args)} ended: see above")  # type: ignore[arg-type]
+        return answer
+
+    def close(self) -> None:
+        self._process.communicate()
+
+
+def take_turns(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[str, Measured]:
+    """Measures programs for so many seconds, in a new order every round.
+
+    Args:
+      commands: name -> module and arguments, of a program that calls `serve`.
+      seconds: of rounds, after all are warm.
+    """
+    processes = {name: _Process(command, {}) for name, command in commands.items()}
+    try:
+        for process in processes.values():
+            for _ in range(WARM_UP):
+                process.ask("step")
+        found: dict[str, list[float]] = {name: [] for name in processes}
+        order, end = list(processes), time.monotonic() + seconds
+        while time.monotonic() < end:
+            random.shuffle(order)
+            for name in order:
+                found[name].append(float(processes[name].ask("step")))
+        memory = {name: Memory(*json.loads(p.ask("memory"))) for name, p in processes.items()}
+    finally:
+        for process in processes.values():
+            process.close()
+    return {name: Measured(found[name], memory[name]) for name in processes}
+
+
+def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> str:
+    """Median and quartiles of the ratios of each round."""
+    quotients = np.asarray(numerator) / np.asarray(denominator)
+    low, middle, high = np.quantile(quotients, (0.25, 0.5, 0.75))
+    return f"{middle:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def milliseconds(seconds: Sequence[float]) -> str:
+    """Median."""
+    return f"{np.median(seconds) * 1e3:.3g} ms"
