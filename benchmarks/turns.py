@@ -5,7 +5,6 @@ and the memory of one library only: beside each other they would wait for each o
 """
 
 import json
-import os
 import random
 import resource
 import subprocess
@@ -55,14 +54,13 @@ def serve(build: Callable[[], Callable[[], int]]) -> None:
 
 
 class _Process:
-    def __init__(self, command: Sequence[str], environment: Mapping[str, str]):
+    def __init__(self, command: Sequence[str]):
         self._process = subprocess.Popen(
             [sys.executable, "-m", *command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
-            env={**os.environ, **environment},
         )
 
     def ask(self, line: str) -> str:
@@ -84,7 +82,7 @@ def take_turns(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[st
       commands: name -> module and arguments, of a program that calls `serve`.
       seconds: of rounds, after all are warm.
     """
-    processes = {name: _Process(command, {}) for name, command in commands.items()}
+    processes = {name: _Process(command) for name, command in commands.items()}
     try:
         for process in processes.values():
             for _ in range(WARM_UP):
