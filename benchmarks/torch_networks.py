@@ -46,7 +46,7 @@ def train_step(
         nonlocal position
         for _ in range(steps):
             part = slice(position, position + batch)
-            position = (position + batch) % (len(x) - batch + 1)
+            position = (position + batch) % len(x)  # whole batches, as of the others
             optimizer.zero_grad()
             nn.functional.cross_entropy(model(x[part]), label[part]).backward()
             optimizer.step()
