@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bn_research.claims.figures import (
     PALETTE,
@@ -228,6 +227,8 @@ def _draw_ratios(config, runs, path) -> Figure:
 
 def _log_x(axis) -> None:
     """A logarithmic axis of plain numbers; call it once all is drawn."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
     axis.set_xscale("log")
     low, high = axis.get_xlim()
     decades = np.log10(high / low)

@@ -1,11 +1,12 @@
 """The figures of `experiments.regularization` about groups and noise."""
 
+from __future__ import annotations
+
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from bn_research.claims.figures import (
     PALETTE,
@@ -30,6 +31,9 @@ from experiments.regularization_groups_verdicts import (
     by_seed,
     ladder_arm,
 )
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Records = Sequence[Mapping[str, Any]]
 

@@ -44,7 +44,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy import stats
 from tqdm import tqdm
 
 from bn_research import data
@@ -522,6 +521,8 @@ def median_interval(values: Sequence[float]) -> Estimate:
     The k-th smallest and the k-th largest of n values enclose the median but with probability
     2·P(Binomial(n, 1/2) < k), whatever the distribution.
     """
+    from scipy import stats
+
     ordered, n = sorted(values), len(values)
     k = int(stats.binom.ppf(0.025, n, 0.5))
     low, high = (ordered[k - 1], ordered[n - k]) if k else (-math.inf, math.inf)

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.ticker import LogFormatter, ScalarFormatter
 
 from bn_research.claims.figures import (
     PALETTE,
@@ -71,6 +70,8 @@ def _draw_steps(config, spectra, trained, path) -> Figure:
                     label=shown,
                 )
                 shown = "_"
+    from matplotlib.ticker import LogFormatter, ScalarFormatter
+
     axis.set_yscale("log")
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))

@@ -27,7 +27,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
-from scipy import stats
 
 from bn_research.normalization import batch_norm, whitening
 
@@ -245,6 +244,8 @@ def measure_regression(
     if not all(0 <= norm < math.inf for norm in mean_norms):
         raise ValueError(f"mean_norms={tuple(mean_norms)} is not allowed: each must be ≥ 0")
     rng = np.random.default_rng(seed)
+    from scipy import stats
+
     basis = stats.ortho_group.rvs(features, random_state=rng)
     direction = rng.standard_normal(features)
     direction /= np.linalg.norm(direction)

@@ -1,6 +1,8 @@
 """The floors of the house: what a file may import, read from the source by `ast`."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -193,3 +195,22 @@ def test_a_bad_import_is_found(path, source):
 )
 def test_a_good_import_is_let_through(path, source):
     assert violations(Path(path), source) == []
+
+
+# Each takes a good part of a second to import; only a run needs them.
+SLOW = ("matplotlib", "scipy.stats", "scipy.optimize", "sklearn", "tensorflow_datasets", "grain")
+
+
+def test_asking_an_experiment_for_help_loads_no_slow_library():
+    names = [
+        path.stem
+        for path in (ROOT / "experiments").glob("*.py")
+        if "main(EXPERIMENT)" in path.read_text(encoding="utf-8")
+    ]
+    assert "init_sensitivity" in names
+    program = "import sys\n" + "".join(f"import experiments.{name}\n" for name in names)
+    program += f"print([name for name in {SLOW} if name in sys.modules])"
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "[]"

@@ -1,25 +1,29 @@
 """Figures in one clean style: readable on paper and on a phone, for colour-blind readers too.
 
 Everything goes through :class:`matplotlib.figure.Figure`; pyplot and its global state, which
-leaks figures in a long run, are not used.
+leaks figures in a long run, are not used. Matplotlib takes half a second to import, so this is done
+by the first figure, not by whoever asks an experiment for help.
 """
+
+from __future__ import annotations
 
 import dataclasses
 import io
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import matplotlib.figure
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.lines import Line2D
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from bn_research.claims import atomic
+
+if TYPE_CHECKING:
+    import matplotlib.figure
+    from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
 DPI = 150
 _INK = "#262626"
@@ -86,8 +90,11 @@ def new_figure(
     for name, value in (("columns", columns), ("rows", rows)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as MatplotlibFigure
+
     width = width or (4.6 if columns == 1 else 3.4 * columns)
-    fig = matplotlib.figure.Figure(
+    fig = MatplotlibFigure(
         figsize=(width, height or 3.1 * rows), facecolor="white", layout="constrained"
     )
     FigureCanvasAgg(fig)
@@ -280,7 +287,7 @@ def _interval(
     count = valid.sum(axis=0)
     squares = np.where(valid, curves - mean, 0.0) ** 2
     error = np.sqrt(_divide(squares.sum(axis=0), (count - 1) * count))  # NaN, no band, for one seed
-    half = stats.t.ppf(0.975, np.maximum(count - 1, 1)) * error
+    half = special.stdtrit(np.maximum(count - 1, 1), 0.975) * error
     return mean - half, mean + half
 
 

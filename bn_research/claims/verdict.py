@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
+from scipy import special
 
 from bn_research.claims.registry import Claim
 
@@ -116,6 +116,8 @@ def slope(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -> Estimate:
         raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
     if len(x) < 2 or np.all(x == x[0]):
         raise ValueError(f"x must hold at least two different values, got {x.tolist()}")
+    from scipy import stats  # half a second, which those who ask for help need not wait
+
     fit = stats.linregress(x, y)
     mean = float(fit.slope)
     if len(x) == 2:  # a line through two points has no residual to judge it by
@@ -174,7 +176,7 @@ def conjunction(*verdicts: str) -> str:
 
 
 def _student(mean: float, error: float, freedom: int, count: int, confidence: float) -> Estimate:
-    half = float(stats.t.ppf((1 + confidence) / 2, freedom)) * error
+    half = float(special.stdtrit(freedom, (1 + confidence) / 2)) * error
     return Estimate(mean, mean - half, mean + half, count)
 
 

@@ -9,7 +9,6 @@ over x ≥ 0 in the null space with x_i = 1, whose solutions lie at vertices, so
 
 import numpy as np
 from jaxtyping import Float
-from scipy.optimize import linprog
 
 _RANK_TOLERANCES = (1e-4, 1e-3, 1e-2)  # of singular values: rounding and BN's ε leave more than 0
 _NEGATIVE = 0.02  # how far below 0 rounding may take an x_i
@@ -53,6 +52,8 @@ def _null_space(slopes: np.ndarray, tolerance: float) -> Float[np.ndarray, "leav
 def _smallest_holding(leaf: int, null_space: np.ndarray) -> np.ndarray | None:
     """The x ≥ 0 of the null space with x[leaf] = 1 and the least sum; None without one."""
     basis = null_space / np.linalg.norm(null_space, axis=0)
+    from scipy.optimize import linprog  # a quarter of a second to import
+
     result = linprog(
         basis.sum(axis=0),
         A_ub=-basis,

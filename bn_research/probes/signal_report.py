@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib.axes import Axes
 
 from bn_research.claims.figures import PALETTE, Figure, new_figure, save_figure
 from bn_research.claims.formatting import aligned
 from bn_research.probes import signal_verdict
 
 if typing.TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
     from bn_research.probes.signal import LayerSignal, Signal
 
 _NAMED = 24  # layers, above which the figure numbers them
