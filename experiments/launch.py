@@ -34,7 +34,7 @@ from bn_research.claims.verdict import NOT_REPRODUCED, Finding
 from bn_research.data import DataError
 from bn_research.training.checkpoint import CheckpointError
 from bn_research.training.compilation_cache import use_compilation_cache
-from bn_research.training.cpu_process import keep_memory, use_eigen_convolutions
+from bn_research.training.cpu_process import use_eigen_convolutions
 from bn_research.training.preemption import Stopped
 from bn_research.training.processes import Job, ProcessError, join
 from experiments.workdir import Workdir, WorkdirError
@@ -99,7 +99,6 @@ def main(experiment: Experiment, argv: Sequence[str] | None = None) -> int:
         options = _parse(experiment, argv)
         if options is None:
             return 0
-        keep_memory()
         use_eigen_convolutions()
         use_compilation_cache()
         if options.job is not None:

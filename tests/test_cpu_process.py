@@ -4,8 +4,6 @@ import os
 import subprocess
 import sys
 
-import pytest
-
 CONVOLUTION = """
 import jax, jax.numpy as jnp
 x, kernel = jnp.ones((8, 16, 16, 32)), jnp.ones((3, 3, 32, 32))
@@ -13,19 +11,7 @@ convolve = lambda x, kernel: jax.lax.conv_general_dilated(
     x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
 print("library:", "ynn" in jax.jit(convolve).lower(x, kernel).compile().as_text())
 """
-FAULTS = """
-import resource
-import jax, jax.numpy as jnp
-step = jax.jit(lambda a: jnp.sum(jnp.sin(a @ a.T)))  # the product has 64 MiB
-a = jnp.ones((4096, 8))
-def faults():
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    for _ in range(5):
-        step(a).block_until_ready()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print([faults() for _ in range(5)][-1])
-"""
-SETTINGS = "from bn_research.training.cpu_process import keep_memory, use_eigen_convolutions\n"
+SETTINGS = "from bn_research.training.cpu_process import use_eigen_convolutions\n"
 
 
 def run(program, flags=""):
@@ -47,16 +33,3 @@ def test_flags_of_the_user_stay():
     assert run(program, own) == own
     other = "--xla_force_host_platform_device_count=2"
     assert run(program, other).startswith(f"{other} --xla_cpu")
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="glibc alone can be told")
-def test_memory_is_kept():
-    """Fresh pages are touched in every step, or in none."""
-    fresh = int(run(FAULTS))
-    kept = int(run(SETTINGS + "keep_memory()" + FAULTS))
-    assert kept < fresh / 4
-
-
-def test_memory_elsewhere_is_left_alone():
-    program = "import sys\nsys.platform = 'darwin'\n" + SETTINGS + "keep_memory()\nprint('done')"
-    assert run(program) == "done"

@@ -2,18 +2,11 @@
 
 XLA on a CPU takes its convolutions from one of two libraries. The default of XLA in jax 0.10 and
 0.11, YNNPACK, reaches half the speed of the other, Eigen (measured, docs/performance.md).
-
-It also asks the system for the buffers of every call and returns them after it; touching fresh
-pages takes a tenth of a step of a small convolutional network.
 """
 
-import ctypes
 import os
-import sys
 
 _CONVOLUTIONS = "--xla_cpu_experimental_ynn_fusion_type"
-# mallopt's parameters
-_TRIM_THRESHOLD, _MMAP_MAX, _ARENA_MAX = -1, -4, -8
 
 
 def use_eigen_convolutions() -> None:
@@ -24,15 +17,3 @@ def use_eigen_convolutions() -> None:
     flags = os.environ.get("XLA_FLAGS", "")
     if _CONVOLUTIONS not in flags:
         os.environ["XLA_FLAGS"] = f"{flags} {_CONVOLUTIONS}=-individual_convolution".lstrip()
-
-
-def keep_memory() -> None:
-    """Has the process keep the memory that it frees, for the buffers of the next step.
-
-    All large blocks come from one arena that is never given back. glibc alone can be told so;
-    elsewhere nothing changes. Threads that have allocated before keep their arenas.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        for parameter, value in ((_MMAP_MAX, 0), (_TRIM_THRESHOLD, 2**31 - 1), (_ARENA_MAX, 1)):
-            mallopt(parameter, value)
