@@ -13,6 +13,7 @@ The second table is the time of each part by itself, for an image of 32x32.
 import argparse
 import importlib.metadata
 import io
+import json
 import multiprocessing
 import os
 import platform
@@ -277,6 +278,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="turns of every program")
     parser.add_argument("--seconds", type=float, default=SECONDS, help="of a turn")
+    parser.add_argument("--json", action="store_true", help="print every figure")
     parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as data_dir:
@@ -285,6 +287,10 @@ def main() -> None:
             name: measure(one, arguments.rounds, arguments.seconds) for name, one in sets.items()
         }
         times = parts(sets, arguments.rounds)
+    if arguments.json:
+        rates = {s: {k: r._asdict() for k, r in found.items()} for s, found in measured.items()}
+        print(json.dumps({"images per second": rates, "µs of CPU time per image": times}))
+        return
     text = (
         f"{markdown(measured, times)}\n\nMeasured with `python -m benchmarks.input_pipeline`: "
         f"medians with quartiles, {os.cpu_count()} cores; {versions()}."

@@ -16,6 +16,7 @@ batch 60) on Fashion-MNIST; the steady state also for a CNN.
 
 import argparse
 import hashlib
+import json
 import os
 import random
 import subprocess
@@ -264,6 +265,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1000, help="of each member")
     parser.add_argument("--rounds", type=int, default=3, help="start to finish")
     parser.add_argument("--seconds", type=float, default=60.0, help="for each steady state")
+    parser.add_argument("--json", action="store_true", help="print every time")
     parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
     parser.add_argument("--train", help=argparse.SUPPRESS)  # numbers of members: of a launch
     arguments = parser.parse_args()
@@ -276,6 +278,10 @@ def main() -> None:
     launches = start_to_finish(arguments.steps, arguments.rounds)
     use_cpu_cores()
     steady = [(setting, steady_state(setting, arguments.seconds)) for setting in (MLP, CNN)]
+    if arguments.json:
+        per_step = {setting.name: times for setting, times in steady}
+        print(json.dumps({"start to finish": launches._asdict(), "per step": per_step}))
+        return
     from benchmarks.accuracy import versions
 
     rounds = ", ".join(str(len(times["alone"])) for _, times in steady)

@@ -1,10 +1,13 @@
 """Programs that take turns, each in a process of its own, so that a busy machine hits them alike.
 
-A program answers every line of its input with the seconds of one step. Each process has the threads
-and the memory of one library only: beside each other they would wait for each other.
+A program answers every line of its input, the name of one of its parts, with the seconds of one
+step of that part. Each process has the threads and the memory of one library only: beside each
+other they would wait for each other.
 """
 
 import json
+import os
+import platform
 import random
 import resource
 import subprocess
@@ -29,7 +32,7 @@ class Memory(NamedTuple):
 class Measured(NamedTuple):
     """Of one program."""
 
-    seconds: list[float]  # of a step, one a round
+    seconds: dict[str, list[float]]  # part -> of a step, one a round
     memory: Memory
 
 
@@ -39,15 +42,20 @@ def resident() -> float:
         return int(statm.read().split()[1]) * resource.getpagesize() / 2**20
 
 
-def serve(build: Callable[[], Callable[[], int]]) -> None:
-    """Builds a program and runs it once a line of input; the program returns its steps."""
+def serve(build: Callable[[], Mapping[str, Callable[[], int]]]) -> None:
+    """Builds a program and runs the part named by each line of input.
+
+    Args:
+      build: makes part -> a function that takes some steps and returns how many.
+    """
     before = resident()
-    run = build()
+    parts = build()
     for line in sys.stdin:
         if line.strip() == "memory":
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
             print(json.dumps(Memory(before, peak, resident())), flush=True)
             continue
+        run = parts[line.strip()]
         start = time.perf_counter()
         steps = run()
         print((time.perf_counter() - start) / steps, flush=True)
@@ -75,24 +83,29 @@ class _Process:
         self._process.communicate()
 
 
-def take_turns(commands: Mapping[str, Sequence[str]], seconds: float) -> dict[str, Measured]:
-    """Measures programs for so many seconds, in a new order every round.
+def take_turns(
+    commands: Mapping[str, Sequence[str]], seconds: float, parts: Sequence[str] = ("step",)
+) -> dict[str, Measured]:
+    """Measures programs for so many seconds a part, in a new order every round.
 
     Args:
       commands: name -> module and arguments, of a program that calls `serve`.
-      seconds: of rounds, after all are warm.
+      seconds: of rounds of each part, after all are warm; at least one round.
+      parts: names that every program knows; one after the other.
     """
     processes = {name: _Process(command) for name, command in commands.items()}
+    found: dict[str, dict[str, list[float]]] = {name: {} for name in processes}
     try:
-        for process in processes.values():
-            for _ in range(WARM_UP):
-                process.ask("step")
-        found: dict[str, list[float]] = {name: [] for name in processes}
-        order, end = list(processes), time.monotonic() + seconds
-        while time.monotonic() < end:
-            random.shuffle(order)
-            for name in order:
-                found[name].append(float(processes[name].ask("step")))
+        for part in parts:
+            for name, process in processes.items():
+                found[name][part] = []
+                for _ in range(WARM_UP):
+                    process.ask(part)
+            order, end = list(processes), time.monotonic() + seconds
+            while time.monotonic() < end or not found[order[0]][part]:
+                random.shuffle(order)
+                for name in order:
+                    found[name][part].append(float(processes[name].ask(part)))
         memory = {name: Memory(*json.loads(p.ask("memory"))) for name, p in processes.items()}
     finally:
         for process in processes.values():
@@ -110,3 +123,11 @@ def ratio(numerator: Sequence[float], denominator: Sequence[float]) -> str:
 def milliseconds(seconds: Sequence[float]) -> str:
     """Median."""
     return f"{np.median(seconds) * 1e3:.3g} ms"
+
+
+def machine() -> str:
+    """Cores, processor and present load, for the line below a table."""
+    with open("/proc/cpuinfo") as info:
+        names = [line.partition(":")[2].strip() for line in info if line.startswith("model name")]
+    processor = names[0] if names else platform.processor()
+    return f"{os.cpu_count()} cores of {processor} (load average before: {os.getloadavg()[0]:.1f})"

@@ -1,7 +1,7 @@
 """BN-Inception: the network of Ioffe & Szegedy (2015), figure 5.
 
     stem          7×7 of stride 2 → 64, max-pooling, 1×1 → 64, 3×3 → 192, max-pooling
-    inception_*   ten modules, the table MODULES below
+    inception_*   ten modules, the table MODULES of `inception_modules`
     head          mean over all positions, dense layer
 
 In a module four branches see the same input, and their outputs are concatenated: 1×1; 1×1 → 3×3;
@@ -19,7 +19,7 @@ Padding is "SAME" throughout; an average at the border is over the pixels there 
 
 import functools
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -30,39 +30,12 @@ from bn_research.layers.conv import Implementation, conv2d
 from bn_research.layers.dropout import check_rate, dropout, never_drops
 from bn_research.layers.local_response import local_response_normalization
 from bn_research.layers.max_pool import max_pool
+from bn_research.models.inception_modules import MODULES, Widths, scaled
 
 SMALLEST = 32  # allowed height and width, with the defaults
 
 Stem = Literal["imagenet", "small"]
 STEM_HALVINGS: dict[Stem, int] = {"imagenet": 3, "small": 1}  # of height and width
-
-
-class Widths(NamedTuple):
-    """Numbers of channels of one Inception module, in the columns of figure 5."""
-
-    name: str
-    conv_1x1: int  # 0: without this branch
-    reduce_3x3: int
-    conv_3x3: int
-    reduce_double_3x3: int
-    double_3x3: int
-    pool: Literal["avg", "max"]
-    projection: int  # 0: pooling passes all channels through
-    stride: int = 1
-
-
-MODULES = (
-    Widths("3a", 64, 64, 64, 64, 96, "avg", 32),
-    Widths("3b", 64, 64, 96, 64, 96, "avg", 64),
-    Widths("3c", 0, 128, 160, 64, 96, "max", 0, stride=2),
-    Widths("4a", 224, 64, 96, 96, 128, "avg", 128),
-    Widths("4b", 192, 96, 128, 96, 128, "avg", 128),
-    Widths("4c", 160, 128, 160, 128, 160, "avg", 128),
-    Widths("4d", 96, 128, 192, 160, 192, "avg", 128),
-    Widths("4e", 0, 128, 192, 192, 256, "max", 0, stride=2),
-    Widths("5a", 352, 192, 320, 160, 224, "avg", 128),
-    Widths("5b", 352, 192, 320, 192, 224, "max", 128),
-)
 
 
 class ConvBlock(nn.Module):
@@ -239,7 +212,7 @@ class Inception(nn.Module):
             features: int, kernel_size: int, norm: Any = self.norm, **options: Any
         ) -> ConvBlock:
             return ConvBlock(
-                _scaled(features, self.width),
+                scaled(features, self.width),
                 kernel_size,
                 norm and functools.partial(norm, use_running_average=not train),
                 self.activation,
@@ -249,7 +222,7 @@ class Inception(nn.Module):
                 **options,
             )
 
-        multiplier = _scaled(8, self.width) if self.separable_stem else None
+        multiplier = scaled(8, self.width) if self.separable_stem else None
         if self.stem == "imagenet":
             x = block(64, 7, stride=2, depth_multiplier=multiplier, name="stem_7x7")(x)
         else:
@@ -271,10 +244,6 @@ class Inception(nn.Module):
         if train and keys is not None:
             x = dropout(x, keys, rate=self.dropout)
         return nn.Dense(self.num_classes, kernel_init=self.kernel_init, name="head")(x)
-
-
-def _scaled(features: int, width: float) -> int:
-    return max(1, round(features * width))
 
 
 def _convolve(

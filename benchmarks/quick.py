@@ -1,0 +1,120 @@
+"""How long a user waits for an experiment: `--help`, and the preset `quick`.
+
+    python -m benchmarks.quick [--only=NAME,NAME] [--json] [--write]
+
+Whole processes, one after the other, each with a workdir of its own. `--help` is the median of
+five, with lowest and highest. `quick` runs twice: the first time all programs are compiled, the
+second time they are found in the compilation cache, which is a new one for this benchmark.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks.accuracy import versions
+from benchmarks.turns import machine
+from bn_research.claims import atomic
+
+ROOT = Path(__file__).parents[1]
+TABLE = ROOT / "docs" / "benchmarks" / "quick.md"
+HELP, QUICK = 2.0, 90.0  # seconds, what is asked for
+TIMES = 5  # of --help
+
+
+class Waited(NamedTuple):
+    """For one experiment, seconds."""
+
+    help: list[float]
+    quick: list[float]  # with an empty cache, with a filled one; none where it cannot run
+    left_out: str  # why, in the experiment's words
+
+
+def experiments() -> list[str]:
+    """Names of the modules that can be launched."""
+    return sorted(
+        path.stem
+        for path in (ROOT / "experiments").glob("*.py")
+        if "main(EXPERIMENT)" in path.read_text(encoding="utf-8")
+    )
+
+
+def _seconds(arguments: list[str], environment: dict[str, str]) -> tuple[float, str]:
+    """Of one process, and its last line on stderr if it did not end well."""
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-m", *arguments], capture_output=True, text=True, env=environment
+    )
+    seconds = time.perf_counter() - start
+    return seconds, (done.stderr.strip().splitlines() or [""])[-1] if done.returncode else ""
+
+
+def wait_for(name: str, folder: Path) -> Waited:
+    """Times one experiment, with workdirs and a cache in folder."""
+    environment = {
+        **os.environ,
+        "JAX_COMPILATION_CACHE_DIR": str(folder / f"{name}-cache"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # as the experiments themselves set
+    }
+    module = f"experiments.{name}"
+    help_seconds = [_seconds([module, "--help"], environment)[0] for _ in range(TIMES)]
+    quick = []
+    for number in range(2):
+        workdir = folder / f"{name}-{number}"
+        seconds, error = _seconds([module, "--preset=quick", f"--workdir={workdir}"], environment)
+        if error:
+            return Waited(help_seconds, [], error)
+        quick.append(seconds)
+    return Waited(help_seconds, quick, "")
+
+
+def markdown(waited: dict[str, Waited]) -> str:
+    """Experiments as rows."""
+    lines = [
+        f"| experiment | `--help` (< {HELP:g} s) | `quick` (< {QUICK:g} s) | compiled before |",
+        "|---|---|---|---|",
+    ]
+    for name, one in waited.items():
+        times = [f"{one.left_out}", ""]
+        if one.quick:
+            times = [f"{seconds:.0f} s" for seconds in one.quick]
+            times[0] += " **missed**" * (one.quick[0] >= QUICK)
+        low, middle, high = np.quantile(one.help, (0, 0.5, 1))
+        cell = f"{middle:.2f} s [{low:.2f}, {high:.2f}]" + " **missed**" * (middle >= HELP)
+        lines.append(f"| `{name}` | {cell} | {' | '.join(times)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Prints the table; --write keeps it for the README."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--only", type=lambda text: text.split(","), default=experiments())
+    parser.add_argument("--json", action="store_true", help="print every time")
+    parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
+    arguments = parser.parse_args()
+    if unknown := set(arguments.only) - set(experiments()):
+        parser.error(f"--only={','.join(sorted(unknown))}: allowed are {', '.join(experiments())}")
+    of = machine()
+    with tempfile.TemporaryDirectory() as folder:
+        waited = {name: wait_for(name, Path(folder)) for name in tqdm(arguments.only)}
+    if arguments.json:
+        print(json.dumps({name: one._asdict() for name, one in waited.items()}))
+        return
+    text = f"{markdown(waited)}\n\nMeasured with `python -m benchmarks.quick`; {versions()}, {of}."
+    print(text)
+    if arguments.write:
+        atomic.write_bytes(TABLE, f"{text}\n".encode())
+
+
+if __name__ == "__main__":
+    main()
