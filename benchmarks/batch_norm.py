@@ -1,9 +1,10 @@
 """How long batch-norm layers take in training, beside a copy of their input.
 
-    python -m benchmarks.batch_norm [--seconds=8] [--json] [--write]
+    python -m benchmarks.batch_norm [--dtype=bfloat16] [--relu] [--seconds=8] [--json] [--write]
 
 Forward: output and new running statistics. Forward and backward: also the gradients of input, scale
-and bias. float32, one jitted program a call; PyTorch runs eagerly, channels last.
+and bias. One jitted program a call; PyTorch runs eagerly, channels last. γ, β and statistics are
+float32.
 
 Layers take turns, each in a process of its own, in a new order every round. × is the time of ours
 over that of the other in the same round: below 1 ours is faster. Median, with quartiles in
@@ -15,6 +16,9 @@ cotangent for two sums, read both, write).
 A library asks the system for the buffers of every call, and first touching fresh pages takes longer
 than the arithmetic. So everything is measured twice: as it comes, and with glibc told to keep what
 it has been given. A program of many steps, as the experiments run, touches no fresh pages either.
+
+Where JAX has a GPU all of this runs on it, with larger inputs and as it comes alone; there
+--dtype=bfloat16 --relu is the case that training meets.
 """
 
 import argparse
@@ -23,7 +27,7 @@ import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -32,6 +36,7 @@ from bn_research.claims import atomic
 
 TABLE = Path(__file__).parents[1] / "docs" / "benchmarks" / "batch_norm.md"
 SHAPES = {"images": (128, 32, 32, 64), "units": (1024, 512)}
+GPU_SHAPES = {"images": (256, 56, 56, 64), "units": (16384, 4096)}  # beyond its cache, too
 PASSES = ("forward", "forward and backward")
 FLOOR = {"forward": 3 / 2, "forward and backward": 8 / 2}  # in copies
 OURS, COPY, TORCH = "bn_research", "a copy", "PyTorch"
@@ -47,18 +52,34 @@ def keep_memory() -> None:
             raise OSError(f"mallopt({parameter}, {value}) was refused: this needs glibc")
 
 
-def jax_parts(step: Callable[..., Any] | None, shape: tuple[int, ...]) -> dict[str, Any]:
+class Case(NamedTuple):
+    """What a layer is given, and what follows it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    relu: bool
+
+
+def shapes() -> dict[str, tuple[int, ...]]:
+    """For the device that JAX has here."""
+    import jax
+
+    return GPU_SHAPES if jax.default_backend() == "gpu" else SHAPES
+
+
+def jax_parts(step: Callable[..., Any] | None, case: Case) -> dict[str, Any]:
     """Both passes of a peer's step, or a copy of the input where there is none."""
     import jax
     import jax.numpy as jnp
 
     draw = np.random.default_rng(0).standard_normal
-    x, g = (jnp.asarray(draw(shape), jnp.float32) for _ in range(2))
-    scale, bias = jnp.ones(shape[-1]), jnp.zeros(shape[-1])
+    x, g = (jnp.asarray(draw(case.shape), case.dtype) for _ in range(2))
+    scale, bias = jnp.ones(case.shape[-1]), jnp.zeros(case.shape[-1])
 
     def forward(x, scale, bias, g):
         y, mean, var = step(x, scale, bias)
-        return y, (mean, var)
+        y = y.astype(case.dtype)
+        return jax.nn.relu(y) if case.relu else y, (mean, var)
 
     def both(x, scale, bias, g):
         y, vjp, statistics = jax.vjp(
@@ -82,49 +103,59 @@ def jax_parts(step: Callable[..., Any] | None, shape: tuple[int, ...]) -> dict[s
     return {name: timed(function) for name, function in zip(PASSES, functions, strict=True)}
 
 
-def torch_parts(shape: tuple[int, ...]) -> dict[str, Any]:
+def torch_parts(case: Case) -> dict[str, Any]:
     """PyTorch's layer, channels last in memory."""
     import torch
 
-    layer = (torch.nn.BatchNorm2d if len(shape) == 4 else torch.nn.BatchNorm1d)(shape[-1])
-    layout = (0, 3, 1, 2) if len(shape) == 4 else (0, 1)
-    x = torch.randn(shape).permute(layout).requires_grad_()
-    g = torch.randn(shape).permute(layout)
+    images, features = len(case.shape) == 4, case.shape[-1]
+    on: Any = {"device": "cuda" if torch.cuda.is_available() else "cpu"}
+    layer = (torch.nn.BatchNorm2d if images else torch.nn.BatchNorm1d)(features, **on)
+    layout = (0, 3, 1, 2) if images else (0, 1)
+    x, g = (
+        torch.randn(case.shape, dtype=getattr(torch, case.dtype), **on).permute(layout)
+        for _ in range(2)
+    )
+    x.requires_grad_()
+
+    def wait() -> int:
+        if on["device"] == "cuda":
+            torch.cuda.synchronize()
+        return 1
+
+    def apply() -> Any:
+        y = layer(x)
+        return torch.relu_(y) if case.relu else y
 
     def forward() -> int:
-        layer(x)  # keeps what its gradient needs, as in training
-        return 1
+        apply()  # keeps what its gradient needs, as in training
+        return wait()
 
     def both() -> int:
         x.grad = layer.weight.grad = layer.bias.grad = None
-        layer(x).backward(g)
-        return 1
+        apply().backward(g)
+        return wait()
 
     return dict(zip(PASSES, (forward, both), strict=True))
 
 
-def serve_layer(name: str) -> None:
+def serve_layer(name: str, dtype: str, relu: bool, of: dict[str, tuple[int, ...]]) -> None:
     """Every part of one layer."""
-    make: Callable[[tuple[int, ...]], dict[str, Any]]
-    if name == TORCH:
-        make = torch_parts
-    elif name == COPY:
 
-        def make(shape):
-            return jax_parts(None, shape)
-    else:
+    def make(case: Case) -> dict[str, Any]:
+        if name == TORCH:
+            return torch_parts(case)
+        if name == COPY:
+            return jax_parts(None, case)
         from benchmarks import peers
 
         peer = next(p for p in (peers.OURS, *peers.OTHERS) if p.name == name)
-
-        def make(shape):
-            return jax_parts(peer.make(shape[-1]), shape)
+        return jax_parts(peer.make(case.shape[-1]), case)
 
     serve(
         lambda: {
             f"{kind}, {part}": run
-            for kind, shape in SHAPES.items()
-            for part, run in make(shape).items()
+            for kind, shape in of.items()
+            for part, run in make(Case(tuple(shape), dtype, relu)).items()
         }
     )
 
@@ -140,10 +171,22 @@ def left_out() -> dict[str, str]:
     }
 
 
-def markdown(measured: dict[str, dict[str, Measured]], missing: dict[str, str]) -> str:
-    """A table for each shape and way of allocating; ratios first."""
+def markdown(
+    measured: dict[str, dict[str, Measured]],
+    missing: dict[str, str],
+    of: dict[str, tuple[int, ...]],
+    size: int = 4,
+) -> str:
+    """A table for each shape and way of allocating; ratios first.
+
+    Args:
+      measured: way of allocating -> layer -> times.
+      missing: layer -> why it is left out, or "".
+      of: kind -> shape of the input.
+      size: bytes of one of its elements.
+    """
     tables = []
-    for kind, shape in SHAPES.items():
+    for kind, shape in of.items():
         for mode, found in measured.items():
             head = [
                 cell
@@ -161,7 +204,7 @@ def markdown(measured: dict[str, dict[str, Measured]], missing: dict[str, str]) 
                     times = {layer: one.seconds[key] for layer, one in found.items()}
                     own = "1" if name == OURS else ratio(times[OURS], times[name])
                     if name == COPY:
-                        rate = 2 * 4 * np.prod(shape) / np.median(times[name]) / 1e9
+                        rate = 2 * size * np.prod(shape) / np.median(times[name]) / 1e9
                         cells += [own, milliseconds(times[name]), f"{rate:.0f} GB/s"]
                     else:
                         in_copies = ratio(times[name], times[COPY])
@@ -176,22 +219,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--relu", action="store_true", help="after the layer")
     parser.add_argument("--seconds", type=float, default=8.0, help="for each column of a table")
     parser.add_argument("--json", action="store_true", help="print every time")
     parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
     parser.add_argument("--keep-memory", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--serve", help=argparse.SUPPRESS)
+    parser.add_argument("--shapes", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve:
         if arguments.keep_memory:
             keep_memory()
-        serve_layer(arguments.serve)
+        serve_layer(arguments.serve, arguments.dtype, arguments.relu, arguments.shapes)
         return
-    missing, of = left_out(), machine()
-    parts = [f"{kind}, {part}" for kind in SHAPES for part in PASSES]
+    missing, where, of = left_out(), machine(), shapes()
+    parts = [f"{kind}, {part}" for kind in of for part in PASSES]
+    options = [f"--dtype={arguments.dtype}", f"--shapes={json.dumps(of)}"]
+    options += ["--relu"] * arguments.relu
     measured = {}
-    for mode in MODES:
-        extra = ["--keep-memory"] if mode == "memory kept" else []
+    for mode in MODES if of is SHAPES else MODES[:1]:
+        extra = options + ["--keep-memory"] * (mode == "memory kept")
         commands = {
             name: ["benchmarks.batch_norm", f"--serve={name}", *extra]
             for name, why in missing.items()
@@ -206,9 +254,10 @@ def main() -> None:
 
     rounds = [len(one) for f in measured.values() for one in f[OURS].seconds.values()]
     text = (
-        f"{markdown(measured, missing)}\n\nMeasured with `python -m benchmarks.batch_norm`: "
-        f"medians of {min(rounds)} to {max(rounds)} rounds, with quartiles of the ratios; "
-        f"{versions()}, {of}."
+        f"{markdown(measured, missing, of, 2 if arguments.dtype == 'bfloat16' else 4)}\n\n"
+        f"Measured with `python -m benchmarks.batch_norm{' --relu' * arguments.relu}`, "
+        f"{arguments.dtype}: medians of {min(rounds)} to {max(rounds)} rounds, with quartiles of "
+        f"the ratios; {versions()}, {where}."
     )
     print(text)
     if arguments.write:

@@ -83,8 +83,8 @@ def processes(network: str) -> dict[str, Memory | str]:
     """Program -> its memory, or why it is left out."""
     reasons = left_out(network)
     with tempfile.TemporaryDirectory() as cache:
-        found = take_turns(commands(network, reasons, cache=cache), seconds=0)
-        again = take_turns(commands(network, {OURS: ""}, cache=cache), seconds=0)
+        found = take_turns(commands(network, reasons, f"--cache={cache}"), seconds=0)
+        again = take_turns(commands(network, {OURS: ""}, f"--cache={cache}"), seconds=0)
     memory: dict[str, Memory | str] = {CACHED: again[OURS].memory}
     return memory | {name: why or found[name].memory for name, why in reasons.items()}
 

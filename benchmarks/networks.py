@@ -25,6 +25,7 @@ class Network(NamedTuple):
     modules: tuple[str, ...] = ()  # of figure 5
     width: float = 1.0  # times its channels
     activation: str = "relu"
+    dtype: str = "float32"  # of the computation; another only of an Inception
 
 
 NETWORKS = {
@@ -103,6 +104,7 @@ def _inception(network: Network, norm: Any, implementation: Any) -> Any:
         modules=network.modules,
         stem="small",
         implementation=implementation,
+        dtype=network.dtype,
     )
 
 

@@ -110,6 +110,7 @@ def train_step(
 ) -> Callable[[], int]:
     """A function that takes steps on the batches of x in turn."""
     position = 0
+    half = torch.autocast(x.device.type, torch.bfloat16, enabled=network.dtype == "bfloat16")
 
     def run() -> int:
         nonlocal position
@@ -117,8 +118,12 @@ def train_step(
             part = slice(position, position + network.batch)
             position = (position + network.batch) % len(x)  # whole batches, as of the others
             optimizer.zero_grad()
-            nn.functional.cross_entropy(model(x[part]), label[part]).backward()
+            with half:
+                loss = nn.functional.cross_entropy(model(x[part]), label[part])
+            loss.backward()
             optimizer.step()
+        if x.is_cuda:
+            torch.cuda.synchronize()
         return network.steps
 
     return run

@@ -129,24 +129,28 @@ def torch_program(network: Network, variant: str) -> Callable[[], int]:
 
     from benchmarks.torch_networks import torch_network, train_step
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     images, labels = data(network)
-    x = torch.tensor(images).permute(0, 3, 1, 2).contiguous()
-    model: Any = torch_network(network)
+    x = torch.tensor(images).permute(0, 3, 1, 2).contiguous().to(device)
+    model: Any = torch_network(network).to(device)
     if variant == "channels last":
         x, model = (v.to(memory_format=torch.channels_last) for v in (x, model))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     if variant == "compiled":
         model = torch.compile(model)
-    return train_step(model, optimizer, x, torch.tensor(labels).long(), network)
+    return train_step(model, optimizer, x, torch.tensor(labels).long().to(device), network)
 
 
-def commands(
-    network: str, reasons: Mapping[str, str], *, cache: str | None = None
-) -> dict[str, list[str]]:
+def with_options(name: str, dtype: str, batch: int | None) -> Network:
+    """A network of NETWORKS in another dtype or on other batches."""
+    network = NETWORKS[name]
+    return network._replace(dtype=dtype, batch=batch or network.batch)
+
+
+def commands(network: str, reasons: Mapping[str, str], *options: str) -> dict[str, list[str]]:
     """Of processes for `benchmarks.turns`, for the programs that are not left out."""
-    keep = [] if cache is None else [f"--cache={cache}"]
     return {
-        name: ["benchmarks.train_programs", f"--program={name}", f"--network={network}", *keep]
+        name: ["benchmarks.train_programs", f"--program={name}", f"--network={network}", *options]
         for name, why in reasons.items()
         if not why
     }
@@ -160,9 +164,12 @@ def main() -> None:
     parser.add_argument("--program", choices=PROGRAMS, required=True)
     parser.add_argument("--network", choices=tuple(NETWORKS), required=True)
     parser.add_argument("--cache", help="folder of compiled programs")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--batch", type=int)
     arguments = parser.parse_args()
     import_library(arguments.program, arguments.cache)
-    serve(lambda: {"step": build(arguments.program, NETWORKS[arguments.network])})
+    network = with_options(arguments.network, arguments.dtype, arguments.batch)
+    serve(lambda: {"step": build(arguments.program, network)})
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """A whole training step on this machine, beside plain Flax and PyTorch.
 
     python -m benchmarks.train_step [--network=cnn|mlp|inception] [--seconds=60] [--json] [--write]
+    python -m benchmarks.train_step --network=inception --dtype=bfloat16 --batch=1024  # a GPU's
 
 `cnn` is c32 c32 P c64 c64 P c128 c128 P f10 with ReLU, batches of 128 images of 32×32×3; `mlp` is
 784 - 3×100 - 10 with sigmoids, batches of 60, the network of section 4.1 of the paper; `inception`
@@ -10,7 +11,8 @@ says `benchmarks.train_programs`.
 Programs take turns, each in a process of its own, in a new order every round. × is the time of a
 step of ours over that of the other in the same round: below 1 ours is faster. Median, with
 quartiles in brackets; wide ones mean that the machine was busy. The last column is the speed of the
-step's products, in units of that of a product of two large matrices.
+step's products, in units of that of a product of two large float32 matrices. Where JAX and PyTorch
+have a GPU all of this runs on it.
 """
 
 import argparse
@@ -21,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.networks import NETWORKS, gflop
-from benchmarks.train_programs import OURS, commands, left_out
+from benchmarks.train_programs import OURS, commands, left_out, with_options
 from benchmarks.turns import Measured, machine, milliseconds, ratio, serve, take_turns
 from bn_research.claims import atomic
 
@@ -44,15 +46,16 @@ def matrix_product() -> dict[str, Callable[[], int]]:
     return {"step": run}
 
 
-def markdown(network: str, measured: dict[str, Measured], reasons: dict[str, str]) -> str:
-    """Programs as rows; ratios first."""
+def markdown(
+    network: str, work: float, measured: dict[str, Measured], reasons: dict[str, str]
+) -> str:
+    """Programs as rows; ratios first. Work is in Gflop."""
     seconds = {name: one.seconds["step"] for name, one in measured.items()}
     peak = 2 * PEAK**3 / 1e9 / np.median(seconds[PRODUCT])
     lines = [
         f"| {network} | ours over it, × | a step | of the matrix product's speed |",
         "|---|---|---|---|",
     ]
-    work = gflop(NETWORKS[network])
     for name, why in reasons.items():
         if why:
             lines.append(f"| {name} | left out: {why} | | |")
@@ -73,18 +76,25 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=60.0, help="for each network")
     parser.add_argument("--json", action="store_true", help="print every time")
     parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    parser.add_argument("--batch", type=int, help="other than the network's own")
     parser.add_argument("--serve-product", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.serve_product:
         serve(matrix_product)
         return
+    if arguments.dtype != "float32" and arguments.network != "inception":
+        parser.error(f"--dtype={arguments.dtype} needs --network=inception: the others are float32")
     of, tables, found, reasons = machine(), [], {}, {}
+    options = [f"--dtype={arguments.dtype}"]
+    options += [f"--batch={arguments.batch}"] * bool(arguments.batch)
     for network in [arguments.network] if arguments.network else NETWORKS:
         reasons[network] = left_out(network)
-        programs = commands(network, reasons[network])
+        programs = commands(network, reasons[network], *options)
         programs[PRODUCT] = ["benchmarks.train_step", "--serve-product"]
         found[network] = take_turns(programs, arguments.seconds)
-        tables.append(markdown(network, found[network], reasons[network]))
+        work = gflop(with_options(network, arguments.dtype, arguments.batch))
+        tables.append(markdown(network, work, found[network], reasons[network]))
     if arguments.json:
         times = {n: {k: v._asdict() for k, v in m.items()} for n, m in found.items()}
         print(json.dumps({"left out": reasons, **times}))

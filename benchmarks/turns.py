@@ -69,6 +69,8 @@ class _Process:
             stdout=subprocess.PIPE,
             text=True,
             bufsize=1,
+            # Several processes share a GPU: none of them takes its memory beforehand.
+            env={"XLA_PYTHON_CLIENT_PREALLOCATE": "false", **os.environ},
         )
 
     def ask(self, line: str) -> str:

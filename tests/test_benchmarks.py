@@ -119,7 +119,7 @@ def test_a_missing_peer_is_said_and_the_others_stay(monkeypatch):
         Memory(1.0, 2.0, 3.0),
     )
     measured = {mode: {n: one for n, why in layers.items() if not why} for mode in batch_norm.MODES}
-    table = batch_norm.markdown(measured, layers)
+    table = batch_norm.markdown(measured, layers, batch_norm.SHAPES)
     assert "| dm-haiku | left out: haiku is not installed |" in table
     assert "| flax.linen (default) | 1.00 [1.00, 1.00] |" in table
     kept = memory.residuals()
