@@ -86,11 +86,15 @@ def markdown(waited: dict[str, Waited]) -> str:
         times = [f"{one.left_out}", ""]
         if one.quick:
             times = [f"{seconds:.0f} s" for seconds in one.quick]
-            times[0] += " **missed**" * (one.quick[0] >= QUICK)
+            times[0] += _missed(one.quick[0], QUICK)
         low, middle, high = np.quantile(one.help, (0, 0.5, 1))
-        cell = f"{middle:.2f} s [{low:.2f}, {high:.2f}]" + " **missed**" * (middle >= HELP)
+        cell = f"{middle:.2f} s [{low:.2f}, {high:.2f}]" + _missed(middle, HELP)
         lines.append(f"| `{name}` | {cell} | {' | '.join(times)} |")
     return "\n".join(lines)
+
+
+def _missed(seconds: float, limit: float) -> str:
+    return " **missed**" if seconds >= limit else ""
 
 
 def main() -> None:
@@ -106,7 +110,10 @@ def main() -> None:
         parser.error(f"--only={','.join(sorted(unknown))}: allowed are {', '.join(experiments())}")
     of = machine()
     with tempfile.TemporaryDirectory() as folder:
-        waited = {name: wait_for(name, Path(folder)) for name in tqdm(arguments.only)}
+        waited = {}
+        for name in tqdm(arguments.only):
+            waited[name] = wait_for(name, Path(folder))
+            tqdm.write(f"{name}: {waited[name]}", file=sys.stderr)
     if arguments.json:
         print(json.dumps({name: one._asdict() for name, one in waited.items()}))
         return

@@ -90,9 +90,14 @@ def jax_program(network: Network, model: Any, *, scanned: bool) -> Callable[[], 
 
     examples = Batch(*map(jax.numpy.asarray, data(network)))
     optimizer = optax.sgd(0.01, momentum=0.9)
-    state = create_train_state(
-        lambda key: model.init(key, examples.image[:1], train=False), optimizer, jax.random.key(0)
-    )
+
+    @jax.jit
+    def create(key):
+        return create_train_state(
+            lambda key: model.init(key, examples.image[:1], train=False), optimizer, key
+        )
+
+    state = create(jax.random.key(0))
     step = make_train_step(apply_fn, optimizer)
     size = network.batch
     if scanned:

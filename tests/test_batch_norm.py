@@ -425,6 +425,26 @@ def test_moments_carry_no_gradient():
         np.testing.assert_array_equal(gradient, np.zeros(x.shape))
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "options", [{}, {"group_size": 16}, {"where": jnp.arange(64)[:, None] < 60}]
+)
+@pytest.mark.parametrize("jit", [lambda f: f, jax.jit])
+def test_the_backward_pass_is_left_one_array(dtype, options, jit):
+    """The input in its own dtype, its mask, and some numbers for each feature."""
+    x, scale, bias = jnp.ones((64, 128), dtype), jnp.ones(128), jnp.zeros(128)
+
+    @jit
+    def closure(x, scale, bias):
+        return jax.vjp(lambda *v: batch_norm(*v, **options)[0], x, scale, bias)[1]
+
+    kept = jax.tree.leaves(closure(x, scale, bias))
+    arrays = [v for v in kept if v.size == x.size and v.dtype != bool]
+    assert [v.dtype for v in arrays] == [x.dtype]
+    groups = 64 // options.get("group_size", 64)
+    assert sum(v.nbytes for v in kept) <= x.nbytes + x.size + 8 * groups * scale.nbytes
+
+
 def test_moments_of_groups_pool_about_each_group_mean():
     x = weights((6, 2)) + np.repeat(np.arange(2), 3)[:, None].astype(np.float32)
     _, moments = batch_norm(x, group_size=3)

@@ -110,11 +110,11 @@ def batch_norm(
     result = result_dtype(x, scale, bias, dtype)
     kept = tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
     scale, bias = scale_and_bias(scale, bias, x, axes)
-    x = x.astype(accumulator_dtype(x.dtype))
+    wide = accumulator_dtype(x.dtype)
     reduced = tuple(axis for axis in range(x.ndim) if axis not in axes)
 
-    gamma = jnp.ones(kept, x.dtype) if scale is None else scale.reshape(kept)
-    beta = jnp.zeros(kept, x.dtype) if bias is None else bias.reshape(kept)
+    gamma = jnp.ones(kept, wide) if scale is None else scale.reshape(kept)
+    beta = jnp.zeros(kept, wide) if bias is None else bias.reshape(kept)
 
     def apply(x, where, sharing):
         return transform(x, where, gamma, beta, jnp.asarray(epsilon), sharing)
@@ -227,7 +227,7 @@ def transform(
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(5,))
 def _transform(x, where, scale, bias, epsilon, sharing):
-    x = x if where is None else jnp.where(where, x, 0)
+    x = _widened(x, where)
     statistics, shared = _statistics(x, where, epsilon, sharing)
     return _standardize_and_affine(x, where, scale, bias, statistics), shared
 
@@ -236,23 +236,34 @@ def _transform(x, where, scale, bias, epsilon, sharing):
 def _transform_jvp(sharing, primals, tangents):
     x, where, scale, bias, epsilon = primals
     t, _, scale_dot, bias_dot, _ = tangents
-    if where is not None:
-        x, t = jnp.where(where, x, 0), jnp.where(where, t, 0)
-    statistics, shared = _statistics(x, where, epsilon, sharing)
-    y = _standardize_and_affine(x, where, scale, bias, statistics)
+    wide = _widened(x, where)
+    statistics, shared = _statistics(wide, where, epsilon, sharing)
+    y = _standardize_and_affine(wide, where, scale, bias, statistics)
 
-    # Gathered per feature, so that in reverse mode two sums over the batch, of ȳ and of x̂·ȳ, serve
-    # the gradients of x, scale and bias alike.
-    mean_t, mean_xt = _mean_products(x, where, t, statistics, shared, sharing)
-    centre, rest, rstd = statistics
-    factor = rstd * scale
-    for_one = bias_dot - factor * mean_t
-    for_x_hat = scale_dot - factor * mean_xt
-    slope = rstd * for_x_hat
-    y_dot = factor * t + (2 * x - 2 * centre) * (slope / 2) + (for_one - rest * slope)
-    if where is not None:
-        y_dot = jnp.where(where, y_dot, bias_dot)
+    # Reverse mode keeps what goes in here, x in its own dtype and a few numbers for each feature,
+    # and computes the rest again: x̂ and x − c would be two arrays more, wider ones for bfloat16.
+    @functools.partial(jax.checkpoint, prevent_cse=False)
+    def tangent(x, where, scale, statistics, shared, t, scale_dot, bias_dot):
+        x, t = _widened(x, where), _widened(t, where)
+        # Gathered per feature, so that in reverse mode two sums over the batch, of ȳ and of x̂·ȳ,
+        # serve the gradients of x, scale and bias alike.
+        mean_t, mean_xt = _mean_products(x, where, t, statistics, shared, sharing)
+        centre, rest, rstd = statistics
+        factor = rstd * scale
+        for_one = bias_dot - factor * mean_t
+        for_x_hat = scale_dot - factor * mean_xt
+        slope = rstd * for_x_hat
+        y_dot = factor * t + (2 * x - 2 * centre) * (slope / 2) + (for_one - rest * slope)
+        return y_dot if where is None else jnp.where(where, y_dot, bias_dot)
+
+    y_dot = tangent(x, where, scale, statistics, shared, t, scale_dot, bias_dot)
     return (y, shared), (y_dot, jax.tree.map(jnp.zeros_like, shared))
+
+
+def _widened(x, where):
+    """In the dtype of the statistics, zero where masked."""
+    x = x.astype(accumulator_dtype(x.dtype))
+    return x if where is None else jnp.where(where, x, 0)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(3,))
