@@ -1,22 +1,26 @@
 """What training holds in memory, beside other libraries.
 
-    python -m benchmarks.memory [--network=cnn|mlp|inception] [--json] [--write]
+    python -m benchmarks.memory [--network=cnn|mlp|inception] [--rounds=3] [--json] [--write]
 
 Residuals: what a batch-norm layer keeps between its forward and its backward pass, in units of its
 input, found by asking for the gradient's closure (JAX, one jitted program) or for the tensors saved
 (PyTorch). A layer that keeps its input and a few numbers for each feature has 1.
 
 A process: resident memory of one that trains, after the import of its library, at its highest and
-at its end. The ratio is ours over it of the highest. Compilation is in it, unless the program was
-found in the compilation cache, as it is in every run of an experiment but the first.
+at its end. × is the highest of ours, compiled before, over that of the other in the same round.
+Medians, with lowest and highest in brackets. Compilation is in it, unless the program was found in
+the compilation cache, as it is in every run of an experiment but the first.
 """
 
 import argparse
 import importlib.util
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from benchmarks.networks import NETWORKS
 from benchmarks.train_programs import OURS, commands, left_out
@@ -79,18 +83,27 @@ def residuals() -> dict[str, dict[str, float] | str]:
     return found
 
 
-def processes(network: str) -> dict[str, Memory | str]:
-    """Program -> its memory, or why it is left out."""
-    reasons = left_out(network)
-    with tempfile.TemporaryDirectory() as cache:
-        found = take_turns(commands(network, reasons, f"--cache={cache}"), seconds=0)
-        again = take_turns(commands(network, {OURS: ""}, f"--cache={cache}"), seconds=0)
-    memory: dict[str, Memory | str] = {CACHED: again[OURS].memory}
-    return memory | {name: why or found[name].memory for name, why in reasons.items()}
+def processes(network: str, rounds: int) -> dict[str, list[Memory]]:
+    """Program -> its memory in each round."""
+    found: dict[str, list[Memory]] = {CACHED: []}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            keep = f"--cache={cache}"
+            first = take_turns(commands(network, left_out(network), keep), seconds=0)
+            again = take_turns(commands(network, {OURS: ""}, keep), seconds=0)
+        found[CACHED].append(again[OURS].memory)
+        for name, one in first.items():
+            found.setdefault(name, []).append(one.memory)
+    return found
+
+
+def _spread(values: Sequence[float], form: str) -> str:
+    low, middle, high = np.quantile(values, (0, 0.5, 1))
+    return f"{middle:{form}} [{low:{form}}, {high:{form}}]"
 
 
 def markdown(
-    layers: dict[str, dict[str, float] | str], trained: dict[str, dict[str, Memory | str]]
+    layers: dict[str, dict[str, float] | str], trained: dict[str, dict[str, list[Memory]]]
 ) -> str:
     """Both tables; ratios first."""
     lines = [f"| kept for the gradient, {SHAPE} | {' | '.join(DTYPES)} |", "|---" * 3 + "|"]
@@ -105,15 +118,17 @@ def markdown(
             f"| {network}: resident memory, MiB | ours over it, × | highest | imported | at end |",
             "|---|---|---|---|---|",
         ]
-        ours = found[CACHED]
-        assert isinstance(ours, Memory)
-        for name, memory in found.items():
-            if isinstance(memory, str):
-                lines.append(f"| {name} | left out: {memory} | | | |")
+        ours = np.array([memory.peak for memory in found[CACHED]])
+        reasons = left_out(network)
+        for name in (CACHED, *reasons):
+            if why := reasons.get(name):
+                lines.append(f"| {name} | left out: {why} | | | |")
                 continue
+            before, peak, at_end = np.array(found[name]).T
+            own = "1" if name == CACHED else _spread(ours / peak, ".2f")
             lines.append(
-                f"| {name} | {ours.peak / memory.peak:.2f} | {memory.peak:.0f} | "
-                f"{memory.before:.0f} | {memory.at_end:.0f} |"
+                f"| {name} | {own} | {_spread(peak, '.0f')} | {np.median(before):.0f} | "
+                f"{np.median(at_end):.0f} |"
             )
     return "\n".join(lines)
 
@@ -124,20 +139,23 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--network", choices=tuple(NETWORKS), help="default: all")
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--json", action="store_true", help="print every figure")
     parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
     arguments = parser.parse_args()
     of = machine()
-    trained = {n: processes(n) for n in ([arguments.network] if arguments.network else NETWORKS)}
+    networks = [arguments.network] if arguments.network else list(NETWORKS)
+    trained = {network: processes(network, arguments.rounds) for network in networks}
     layers = residuals()
     if arguments.json:
-        print(json.dumps({"residuals": layers, "processes": trained}))
+        times = {n: {k: [m._asdict() for m in v] for k, v in t.items()} for n, t in trained.items()}
+        print(json.dumps({"residuals": layers, "processes": times}))
         return
     from benchmarks.accuracy import versions
 
     text = (
-        f"{markdown(layers, trained)}\n\nMeasured with `python -m benchmarks.memory`; "
-        f"{versions()}, {of}."
+        f"{markdown(layers, trained)}\n\nMeasured with `python -m benchmarks.memory`: medians of "
+        f"{arguments.rounds} rounds, with lowest and highest; {versions()}, {of}."
     )
     print(text)
     if arguments.write:

@@ -1,10 +1,10 @@
-"""How long a user waits for an experiment: `--help`, and the preset `quick`.
+"""How long a user waits for an experiment of the preset `quick`.
 
     python -m benchmarks.quick [--only=NAME,NAME] [--json] [--write]
 
-Whole processes, one after the other, each with a workdir of its own. `--help` is the median of
-five, with lowest and highest. `quick` runs twice: the first time all programs are compiled, the
-second time they are found in the compilation cache, which is a new one for this benchmark.
+Whole processes, one after the other, each with a workdir of its own. `quick` runs twice: the first
+time all programs are compiled, the second time they are found in the compilation cache, which is a
+new one for this benchmark.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 from tqdm import tqdm
 
 from benchmarks.accuracy import versions
@@ -26,15 +25,13 @@ from bn_research.claims import atomic
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "benchmarks" / "quick.md"
-HELP, QUICK = 2.0, 90.0  # seconds, what is asked for
-TIMES = 5  # of --help
+LIMIT = 90.0  # seconds, what is asked for
 
 
 class Waited(NamedTuple):
     """For one experiment, seconds."""
 
-    help: list[float]
-    quick: list[float]  # with an empty cache, with a filled one; none where it cannot run
+    seconds: list[float]  # with an empty cache, with a filled one; none where it cannot run
     left_out: str  # why, in the experiment's words
 
 
@@ -65,36 +62,29 @@ def wait_for(name: str, folder: Path) -> Waited:
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",  # as the experiments themselves set
     }
     module = f"experiments.{name}"
-    help_seconds = [_seconds([module, "--help"], environment)[0] for _ in range(TIMES)]
-    quick = []
+    found = []
     for number in range(2):
         workdir = folder / f"{name}-{number}"
         seconds, error = _seconds([module, "--preset=quick", f"--workdir={workdir}"], environment)
         if error:
-            return Waited(help_seconds, [], error)
-        quick.append(seconds)
-    return Waited(help_seconds, quick, "")
+            return Waited([], error)
+        found.append(seconds)
+    return Waited(found, "")
 
 
 def markdown(waited: dict[str, Waited]) -> str:
     """Experiments as rows."""
     lines = [
-        f"| experiment | `--help` (< {HELP:g} s) | `quick` (< {QUICK:g} s) | compiled before |",
-        "|---|---|---|---|",
+        f"| experiment | `--preset=quick`, below {LIMIT:g} s | compiled before |",
+        "|---|---|---|",
     ]
     for name, one in waited.items():
-        times = [f"{one.left_out}", ""]
-        if one.quick:
-            times = [f"{seconds:.0f} s" for seconds in one.quick]
-            times[0] += _missed(one.quick[0], QUICK)
-        low, middle, high = np.quantile(one.help, (0, 0.5, 1))
-        cell = f"{middle:.2f} s [{low:.2f}, {high:.2f}]" + _missed(middle, HELP)
-        lines.append(f"| `{name}` | {cell} | {' | '.join(times)} |")
+        times = [one.left_out, ""]
+        if one.seconds:
+            times = [f"{seconds:.0f} s" for seconds in one.seconds]
+            times[0] += " **missed**" if one.seconds[0] >= LIMIT else ""
+        lines.append(f"| `{name}` | {' | '.join(times)} |")
     return "\n".join(lines)
-
-
-def _missed(seconds: float, limit: float) -> str:
-    return " **missed**" if seconds >= limit else ""
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from scipy import special
 
 from bn_research.claims.formatting import format_number
 from bn_research.claims.registry import Claim
@@ -143,6 +142,8 @@ def ratio_of_means(pairs: np.ndarray, *, confidence: float = 0.95) -> Estimate:
     unknown = Estimate(float(a / b) if b else math.nan, -math.inf, math.inf, count)
     if count < 2:
         return unknown
+    from scipy import special
+
     square = special.stdtrit(count - 1, (1 + confidence) / 2) ** 2 / count
     (aa, ab), (_, bb) = square * np.cov(pairs.T)
     # (a − ρb)² ≤ t²·Var(a − ρb)/n, a quadratic in ρ.

@@ -197,8 +197,8 @@ def test_a_good_import_is_let_through(path, source):
     assert violations(Path(path), source) == []
 
 
-# Each takes a good part of a second to import; only a run needs them.
-SLOW = ("matplotlib", "scipy.stats", "scipy.optimize", "sklearn", "tensorflow_datasets", "grain")
+# They take seconds to import; only a run needs them.
+SLOW = ("matplotlib", "scipy", "sklearn", "orbax", "tensorflow_datasets", "grain")
 
 
 def test_asking_an_experiment_for_help_loads_no_slow_library():

@@ -30,7 +30,6 @@ def test_results_are_those_committed(page):
         ("results/signal_propagation/results.json", '"verdict": "', '"verdict": "not '),
         ("results/transform/results.json", '"verdict": "', '"verdict": "not '),
         ("benchmarks/accuracy.md", "NaN", "0"),
-        ("benchmarks/speed.md", " ms", " s"),
         ("benchmarks/sweep.md", " ms", " s"),
         ("benchmarks/train_step.md", " ms", " s"),
     ],

@@ -1,8 +1,8 @@
 """Figures in one clean style: readable on paper and on a phone, for colour-blind readers too.
 
 Everything goes through :class:`matplotlib.figure.Figure`; pyplot and its global state, which
-leaks figures in a long run, are not used. Matplotlib takes half a second to import, so this is done
-by the first figure, not by whoever asks an experiment for help.
+leaks figures in a long run, are not used. Matplotlib and scipy take half a second to import, so
+this is done by the first figure, not by whoever asks an experiment for help.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special
 
 from bn_research.claims import atomic
 
@@ -287,6 +286,8 @@ def _interval(
     count = valid.sum(axis=0)
     squares = np.where(valid, curves - mean, 0.0) ** 2
     error = np.sqrt(_divide(squares.sum(axis=0), (count - 1) * count))  # NaN, no band, for one seed
+    from scipy import special
+
     half = special.stdtrit(np.maximum(count - 1, 1), 0.975) * error
     return mean - half, mean + half
 

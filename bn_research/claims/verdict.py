@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import special
 
 from bn_research.claims.registry import Claim
 
@@ -116,7 +115,7 @@ def slope(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -> Estimate:
         raise ValueError(f"x and y must have the same length, got {len(x)} and {len(y)}")
     if len(x) < 2 or np.all(x == x[0]):
         raise ValueError(f"x must hold at least two different values, got {x.tolist()}")
-    from scipy import stats  # half a second, which those who ask for help need not wait
+    from scipy import stats  # half a second, which those who ask for help need not wait for
 
     fit = stats.linregress(x, y)
     mean = float(fit.slope)
@@ -176,6 +175,8 @@ def conjunction(*verdicts: str) -> str:
 
 
 def _student(mean: float, error: float, freedom: int, count: int, confidence: float) -> Estimate:
+    from scipy import special
+
     half = float(special.stdtrit(freedom, (1 + confidence) / 2)) * error
     return Estimate(mean, mean - half, mean + half, count)
 

@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
 from bn_research.training.manifest import DamageError, read_manifest, write_manifest
 from bn_research.training.quiet import quiet_orbax
@@ -63,6 +62,8 @@ class Checkpointer:
             ) from None
         if self._is_primary:
             self._remove_unfinished()
+        import orbax.checkpoint as ocp  # takes a tenth of what asking for help does
+
         quiet_orbax()
         # Named processes meet at barriers of the coordination service, which may be waited for in
         # any thread; otherwise orbax would run a collective on the devices.
@@ -166,6 +167,8 @@ class Checkpointer:
                     f"{saved.get(name, 'nothing')} at {name} where {wanted.get(name, 'nothing')} "
                     "is needed; use another --workdir"
                 )
+        import orbax.checkpoint as ocp
+
         args = ocp.args.PyTreeRestore(
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract)
         )
@@ -192,6 +195,8 @@ class Checkpointer:
 
     def _write(self, number: int, saved: Any, content: dict[str, Any]) -> None:
         """In the background: has orbax write the files, lists them, makes them a checkpoint."""
+        import orbax.checkpoint as ocp
+
         saving = self._folder(number, ".saving")
         try:
             self._orbax.save(saving, args=ocp.args.PyTreeSave(saved), force=True)
