@@ -107,7 +107,10 @@ def main() -> None:
     if arguments.json:
         print(json.dumps({name: one._asdict() for name, one in waited.items()}))
         return
-    text = f"{markdown(waited)}\n\nMeasured with `python -m benchmarks.quick`; {versions()}, {of}."
+    text = (
+        f"{markdown(waited)}\n\nMeasured with `python -m benchmarks.quick`, one run each; "
+        f"{versions()}, {of}."
+    )
     print(text)
     if arguments.write:
         atomic.write_bytes(TABLE, f"{text}\n".encode())
