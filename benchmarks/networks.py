@@ -70,7 +70,7 @@ def flax_network(network: Network) -> Any:
         from bn_research.models import inception
 
         inception.max_pool = nn.max_pool
-        return _inception(network, functools.partial(nn.BatchNorm), "xla")
+        return _inception(network, nn.BatchNorm, "xla")
 
     class Plain(nn.Module):
         @nn.compact

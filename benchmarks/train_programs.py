@@ -3,7 +3,8 @@
 Momentum SGD. "As the experiments run it" is many steps in one dispatch, with the convolutions of
 `bn_research.training.cpu_process` and compiled programs kept on disk; "JAX as it comes" is one step
 a dispatch and none of that. Flax's networks have our step around them, in either way. "PyTorch,
-compiled" is `torch.compile` with its defaults, the others run eagerly.
+compiled" is `torch.compile` with its defaults, which compiles in processes of its own, whose memory
+is not counted, and finds again what it has compiled before; the others run eagerly.
 """
 
 import importlib.util

@@ -283,11 +283,11 @@ def _range(
 def _interval(
     curves: np.ndarray, valid: np.ndarray, mean: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
+    from scipy import special
+
     count = valid.sum(axis=0)
     squares = np.where(valid, curves - mean, 0.0) ** 2
     error = np.sqrt(_divide(squares.sum(axis=0), (count - 1) * count))  # NaN, no band, for one seed
-    from scipy import special
-
     half = special.stdtrit(np.maximum(count - 1, 1), 0.975) * error
     return mean - half, mean + half
 

@@ -51,9 +51,9 @@ def _null_space(slopes: np.ndarray, tolerance: float) -> Float[np.ndarray, "leav
 
 def _smallest_holding(leaf: int, null_space: np.ndarray) -> np.ndarray | None:
     """The x ≥ 0 of the null space with x[leaf] = 1 and the least sum; None without one."""
-    basis = null_space / np.linalg.norm(null_space, axis=0)
     from scipy.optimize import linprog  # a quarter of a second to import
 
+    basis = null_space / np.linalg.norm(null_space, axis=0)
     result = linprog(
         basis.sum(axis=0),
         A_ub=-basis,
