@@ -15,17 +15,22 @@ A test fails where a page differs from what this writes.
 import json
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 from bn_research.claims import atomic
-from bn_research.claims.formatting import format_duration, format_interval, format_measured
+from bn_research.claims.formatting import format_duration, headline
 from bn_research.claims.report import markdown_table
 from experiments.quoted import QuoteError, Results, fill
 
 ROOT = Path(__file__).parents[1]
 _NOTES = "Notes"  # claims of the review that asked for this project name it in their source
+_READING_ORDER = (  # from what the review saw to what it left open
+    "init_sensitivity learning_rate training_steps covariate_shift loss_surface whitening "
+    "transform scale_invariance audit signal_propagation regularization ensemble population_stats "
+    "imagenet"
+).split()
 _BLOCK = re.compile(r"(<!-- (\w+):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 
 
@@ -33,6 +38,12 @@ def pages(root: Path = ROOT) -> list[Path]:
     """README.md and the pages of docs that people read."""
     docs = root / "docs"
     return [root / "README.md", *sorted(docs.glob("*.md")), *sorted(docs.glob("experiments/*.md"))]
+
+
+def reading_order(names: Iterable[str]) -> list[str]:
+    """Experiments as a reader wants them; new ones at the end."""
+    known = {name: place for place, name in enumerate(_READING_ORDER)}
+    return sorted(names, key=lambda name: (known.get(name, len(known)), name))
 
 
 def read_results(docs: Path) -> Results:
@@ -99,30 +110,20 @@ def _figures(run: Path, folder: str) -> str:
     )
 
 
-def _claims(results: Results) -> Iterator[tuple[str, dict[str, Any]]]:
-    for name, document in results.items():
-        for claim in document["claims"]:
-            yield name, claim
-
-
 def _verdicts(results: Results, folder: str, *, of_notes: bool) -> str:
     pages_folder = folder.replace("results", "experiments")
     lines = ["| claim | expected | measured, 95 % interval | verdict |", "|---|---|---|---|"]
-    for name, claim in _claims(results):
-        if of_notes and not claim["source"].startswith(_NOTES):
-            continue
-        headline = " = ".join(format_measured(claim["measured"])[0])
-        if "[" not in headline and claim["interval"] is not None:
-            low, high = claim["interval"]
-            headline += "" if low == high else f"; interval {format_interval(claim['interval'])}"
-        statement = claim["statement"].replace("]", "\\]")
-        cells = (
-            f"[{statement}]({pages_folder}/{name}.md)",
-            claim["expected"],
-            headline,
-            f"**{claim['verdict']}**",
-        )
-        lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    for name in reading_order(results):
+        for claim in results[name]["claims"]:
+            if of_notes and not claim["source"].startswith(_NOTES):
+                continue
+            cells = (
+                f"[{claim['statement']}]({pages_folder}/{name}.md)",
+                claim["expected"],
+                headline(claim),
+                f"**{claim['verdict']}**",
+            )
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
     return "\n".join(lines) + "\n"
 
 

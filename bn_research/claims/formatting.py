@@ -3,6 +3,7 @@
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 MINUS = "\N{MINUS SIGN}"
 
@@ -96,6 +97,43 @@ def format_measured(measured: Mapping[str, float | None]) -> list[tuple[str, str
         )
         for name in listed
     ]
+
+
+def headline(claim: Mapping[str, Any]) -> str:
+    """The measured number that the claim's interval is about, with it: ``ratio = 32 [23.6, 43.4]``.
+
+    That is the one with this interval, else the one in its middle, else the first inside it; the
+    first of all where there is none.
+    """
+    measured, interval = claim["measured"], claim["interval"]
+    entries = format_measured(measured)
+    if not entries:
+        return "none"
+    name, text = entries[0]
+    if interval is not None:
+        low, high = (
+            math.inf * sign if e is None else e for sign, e in zip((-1, 1), interval, strict=True)
+        )
+        middle = (low + high) / 2
+
+        def distance(entry: tuple[str, str]) -> int:
+            value = measured[entry[0]]
+            ends = [measured.get(f"{entry[0]}, {end}") for end in ("low", "high")]
+            if ends == list(interval):
+                return 0
+            if value is None:
+                return 3
+            return (
+                1 if math.isclose(value, middle, rel_tol=1e-6) else 2 if low <= value <= high else 3
+            )
+
+        name, text = min(entries, key=distance)
+        nearest = distance((name, text))
+        if nearest == 3:
+            name, text = entries[0]
+        if nearest and low != high:
+            text = f"{text.partition(' [')[0]} {format_interval(interval)}"
+    return f"{name} = {text}"
 
 
 def format_duration(seconds: float) -> str:
