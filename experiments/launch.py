@@ -28,8 +28,10 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bn_research.claims.figures import Figure
+from bn_research.claims.page import write_report
 from bn_research.claims.registry import Claim
-from bn_research.claims.report import results_document, verdict_table, write_json, write_report
+from bn_research.claims.report import results_document, verdict_table, write_json
+from bn_research.claims.run import read_run, write_run
 from bn_research.claims.verdict import NOT_REPRODUCED, Finding
 from bn_research.data import DataError
 from bn_research.training.checkpoint import CheckpointError
@@ -150,7 +152,7 @@ def _run(experiment: Experiment, options: _Options, job: Job | None) -> int:
         findings, figures = experiment.run(config, data, path, **parallel)
         seconds = time.monotonic() - start
         if _writes(job):
-            _report(experiment, options, workdir, findings, figures, seconds)
+            _report(experiment, options, findings, figures, seconds)
     failed = any(finding.verdict == NOT_REPRODUCED for finding in findings)
     return 3 if options.strict and failed and _writes(job) else 0
 
@@ -158,7 +160,6 @@ def _run(experiment: Experiment, options: _Options, job: Job | None) -> int:
 def _report(
     experiment: Experiment,
     options: _Options,
-    workdir: Workdir,
     findings: Sequence[Finding],
     figures: Sequence[Figure],
     seconds: float,
@@ -177,16 +178,14 @@ def _report(
         findings=findings,
     )
     write_json(results_path, results)
-    write_report(
-        report_path,
+    write_run(
+        path,
         title=experiment.title,
         question=_first_prose(experiment.question),
-        results=results,
-        figures=figures,
-        config=workdir.config,
-        environment=workdir.environment,
         command=_command(experiment, preset, config, path),
+        figures=figures,
     )
+    write_report(report_path, read_run(path))
     print(verdict_table(findings))
     print(f"report: {report_path}")
 

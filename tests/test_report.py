@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bn_research.claims import atomic, page
+from bn_research.claims import atomic, elements, page
 from bn_research.claims.figures import Figure, new_figure, save_figure
 from bn_research.claims.formatting import (
     aligned,
@@ -20,8 +20,10 @@ from bn_research.claims.formatting import (
     printable,
     wrap,
 )
+from bn_research.claims.page import write_report
 from bn_research.claims.registry import Claim
-from bn_research.claims.report import results_document, verdict_table, write_json, write_report
+from bn_research.claims.report import results_document, verdict_table, write_json
+from bn_research.claims.run import Run
 from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
 
 EVIL = "<script>alert('x')</script>"
@@ -61,16 +63,17 @@ def strict_loads(text):
     return json.loads(text, parse_constant=refuse)
 
 
-def report_args(**changes):
-    return {
-        "title": "Title",
-        "question": "Is it so?",
-        "results": document(),
-        "figures": [],
-        "config": {"seeds": 2},
-        "environment": {"python": "3.11"},
-        "command": "python -m experiments.init_sensitivity",
-    } | changes
+def a_run(**changes):
+    run = Run(
+        title="Title",
+        question="Is it so?",
+        results=document(),
+        figures=[],
+        config={"seeds": 2},
+        environment={"python": "3.11"},
+        command="python -m experiments.init_sensitivity",
+    )
+    return run._replace(**changes)
 
 
 class Parsed(HTMLParser):
@@ -182,7 +185,7 @@ def test_report_is_one_whole_page_with_alt_texts(tmp_path):
     axis.plot([0, 1])
     words = {"title": "Loss & rate", "alt": 'A "falling" line', "caption": "It falls."}
     saved = save_figure(fig, tmp_path / "a.png", **words)
-    write_report(tmp_path / "report.html", **report_args(figures=[saved]))
+    write_report(tmp_path / "report.html", a_run(figures=[saved]))
     html = (tmp_path / "report.html").read_text("utf-8")
     parsed = Parsed(html)
     assert html.startswith("<!DOCTYPE html>")
@@ -190,7 +193,7 @@ def test_report_is_one_whole_page_with_alt_texts(tmp_path):
     (image,) = parsed.all("img")
     assert image["alt"] == words["alt"]
     assert (image["width"], image["height"]) == ("690", "465")
-    assert image["src"].startswith("data:image/png;base64,iVBOR")
+    assert image["src"].startswith("data:image/webp;base64,UklGR")
     for text in (words["title"], words["caption"], "Is it so?", "[1.5, 2.5]", "12345"):
         assert text in parsed.text
     for entry in document()["claims"]:
@@ -202,7 +205,7 @@ def test_report_is_one_whole_page_with_alt_texts(tmp_path):
 
 
 def test_report_asks_for_nothing_outside_itself():
-    html = page.render(**report_args())
+    html = page.render(a_run())
     parsed = Parsed(html)
     assert not parsed.all("script")
     links = [a[key] for _, a in parsed.tags for key in ("src", "href", "action") if key in a]
@@ -224,7 +227,7 @@ def test_everything_from_outside_is_escaped(tmp_path):
         findings=[Finding(bad, {EVIL: 1.0}, None, REPRODUCED, EVIL)],
     )
     html = page.render(
-        **report_args(
+        a_run(
             title=EVIL,
             question=EVIL,
             results=results,
@@ -241,13 +244,13 @@ def test_everything_from_outside_is_escaped(tmp_path):
 
 
 def test_a_dollar_is_no_placeholder():
-    html = page.render(**report_args(command="echo $title ${x}"))
+    html = page.render(a_run(command="echo $title ${x}"))
     assert "echo $title ${x}" in Parsed(html).text
 
 
 def test_report_bytes_are_the_same(tmp_path):
     for name in ("a", "b"):
-        write_report(tmp_path / name, **report_args())
+        write_report(tmp_path / name, a_run())
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
@@ -256,22 +259,22 @@ def test_report_keeps_the_old_file_when_a_figure_is_missing_or_bad(tmp_path):
     path.write_text("old")
     broken = [Figure(figure, "t", "a", "c")]
     with pytest.raises(FileNotFoundError):
-        write_report(path, **report_args(figures=broken))
+        write_report(path, a_run(figures=broken))
     figure.write_bytes(b"GIF89a" + bytes(30))
     with pytest.raises(ValueError, match=r"figure must be a PNG, got .*a\.png"):
-        write_report(path, **report_args(figures=broken))
+        write_report(path, a_run(figures=broken))
     assert path.read_text() == "old"
 
 
 def test_nested_config_gets_dotted_names():
     config = {"train": {"rate": 0.1, "empty": {}}, "none": None, "text": "", "seeds": [0, 1]}
-    text = Parsed(page.render(**report_args(config=config))).text
+    text = Parsed(page.render(a_run(config=config))).text
     for row in ("train.rate0.1", "train.empty{}", "nonenull", 'text""', "seeds[0, 1]"):
         assert row in text
 
 
 def test_report_without_claims_or_tables():
-    text = Parsed(page.render(**report_args(results=document([]), config={}))).text
+    text = Parsed(page.render(a_run(results=document([]), config={}))).text
     assert "No claim was tested." in text
 
 
@@ -354,8 +357,8 @@ def test_intervals_and_durations_for_people():
 
 
 def test_many_numbers_are_folded():
-    assert "<details>" not in page._measured([("x", "1")] * 12)
-    folded = page._measured([(f"x{i}", "1 [0, 2]") for i in range(15)])
+    assert "<details>" not in elements.numbers([("x", "1")] * 12, shown=12)
+    folded = elements.numbers([(f"x{i}", "1 [0, 2]") for i in range(15)], shown=12)
     shown, _, rest = folded.partition("<details><summary>3 more</summary>")
     assert shown.count("<dt>") == 12 and rest.count("<dt>") == 3 and "x14" in rest
 

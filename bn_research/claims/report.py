@@ -1,4 +1,4 @@
-"""What a run leaves behind: ``results.json``, a table for the terminal, and ``report.html``."""
+"""What a run leaves behind: ``results.json``, and its claims as a table for terminal or page."""
 
 import json
 import math
@@ -8,8 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from bn_research.claims import atomic, page
-from bn_research.claims.figures import Figure
+from bn_research.claims import atomic
 from bn_research.claims.formatting import (
     display_width,
     format_interval,
@@ -145,45 +144,6 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         if claim["note"]:
             notes.append(f"- `{claim['id']}`: {claim['note']}")
     return "\n".join([*lines, "", *notes])
-
-
-def write_report(
-    path: str | os.PathLike[str],
-    *,
-    title: str,
-    question: str,
-    results: Mapping[str, Any],
-    figures: Sequence[Figure],
-    config: Mapping[str, Any],
-    environment: Mapping[str, Any],
-    command: str,
-) -> None:
-    """Write one HTML file that needs no other file, no network and no script.
-
-    Args:
-        path: Where to write.
-        title: Of the page.
-        question: What the experiment asks, in a sentence or two.
-        results: What :func:`results_document` returned, or the same read back from JSON.
-        figures: In the order of the page; their files must exist.
-        config: The resolved configuration; nested mappings become dotted names.
-        environment: Versions, devices, commit.
-        command: The exact command line that gives these results.
-
-    Raises:
-        OSError: A figure cannot be read, or the report cannot be written.
-        ValueError: A figure is not a PNG.
-    """
-    text = page.render(
-        title=title,
-        question=question,
-        results=results,
-        figures=figures,
-        config=config,
-        environment=environment,
-        command=command,
-    )
-    atomic.write_bytes(path, text.encode())
 
 
 def _claim_entry(finding: Finding) -> dict[str, Any]:

@@ -1,0 +1,161 @@
+"""Parts that the pages of reports share: pure functions from results to HTML.
+
+Everything that comes from outside passes through :func:`html.escape`. The same input gives the
+same bytes: no clock and no random identifier is consulted.
+"""
+
+import importlib.resources
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from string import Template
+from typing import Any
+
+from bn_research.claims.figures import Figure
+from bn_research.claims.formatting import format_duration
+from bn_research.claims.images import embed
+from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+
+FAILED = "failed"  # of an experiment that came to no verdict
+
+# Class and sign of each badge: the colour never carries the verdict alone.
+_BADGES = {
+    REPRODUCED: ("yes", "✓"),
+    NOT_REPRODUCED: ("no", "✗"),
+    INCONCLUSIVE: ("open", "~"),
+    FAILED: ("failed", "!"),
+}
+
+_READING = Template("""\
+<section aria-labelledby="reading">
+<h2 id="reading">How to read the verdicts</h2>
+<p>Each criterion was written into the code before the run. A verdict compares it with an interval,
+not with a mean alone.</p>
+<dl class="reading">
+<div><dt>$reproduced</dt><dd>The whole interval satisfies the criterion.</dd></div>
+<div><dt>$not_reproduced</dt><dd>The whole interval violates it. That is a result too: the claim
+does not hold in this setting.</dd></div>
+<div><dt>$inconclusive</dt><dd>The interval holds values on both sides, or there is none, as with a
+single seed. More seeds, or a larger preset, may decide.</dd></div>
+$more</dl>
+<p>An interval is the 95&#8239;% Student-t interval over seeds, of paired differences where the
+compared arms share their seeds, unless a note says otherwise. A claim of several parts is
+reproduced only if all of its parts are. “Not finite” is a measurement that overflowed or was not a
+number; the note says which.</p>
+</section>""")
+
+
+def resource(name: str) -> str:
+    """Return a style sheet or a script of this package."""
+    return importlib.resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+def badge(verdict: str) -> str:
+    """Return a verdict with its colour and sign."""
+    sign = verdict_sign(verdict)
+    mark = f'<span aria-hidden="true">{sign}</span> ' if sign else ""
+    return f'<span class="badge {verdict_class(verdict)}">{mark}{escape(verdict)}</span>'
+
+
+def verdict_class(verdict: str) -> str:
+    """Return the class by which the style sheet colours a verdict."""
+    return _BADGES.get(verdict, ("other", ""))[0]
+
+
+def verdict_sign(verdict: str) -> str:
+    """Return the sign that says the same as the colour."""
+    return _BADGES.get(verdict, ("other", ""))[1]
+
+
+def facts(results: Mapping[str, Any]) -> str:
+    """Return experiment, preset, data, seeds and time in one line."""
+    seeds = results["seeds"]
+    parts = [
+        f"Experiment <strong>{escape(str(results['experiment']))}</strong>",
+        f"preset <strong>{escape(str(results['preset']))}</strong>",
+        f"{len(seeds)} seed{'' if len(seeds) == 1 else 's'}",
+        escape(format_duration(results["wall_seconds"])),
+    ]
+    if results["dataset"]:
+        parts.insert(2, f"data <strong>{escape(str(results['dataset']))}</strong>")
+    return " · ".join(parts)
+
+
+def numbers(entries: Sequence[tuple[str, str]], *, shown: int) -> str:
+    """Return names and numbers as a list, folded after the first `shown` ones."""
+    if not entries:
+        return "<p>none</p>"
+    rest = entries[shown:]
+    text = _numbers(entries[:shown])
+    if rest:
+        text += f"<details><summary>{len(rest)} more</summary>{_numbers(rest)}</details>"
+    return text
+
+
+def _numbers(entries: Sequence[tuple[str, str]]) -> str:
+    rows = (f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in entries)
+    return f"<dl>{''.join(rows)}</dl>"
+
+
+def figure(shown: Figure, *, anchor: str = "", label: str = "", more: str = "") -> str:
+    """Return a figure with its heading, alternative text and caption.
+
+    Args:
+        shown: The figure; its file is read.
+        anchor: Its id on the page, if links lead to it.
+        label: What stands before the title, such as its number.
+        more: HTML below the caption.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a PNG.
+    """
+    uri, width, height = embed(shown.path)
+    name = f' id="{escape(anchor)}"' if anchor else ""
+    kind = ' class="wide"' if width > 2 * height else ""
+    return (
+        f"<figure{name}{kind}>\n<h3>{escape(f'{label}{shown.title}')}</h3>\n"
+        f'<img src="{uri}" width="{width}" height="{height}" loading="lazy" decoding="async" '
+        f'alt="{escape(shown.alt)}">\n'
+        f"<figcaption>{escape(shown.caption)}{more}</figcaption>\n</figure>"
+    )
+
+
+def command(line: str) -> str:
+    """Return a command, each word a box: a narrow screen would break ``--preset`` after ``--``."""
+    words = re.sub(r"\S+", lambda word: f"<span>{escape(word[0])}</span>", line)
+    return f"<pre><code>{words}</code></pre>"
+
+
+def pairs(mapping: Mapping[str, Any]) -> str:
+    """Return names and values as a table; nested mappings become dotted names."""
+    rows = "\n".join(
+        f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
+        for name, value in _flatten(mapping)
+    )
+    return f'<table class="pairs">\n<tbody>\n{rows}\n</tbody>\n</table>' if rows else "<p>none</p>"
+
+
+def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for name, value in mapping.items():
+        if isinstance(value, Mapping) and value:
+            yield from _flatten(value, f"{prefix}{name}.")
+        elif isinstance(value, str) and value:
+            yield f"{prefix}{name}", value
+        else:
+            yield f"{prefix}{name}", json.dumps(value, ensure_ascii=False, default=str)
+
+
+def reading(*, with_failures: bool = False) -> str:
+    """Return the section that says what the verdicts mean."""
+    more = (
+        f"<div><dt>{badge(FAILED)}</dt><dd>The experiment came to no end; its log is in its "
+        "section.</dd></div>\n"
+    )
+    return _READING.substitute(
+        reproduced=badge(REPRODUCED),
+        not_reproduced=badge(NOT_REPRODUCED),
+        inconclusive=badge(INCONCLUSIVE),
+        more=more if with_failures else "",
+    )

@@ -1,0 +1,35 @@
+"""Pictures as text of a page."""
+
+import base64
+import io
+import os
+from typing import NamedTuple
+
+
+class Embedded(NamedTuple):
+    """A picture that needs no file beside the page."""
+
+    uri: str  # data:image/webp;base64,...
+    width: int  # pixels; known before the page has loaded, it spares the reader a jump
+    height: int
+
+
+def embed(path: str | os.PathLike[str]) -> Embedded:
+    """Return a PNG, pixel for pixel, as lossless WebP, which takes a fifth less than a PNG.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not a whole PNG.
+    """
+    from PIL import Image, UnidentifiedImageError  # not needed by who asks for help
+
+    try:
+        with Image.open(path, formats=["PNG"]) as opened:
+            image = opened.convert("RGB")
+    except UnidentifiedImageError as error:
+        raise ValueError(f"figure must be a PNG, got {os.fspath(path)!r}") from error
+    buffer = io.BytesIO()
+    # More effort than this takes a second a picture and saves nothing that counts.
+    image.save(buffer, "WEBP", lossless=True, method=2, quality=75)
+    text = base64.b64encode(buffer.getvalue()).decode("ascii")
+    return Embedded(f"data:image/webp;base64,{text}", image.width, image.height)
