@@ -10,6 +10,9 @@ Exit status, each but 0 and 3 with one line on stderr:
     4  stopped by SIGTERM and saved; started again with the same command it goes on
     5  another process of the job was lost, or a collective failed; start the job again to go on
 
+With --tensorboard the curves of `metrics.jsonl` are also written as event files, for TensorBoard,
+into DIR/tensorboard, while the run goes on.
+
 The processes of a job end with one status. Process 0 alone writes and prints; the others report
 only what ends them.
 """
@@ -39,6 +42,7 @@ from bn_research.training.compilation_cache import use_compilation_cache
 from bn_research.training.cpu_process import use_eigen_convolutions
 from bn_research.training.preemption import Stopped
 from bn_research.training.processes import Job, ProcessError, join
+from experiments.launch_tensorboard import event_files, obstacle
 from experiments.workdir import Workdir, WorkdirError
 
 _STOPPED = 4
@@ -85,6 +89,7 @@ class _Options(NamedTuple):
     config: Any
     path: Path
     strict: bool
+    tensorboard: bool
     parallel: str | None  # None for an experiment that is not distributed
     job: Mapping[str, Any] | None  # arguments of join; None for a process alone
 
@@ -149,7 +154,12 @@ def _run(experiment: Experiment, options: _Options, job: Job | None) -> int:
             workdir.check_shared()
         parallel = {} if options.parallel is None else {"parallel": options.parallel}
         start = time.monotonic()
-        findings, figures = experiment.run(config, data, path, **parallel)
+        with (
+            event_files(path / "metrics.jsonl")
+            if options.tensorboard and _writes(job)
+            else contextlib.nullcontext()
+        ):
+            findings, figures = experiment.run(config, data, path, **parallel)
         seconds = time.monotonic() - start
         if _writes(job):
             _report(experiment, options, findings, figures, seconds)
@@ -215,6 +225,7 @@ def _parse(experiment: Experiment, argv: list[str]) -> _Options | None:
     flags.DEFINE_enum("preset", "quick", names, "size of the run", flag_values=basic)
     flags.DEFINE_string("workdir", None, "folder of the run", flag_values=basic)
     flags.DEFINE_bool("strict", False, "exit with 3 if a claim fails", flag_values=basic)
+    flags.DEFINE_bool("tensorboard", False, "write event files too", flag_values=basic)
     flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=basic)
     if experiment.distributed:
         _define_processes(basic)
@@ -235,9 +246,11 @@ def _parse(experiment: Experiment, argv: list[str]) -> _Options | None:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags start with -- (see --help)")
     resolved = dataclasses.replace(experiment.presets[basic.preset], **config.to_dict())
     path = Path(basic.workdir or f"runs/{experiment.name}-{basic.preset}")
+    if basic.tensorboard and (missing := obstacle()):
+        raise UsageError(missing)
     parallel = basic.parallel if experiment.distributed else None
     job = _job(basic) if experiment.distributed else None
-    return _Options(basic.preset, resolved, path, basic.strict, parallel, job)
+    return _Options(basic.preset, resolved, path, basic.strict, basic.tensorboard, parallel, job)
 
 
 _JOB = ("coordinator_address", "num_processes", "process_id")
@@ -291,13 +304,15 @@ def _help(experiment: Experiment, config: ConfigDict) -> str:
         experiment.question.strip(),
         "",
         f"python -m experiments.{experiment.name} [--preset={'|'.join(experiment.presets)}] "
-        "[--workdir=DIR] [--strict] [--config.FIELD=VALUE ...]",
+        "[--workdir=DIR] [--strict] [--tensorboard] [--config.FIELD=VALUE ...]",
         *(_HELP_JOB_USAGE if experiment.distributed else ()),
         "",
         "--preset   size of the run; default quick",
         f"--workdir  folder of the run; default runs/{experiment.name}-PRESET. Started again with",
         "           the same config, a run goes on where it stopped",
         "--strict   exit with status 3 if a claim is not reproduced",
+        "--tensorboard  write the curves of metrics.jsonl as event files too, into DIR/tensorboard",
+        "           while the run goes on; needs pip install 'bn_research[tensorboard]'",
         *(_HELP_JOB if experiment.distributed else ()),
         "",
         *_HELP_STATUS,
