@@ -1,0 +1,276 @@
+"""Every experiment, and one report of all claims: python -m experiments.reproduce.
+
+Exit status:
+
+    0  every experiment finished, whatever the verdicts
+    1  an experiment failed; the others went on, and the report has its log
+    2  bad flags or workdir, in one line
+    3  with --strict, when a claim is not reproduced
+    4  stopped by SIGTERM or Ctrl-C and saved; started again with the same command it goes on
+"""
+
+import importlib
+import json
+import re
+import shlex
+import sys
+import textwrap
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from absl import flags
+from tqdm import tqdm
+
+from bn_research.claims.formatting import format_duration
+from bn_research.claims.overview import write_overview
+from bn_research.claims.run import Failure, Run, read_run
+from bn_research.claims.verdict import NOT_REPRODUCED, VERDICTS
+from experiments.launch import Experiment, UsageError
+from experiments.readme import reading_order
+from experiments.reproduce_processes import Finished, Stopped, default_jobs, run_all, tail
+
+_FOLDER = Path(__file__).parent
+_STOPPED = 4
+TITLE = "Batch normalization: what is claimed, and what was measured"
+INTRODUCTION = (
+    "Each claim about batch normalization was tested by an experiment whose criterion was written "
+    "down before its run. A verdict compares the criterion with a 95 % interval over seeds."
+)
+HELP = """\
+Runs every experiment and writes one report of all claims.
+
+python -m experiments.reproduce [--preset=quick] [--workdir=DIR] [--only=NAME,NAME] [--jobs=N]
+    [--strict] [--list] [--report_only]
+
+--preset       size of each run: smoke, quick or standard; default quick
+--workdir      folder of the runs and of report.html; default runs/reproduce-PRESET. Started again
+               it goes on: what is finished is not run again
+--only         these experiments alone
+--jobs         experiments at once, each with its own cores; default one for every two cores, and
+               one where there is an accelerator
+--strict       exit with status 3 if a claim is not reproduced
+--list         show the experiments with their claims, and run nothing
+--report_only  write the report of what is in the workdir, and run nothing
+"""
+
+
+class Options(NamedTuple):
+    """What the command line says."""
+
+    preset: str
+    path: Path
+    only: list[str]
+    jobs: int
+    strict: bool
+    lists: bool
+    report_only: bool
+
+
+def experiment_names() -> list[str]:
+    """Modules beside this one that define an EXPERIMENT, in the order of the report."""
+    return reading_order(path.stem for path in _FOLDER.glob("*.py") if _defines_experiment(path))
+
+
+def _defines_experiment(path: Path) -> bool:
+    return re.search(r"^EXPERIMENT = ", path.read_text(encoding="utf-8"), re.MULTILINE) is not None
+
+
+def load(name: str) -> Experiment:
+    """The experiment that a module describes."""
+    return importlib.import_module(f"{__package__}.{name}").EXPERIMENT
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs what the command line asks for; returns the exit status."""
+    try:
+        options = parse(list(sys.argv if argv is None else argv))
+        if options is None:
+            print(HELP)
+            return 0
+        if options.lists:
+            print("\n\n".join(_listed(load(name)) for name in options.only))
+            return 0
+        return reproduce(options)
+    except UsageError as error:
+        print(f"reproduce: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        print("reproduce: stopped; start again with the same command to go on", file=sys.stderr)
+        return _STOPPED
+
+
+def parse(argv: list[str]) -> Options | None:
+    """What the command line says; None after --help.
+
+    Raises:
+      UsageError: it asks for what there is not.
+    """
+    values = flags.FlagValues()
+    flags.DEFINE_string("preset", "quick", "size of each run", flag_values=values)
+    flags.DEFINE_string("workdir", None, "folder of the runs", flag_values=values)
+    flags.DEFINE_list("only", None, "these experiments alone", flag_values=values)
+    flags.DEFINE_integer("jobs", None, "at once", lower_bound=1, flag_values=values)
+    flags.DEFINE_bool("strict", False, "3 if a claim fails", flag_values=values)
+    flags.DEFINE_bool("list", False, "show the experiments", flag_values=values)
+    flags.DEFINE_bool("report_only", False, "run nothing", flag_values=values)
+    flags.DEFINE_bool("help", False, "show this help", short_name="h", flag_values=values)
+    try:
+        rest = values(argv)
+    except flags.Error as error:
+        raise UsageError(f"{error} (see --help for what is allowed)") from error
+    if len(rest) > 1:
+        raise UsageError(f"unexpected argument {rest[1]!r}: flags start with -- (see --help)")
+    if values.help:
+        return None
+    names = experiment_names()
+    only = names if values.only is None else values.only
+    unknown = [name for name in only if name not in names]
+    if unknown or not only:
+        raise UsageError(
+            f"--only={','.join(only)}: no experiment {', '.join(map(repr, unknown)) or 'named'}; "
+            f"there are {', '.join(names)}"
+        )
+    path = Path(values.workdir or f"runs/reproduce-{values.preset}")
+    return Options(
+        values.preset,
+        path,
+        [name for name in names if name in only],
+        values.jobs or default_jobs(),
+        values.strict,
+        values.list,
+        values.report_only,
+    )
+
+
+def _listed(experiment: Experiment) -> str:
+    claims = (
+        textwrap.indent(
+            textwrap.fill(f"{claim.id}: {claim.statement} ({claim.source})", 96), "    "
+        ).replace("    ", "  - ", 1)
+        for claim in experiment.claims
+    )
+    presets = ", ".join(experiment.presets)
+    return "\n".join([f"{experiment.name}  {experiment.title}  ({presets})", *claims])
+
+
+def reproduce(options: Options) -> int:
+    """Runs the experiments, prints a line for each and writes the report; returns the status."""
+    names = options.only
+    if options.report_only:
+        names = [name for name in names if (options.path / name / "results.json").exists()]
+        if not names:
+            raise UsageError(f"no results in {options.path}: give the --workdir of a run")
+        return write_report(options, names, [])
+    names = _with_preset(names, options.preset)
+    _check_workdir(names, options)
+    done = [name for name in names if _is_finished(options.path / name)]
+    for name in done:
+        print(f"{name}: {_counts(options.path / name)}, finished before")
+    failures = []
+    waiting = [name for name in names if name not in done]
+    for ended in run_all(waiting, options.path, preset=options.preset, jobs=options.jobs):
+        if ended.status:
+            failures.append(_failure(ended, options))
+            tqdm.write(f"{ended.name}: failed, {failures[-1].reason} (see {ended.log})")
+        else:
+            took = format_duration(ended.seconds)
+            tqdm.write(f"{ended.name}: {_counts(options.path / ended.name)}, {took}")
+    failed = [failure.experiment for failure in failures]
+    return write_report(options, [name for name in names if name not in failed], failures)
+
+
+def _with_preset(names: Sequence[str], preset: str) -> list[str]:
+    """Those that have the preset; the others are named."""
+    presets = {name: tuple(load(name).presets) for name in names}
+    found = [name for name in names if preset in presets[name]]
+    if not found:
+        known = dict.fromkeys(preset for each in presets.values() for preset in each)
+        raise UsageError(f"no experiment has a preset {preset!r}; there are {', '.join(known)}")
+    for name in names:
+        if name not in found:
+            print(f"{name}: left out, it has no preset {preset} ({', '.join(presets[name])})")
+    return found
+
+
+def _check_workdir(names: Sequence[str], options: Options) -> None:
+    """That it is a folder, and not one of another preset, of which each would complain."""
+    if options.path.exists() and not options.path.is_dir():
+        raise UsageError(f"workdir {options.path} is a file: give the name of a folder")
+    for name in names:
+        config = options.path / name / "config.json"
+        try:
+            preset = json.loads(config.read_text())["preset"] if config.exists() else None
+        except (ValueError, KeyError) as error:
+            raise UsageError(f"{config} cannot be read: give another --workdir") from error
+        if preset not in (None, options.preset):
+            raise UsageError(
+                f"workdir {options.path} holds runs of --preset={preset}: give that preset to "
+                "continue them, or another --workdir"
+            )
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether a report can be made of it; what is damaged is run, and with that written, again."""
+    try:
+        read_run(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _counts(path: Path) -> str:
+    """``3 reproduced, 1 inconclusive``."""
+    found = [claim["verdict"] for claim in read_run(path).results["claims"]]
+    return ", ".join(f"{found.count(v)} {v}" for v in VERDICTS if v in found) or "no claim"
+
+
+def _failure(ended: Finished, options: Options) -> Failure:
+    log = tail(ended.log)
+    last = (log.splitlines() or ["it printed nothing"])[-1]
+    how = f"signal {-ended.status}" if ended.status < 0 else f"status {ended.status}"
+    words = ["python", "-m", f"experiments.{ended.name}", f"--preset={options.preset}"]
+    return Failure(
+        experiment=ended.name,
+        command=shlex.join([*words, f"--workdir={options.path / ended.name}"]),
+        status=ended.status,
+        reason=f"{how}: {last}",
+        log=log,
+    )
+
+
+def _read(path: Path) -> Run:
+    try:
+        return read_run(path)
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+
+
+def write_report(options: Options, names: Sequence[str], failures: Sequence[Failure]) -> int:
+    """Writes `report.html` of finished runs and failures; returns the exit status."""
+    runs = [_read(options.path / name) for name in names]
+    path = options.path / "report.html"
+    preset = runs[0].results["preset"] if runs and options.report_only else options.preset
+    command = ["python", "-m", "experiments.reproduce", f"--preset={preset}"]
+    if len(names) + len(failures) < len(experiment_names()):
+        command.append(f"--only={','.join([*names, *(f.experiment for f in failures)])}")
+    write_overview(
+        path,
+        title=TITLE,
+        introduction=INTRODUCTION,
+        command=shlex.join(command),
+        runs=runs,
+        failures=failures,
+    )
+    found = [claim["verdict"] for run in runs for claim in run.results["claims"]]
+    counts = [f"{found.count(verdict)} {verdict}" for verdict in VERDICTS]
+    failed = f"{len(failures)} experiment{'' if len(failures) == 1 else 's'} failed"
+    print(f"{len(found)} claims: {', '.join(counts)}{f'; {failed}' if failures else ''}")
+    print(f"report: {path}")
+    if failures:
+        return 1
+    return 3 if options.strict and NOT_REPRODUCED in found else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
