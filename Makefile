@@ -1,13 +1,18 @@
-# Two commands do everything from a fresh clone: `make demo` and `make test`.
+# From a fresh clone: `make demo`, `make reproduce`, `make test`.
 # PYTHON chooses the interpreter (3.11 or newer) that the environment is made from.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint standard clean
+.PHONY: demo reproduce test lint docs pages clean
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m experiments.init_sensitivity --preset=quick --workdir=runs/demo
+
+# Every experiment and one report, runs/reproduce-quick/report.html. PRESET=standard takes hours.
+PRESET ?= quick
+reproduce: $(VENV)/.installed
+	$(BIN)/python -m experiments.reproduce --preset=$(PRESET)
 
 test: $(VENV)/.installed-test lint
 	$(BIN)/python -m pytest -n auto --dist loadfile
@@ -17,9 +22,13 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# Fashion-MNIST, five seeds; needs Debian's package dataset-fashion-mnist.
-standard: $(VENV)/.installed
-	$(BIN)/python -m experiments.init_sensitivity --preset=standard --workdir=runs/standard
+# A page for each module, from its docstrings: build/api/index.html.
+docs: $(VENV)/.installed-test
+	$(BIN)/python -m sphinx -W -q docs/api build/api
+
+# README.md and docs/*.md from docs/results.
+pages: $(VENV)/.installed
+	$(BIN)/python -m experiments.readme
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; set PYTHON=python3.11")'
@@ -27,9 +36,14 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.installed-test: $(VENV)/.installed
+$(VENV)/.installed-# Every experiment and one report, runs/reproduce-quick/report.html. PRESET=standard takes hours.
+PRESET ?= quick
+reproduce: $(VENV)/.installed
+	$(BIN)/python -m experiments.reproduce --preset=$(PRESET)
+
+test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs
+	rm -rf $(VENV) build runs
