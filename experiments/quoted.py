@@ -124,8 +124,8 @@ def _look_up(claim: Mapping[str, Any], name: str) -> tuple[float | None, list | 
             rf"{text}\D*?({_NUMBER})(?: \[({_NUMBER}), ({_NUMBER})\])?", claim["note"]
         )
         if found:
-            value, *ends = [n and float(n.replace(MINUS, "-")) for n in found.groups()]
-            return value, None if ends[0] is None else ends
+            numbers = [float(text.replace(MINUS, "-")) for text in found.groups() if text]
+            return numbers[0], numbers[1:] or None
     raise QuoteError(f"{claim['id']}: {name!r} is not measured; there are {', '.join(measured)}")
 
 
@@ -153,4 +153,4 @@ def _format(value: float | None, spec: str) -> str:
         raise QuoteError(f"{spec!r} is no format: give one as .2f or .1f*100") from error
     if re.fullmatch(r"-0(\.0*)?%?", text):
         text = text[1:]
-    return text.replace("-", MINUS)
+    return text.replace("-", MINUS) if "e" not in text else MINUS * (value < 0) + text.lstrip("-")

@@ -13,6 +13,7 @@ A test fails where a page differs from what this writes.
 """
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -38,6 +39,11 @@ def pages(root: Path = ROOT) -> list[Path]:
     """README.md and the pages of docs that people read."""
     docs = root / "docs"
     return [root / "README.md", *sorted(docs.glob("*.md")), *sorted(docs.glob("experiments/*.md"))]
+
+
+def folder_of(page: Path) -> str:
+    """docs/results, as a link on the page reaches it."""
+    return os.path.relpath(ROOT / "docs" / "results", page.parent)
 
 
 def reading_order(names: Iterable[str]) -> list[str]:
@@ -134,10 +140,8 @@ def _cell(text: str) -> str:
 def main() -> int:
     """Writes every page that differs; 2 with one line where a page asks for what is not there."""
     for path in pages():
-        depth = len(path.relative_to(ROOT).parts) - 1
-        folder = ("docs/results", "results", "../results")[depth]
         try:
-            text = render(path.read_text(), ROOT / "docs", folder=folder)
+            text = render(path.read_text(), ROOT / "docs", folder=folder_of(path))
         except QuoteError as error:
             print(f"readme: {path.relative_to(ROOT)}: {error}", file=sys.stderr)
             return 2

@@ -3,40 +3,56 @@
 import json
 import re
 import shutil
-from pathlib import Path
 
 import pytest
 
 from experiments import imagenet, init_sensitivity
-from experiments.readme import PAGES, render
+from experiments.readme import ROOT, folder_of, pages, render
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
+PROBES = (ROOT / "docs" / "probes.md").read_text()
+PAGES = [str(path.relative_to(ROOT)) for path in pages()]
+_BLOCK = re.compile(r"<!-- (\w+:\w+) -->.*?<!-- /\1 -->", re.DOTALL)
+_QUOTE = re.compile(r"<!--([=\"]).*?-->.*?<!--/-->|<!--\"-->.*?<!--/-->", re.DOTALL)
 
 
 @pytest.mark.parametrize("page", PAGES)
 def test_results_are_those_committed(page):
     text = (ROOT / page).read_text()
-    assert render(text, ROOT / "docs") == text, (
+    assert render(text, ROOT / "docs", folder=folder_of(ROOT / page)) == text, (
         f"{page} differs from docs/results: run `python -m experiments.readme`"
     )
+
+
+def test_a_changed_number_changes_every_page_that_says_it(tmp_path):
+    """The number, its interval and the verdict, in a table and in a sentence."""
+    docs = tmp_path / "docs"
+    shutil.copytree(ROOT / "docs", docs, ignore=shutil.ignore_patterns("figures"))
+    path = docs / "results" / "learning_rate" / "results.json"
+    results = json.loads(path.read_text())
+    claim = results["claims"][0]
+    name = "BN on all layers/plain, CNN, batch 32"
+    claim["measured"] |= {name: 7.125, f"{name}, low": 6.5, f"{name}, high": 7.5}
+    claim["interval"] = [6.5, 7.5]
+    path.write_text(json.dumps(results))
+    text = render(README, docs)
+    assert f"{name} = 7.125 [6.5, 7.5]" in text and ">7.1 [6.5, 7.5]<" in text
+    page = (ROOT / "docs" / "experiments" / "learning_rate.md").read_text()
+    assert "7.125 [6.5, 7.5]" in render(page, docs)
 
 
 @pytest.mark.parametrize(
     ("name", "old", "new"),
     [
-        ("results/init_sensitivity/results.json", '"verdict": "', '"verdict": "not '),
         ("results/scale_invariance/results.json", '"verdict": "', '"verdict": "not '),
-        ("results/signal_propagation/results.json", '"verdict": "', '"verdict": "not '),
         ("results/transform/results.json", '"verdict": "', '"verdict": "not '),
         ("benchmarks/accuracy.md", "NaN", "0"),
-        ("benchmarks/sweep.md", " ms", " s"),
         ("benchmarks/train_step.md", " ms", " s"),
     ],
 )
 def test_a_changed_result_changes_the_readme(tmp_path, name, old, new):
     docs = tmp_path / "docs"
-    shutil.copytree(ROOT / "docs", docs)
+    shutil.copytree(ROOT / "docs", docs, ignore=shutil.ignore_patterns("figures"))
     assert render(README, docs) == README
     text = (docs / name).read_text()
     assert old in text
@@ -44,48 +60,65 @@ def test_a_changed_result_changes_the_readme(tmp_path, name, old, new):
     assert render(README, docs) != README
 
 
-_INTERVAL = r"\[(-?\d+(?:\.\d+)?), (-?\d+(?:\.\d+)?)\]"
+def _prose(text):
+    """Without blocks, code, targets of links, and numbers that say where they come from."""
+    text = re.sub(r"```.*?```", "", _BLOCK.sub("", text), flags=re.DOTALL)
+    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", _QUOTE.sub("", text))
 
 
-def test_intervals_in_the_text_are_those_of_the_results():
-    """Every [low, high] outside tables and code is a rounding of one that a run has written."""
-    text = re.sub(r"<!-- (\w+:\w+) -->.*?<!-- /\1 -->|```.*?```", "", README, flags=re.DOTALL)
-    text = text.replace("−", "-")
-    said = re.findall(_INTERVAL, text)
-    assert len(said) >= 40
-    known = []
-    for path in (ROOT / "docs" / "results").glob("*/results.json"):
-        for claim in json.loads(path.read_text())["claims"]:
-            known += [claim["interval"]] if claim["interval"] else []
-            known += re.findall(_INTERVAL, claim["note"].replace("−", "-"))
-            measured = claim["measured"]
-            known += [
-                (measured[name], measured[name[:-3] + "high"])
-                for name in measured
-                if name.endswith(", low")
-            ]
-    known = [pair for pair in known if None not in pair]  # an end that is open
-    for low, high in said:
-        digits = len(low.partition(".")[2])
-        rounded = {tuple(f"{float(end):.{digits}f}" for end in pair) for pair in known}
-        assert (low, high) in rounded, f"[{low}, {high}] stands in no results.json"
+_FIGURE = re.compile(r"\d+\.\d+|\d+e[-−]?\d+|\d\s?%|\[[^\]]*\d, [^\]]*\]")
 
 
-def test_verdicts_of_the_table_of_effects_are_those_of_the_results():
-    rows = re.findall(r"\| ([a-z ]+?)(?: \([^|]*\))? \| `(\w+)`: `([a-z0-9-]+)` \|", README)
-    assert len(rows) == 23
-    for verdict, experiment, claim_id in rows:
-        path = ROOT / "docs" / "results" / experiment / "results.json"
-        claims = {c["id"]: c["verdict"] for c in json.loads(path.read_text())["claims"]}
-        assert claims[claim_id] == verdict
+def test_the_check_below_sees_a_number_typed_by_hand():
+    typed = ["0.48 points", "1e-4 of it", "5 % less", "3 [2, 4] times"]
+    assert all(_FIGURE.search(_prose(f"it is {text}")) for text in typed)
+    said = ["<!--=a; b-->0.48<!--/--> points", '<!--"-->14.8<!--/-->', "`a=0.1`", "7 layers"]
+    assert not any(_FIGURE.search(_prose(text)) for text in said)
 
 
-def test_python_blocks_run():
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 2
-    for block in blocks:
-        if "print(audit" not in block and "print(probe" not in block:  # they have tests below
-            exec(compile(block, "README.md", "exec"), {})
+@pytest.mark.parametrize("page", [p for p in PAGES if "experiments/" in p or p == "README.md"])
+def test_no_figure_in_prose_is_typed_by_hand(page):
+    text = _prose((ROOT / page).read_text())
+    found = [text[max(0, m.start() - 40) : m.end() + 10] for m in _FIGURE.finditer(text)]
+    assert found == []
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_no_line_begins_with_a_quotation(page):
+    """CommonMark would take the line for HTML and end the paragraph there."""
+    text = (ROOT / page).read_text()
+    assert re.findall(r"^\s*(?:[-*] )?<!--[=\"].*", text, re.MULTILINE) == []
+
+
+def test_every_experiment_with_results_has_its_page():
+    pages = {path.stem for path in (ROOT / "docs" / "experiments").glob("*.md")}
+    assert pages == {path.parent.name for path in (ROOT / "docs").glob("results/*/results.json")}
+    for name in pages:
+        text = (ROOT / "docs" / "experiments" / f"{name}.md").read_text()
+        assert f"<!-- results:{name} -->" in text and f"<!-- figures:{name} -->" in text
+
+
+def test_the_review_s_claims_stand_on_the_first_screen():
+    """What the project is, two commands, one figure, and the verdicts, before any section."""
+    first = README[: README.index("\n## ")]
+    assert first.index("make demo") < first.index("make reproduce") < first.index("![")
+    assert first.count("![") == 1 and first.index("![") < first.index("<!-- verdicts:notes -->")
+    notes = [
+        claim["statement"]
+        for path in (ROOT / "docs").glob("results/*/results.json")
+        for claim in json.loads(path.read_text())["claims"]
+        if claim["source"].startswith("Notes")
+    ]
+    assert len(notes) >= 15 and all(statement in first for statement in notes)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_python_blocks_run(page, monkeypatch, tmp_path):
+    """Those with a printed result have tests of their own below, experiments in test_commands."""
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
+        if not re.search(r"print\((?:audit|probe_linen)|^EXPERIMENT = ", block, re.MULTILINE):
+            exec(compile(block, page, "exec"), {})
 
 
 def test_the_audit_prints_what_it_shows(capsys):
@@ -105,9 +138,9 @@ def test_the_audit_prints_what_it_shows(capsys):
 def test_the_probe_prints_what_it_shows(capsys):
     """The same layers and findings; the digits are the machine's."""
     block, shown = re.search(
-        r"```python\n(import jax[^`]*probe_linen[^`]*)```\n\n```\n(.*?)```", README, re.S
+        r"```python\n(import jax[^`]*probe_linen[^`]*)```\n\n```\n(.*?)```", PROBES, re.S
     ).groups()
-    exec(compile(block, "README.md", "exec"), {})
+    exec(compile(block, "docs/probes.md", "exec"), {})
     printed = capsys.readouterr().out
     shapes = [re.findall(r"^(\S+ +\d+×[\d×]+)", text, re.M) for text in (shown, printed)]
     assert shapes[0] == shapes[1] and len(shapes[0]) == 7
@@ -128,8 +161,8 @@ def test_flags_of_the_imagenet_job_exist(page, capsys):
 
 
 def test_files_and_presets_that_it_names_exist():
-    for page in PAGES:
-        for target in re.findall(r"\]\(([\w./]+)\)", (ROOT / page).read_text()):
-            assert ((ROOT / page).parent / target).exists(), target
+    for page in [*PAGES, "CONTRIBUTING.md"]:
+        for target in re.findall(r"\]\(([\w./-]+)\)", (ROOT / page).read_text()):
+            assert ((ROOT / page).parent / target).exists(), (page, target)
     named = re.findall(r"^\| `(\w+)` \| (?:every|a first|the evidence)", README, re.MULTILINE)
     assert sorted(named) == sorted(init_sensitivity.PRESETS)
