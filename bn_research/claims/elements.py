@@ -123,9 +123,14 @@ def figure(shown: Figure, *, anchor: str = "", label: str = "", more: str = "") 
 
 
 def command(line: str) -> str:
+    """Return a command as a block."""
+    return f"<pre>{code(line)}</pre>"
+
+
+def code(line: str) -> str:
     """Return a command, each word a box: a narrow screen would break ``--preset`` after ``--``."""
     words = re.sub(r"\S+", lambda word: f"<span>{escape(word[0])}</span>", line)
-    return f"<pre><code>{words}</code></pre>"
+    return f'<code class="command">{words}</code>'
 
 
 def pairs(mapping: Mapping[str, Any]) -> str:
