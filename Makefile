@@ -36,12 +36,7 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/python -m pip install --quiet -e .
 	touch $@
 
-$(VENV)/.installed-# Every experiment and one report, runs/reproduce-quick/report.html. PRESET=standard takes hours.
-PRESET ?= quick
-reproduce: $(VENV)/.installed
-	$(BIN)/python -m experiments.reproduce --preset=$(PRESET)
-
-test: $(VENV)/.installed
+$(VENV)/.installed-test: $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet -e '.[test]'
 	touch $@
 
