@@ -8,8 +8,10 @@ import warnings
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from bn_research.claims.figures import (
+    DPI,
     PALETTE,
     band,
     end_labels,
@@ -60,10 +62,62 @@ def test_saved_bytes_are_the_same_and_carry_no_metadata(tmp_path):
     second = save_figure(draw(), tmp_path / "b.png", **WORDS)
     data = first.path.read_bytes()
     assert data == second.path.read_bytes()
-    assert set(png_chunks(data)) == {b"IHDR", b"pHYs", b"IDAT", b"IEND"}  # no text, no time
-    assert (first.title, first.alt, first.caption) == tuple(WORDS.values())
+    chunks = set(png_chunks(data))
+    assert chunks == {b"IHDR", b"pHYs", b"PLTE", b"IDAT", b"IEND"}  # no text, no time
+    assert (first.title, first.alt, first.caption, first.claims) == (*WORDS.values(), ())
     assert struct.unpack(">II", data[16:24]) == (690, 465)
-    assert len(data) < 100_000
+    assert len(data) < 12_000
+
+
+def test_claims_are_kept_and_checked(tmp_path):
+    path = tmp_path / "a.png"
+    saved = save_figure(draw(), path, **WORDS, claims=["a-claim", "other"])
+    assert saved.claims == ("a-claim", "other")
+    path.unlink()
+    for claims in ("a-claim", ["A claim"], ["a-claim", ""]):
+        with pytest.raises(ValueError, match="claims must be a sequence of ids of claims, got"):
+            save_figure(draw(), path, **WORDS, claims=claims)
+    with pytest.raises(ValueError, match="claims must name each claim once"):
+        save_figure(draw(), path, **WORDS, claims=["a-claim", "other", "a-claim"])
+    assert not path.exists()
+
+
+def true_and_saved(fig, path):
+    """What was drawn and what was saved, as integers [height, width, 3]."""
+    save_figure(fig, path, **WORDS)
+    fig.savefig(path.with_suffix(".true.png"), dpi=DPI, facecolor="white")
+    images = [Image.open(file).convert("RGB") for file in (path.with_suffix(".true.png"), path)]
+    return [np.asarray(image).astype(int) for image in images]
+
+
+def test_colours_are_kept_where_a_palette_does_not_hold_them_all(tmp_path):
+    fig, axes = new_figure(columns=2)
+    x = np.linspace(0, 1, 50)
+    for index, color in enumerate(PALETTE):
+        curve = np.sin(6 * x + index)
+        band(axes[0], x, [curve - 0.4, curve + 0.4], label="", color=color)
+    axes[0].plot(0.5, 0.0, "o", color="#ff00ff", markersize=3)  # a colour that is rare
+    ramp = np.linspace(0, 1, 400)[None]
+    axes[1].imshow(ramp, aspect="auto", cmap="RdBu")  # a hundred more colours
+    axes[1].scatter(40 * x, x - 0.5, s=4, color=PALETTE.sky, alpha=0.5, linewidth=0)
+    true, saved = true_and_saved(fig, tmp_path / "a.png")
+    assert len(np.unique(true.reshape(-1, 3), axis=0)) > 2000
+    white = np.all(true == 255, axis=-1)
+    assert white.mean() > 0.2
+    assert (saved[white] == 255).all()
+    off = np.abs(saved - true).max(axis=-1)
+    for color in (*PALETTE, "#ff00ff"):
+        drawn = np.all(true == [int(color[i : i + 2], 16) for i in (1, 3, 5)], axis=-1)
+        assert drawn.sum() > 20 and off[drawn].max() < 4
+    assert off.max() < 32 and (off >= 8).mean() < 0.06
+
+
+def test_few_colours_are_kept_as_they_are(tmp_path):
+    fig, axis = new_figure()
+    axis.plot([0, 1], [0, 1], color=PALETTE.blue)
+    axis.set_axis_off()
+    true, saved = true_and_saved(fig, tmp_path / "a.png")
+    np.testing.assert_array_equal(saved, true)
 
 
 def test_saving_again_gives_the_same_bytes(tmp_path):

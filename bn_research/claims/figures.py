@@ -8,16 +8,16 @@ this is done by the first figure, not by whoever asks an experiment for help.
 from __future__ import annotations
 
 import dataclasses
-import io
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bn_research.claims import atomic
+from bn_research.claims import atomic, palette_png
+from bn_research.claims.registry import SLUG
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -57,12 +57,14 @@ class Figure:
         title: Short heading.
         alt: What the picture shows, for those who do not see it.
         caption: What to conclude from it, and what bands and marks mean.
+        claims: Ids of the claims whose verdicts rest on what it shows.
     """
 
     path: Path
     title: str
     alt: str
     caption: str
+    claims: tuple[str, ...] = ()
 
 
 def new_figure(
@@ -110,11 +112,13 @@ def save_figure(
     title: str,
     alt: str,
     caption: str,
+    claims: Sequence[str] = (),
 ) -> Figure:
     """Write the figure as a PNG, whose bytes depend on its content alone, and atomically.
 
     Raises:
-        ValueError: ``path`` does not end in ``.png``, or a text is empty.
+        ValueError: ``path`` does not end in ``.png``, a text is empty, or ``claims`` are not ids
+            of claims, each once.
     """
     path = Path(path)
     if path.suffix != ".png":
@@ -122,16 +126,12 @@ def save_figure(
     for name, text in (("title", title), ("alt", alt), ("caption", caption)):
         if not text.strip():
             raise ValueError(f"{name} must not be empty, got {text!r} for {path.name}")
-    buffer = io.BytesIO()
-    fig.savefig(
-        buffer,
-        format="png",
-        dpi=DPI,
-        facecolor="white",
-        metadata={"Software": None},  # would name the Matplotlib version
-        pil_kwargs={"optimize": True},
-    )
-    return Figure(atomic.write_bytes(path, buffer.getvalue()), title, alt, caption)
+    if isinstance(claims, str) or not all(map(SLUG.fullmatch, claims)):
+        raise ValueError(f"claims must be a sequence of ids of claims, got {claims!r}")
+    if len(set(claims)) < len(claims):
+        raise ValueError(f"claims must name each claim once, got {claims!r}")
+    data = palette_png.encode(fig, dpi=DPI)
+    return Figure(atomic.write_bytes(path, data), title, alt, caption, tuple(claims))
 
 
 def band(

@@ -4,7 +4,7 @@ import dataclasses
 import re
 from collections.abc import Iterable
 
-_SLUG = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+SLUG = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")  # of a claim's id
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Claim:
                 raise ValueError(
                     f"Claim.{field.name} must be text that is not empty, got {value!r}"
                 )
-        if not _SLUG.fullmatch(self.id):
+        if not SLUG.fullmatch(self.id):
             raise ValueError(
                 "Claim.id must be lower-case words joined by single hyphens, starting with a "
                 f"letter, got {self.id!r}"
