@@ -368,7 +368,8 @@ def run(config: Config, data: Images, path: Path):
         texts.append(f"{config.model}, {arm}\n\n{found.table(config.learning_rate)}\n\n{reasons}\n")
         file = path / "figures" / f"audit_{arm.lower().replace(' ', '_')}.png"
         figure = found.figure(file, config.learning_rate)
-        figures.append(dataclasses.replace(figure, title=f"{figure.title}: {config.model}, {arm}"))
+        title = f"{figure.title}: {config.model}, {arm}"
+        figures.append(dataclasses.replace(figure, title=title, claims=(CLAIMS[0].id,)))
     atomic.write_bytes(path / "audit.txt", "\n".join(texts).encode())
     print(texts[0])
     return [judge(config, records)], figures

@@ -100,6 +100,7 @@ def _draw_errors(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         "Green: one network of each ensemble of one setting, by population statistics and by those "
         "of random training batches (MC-BN). Published: Ioffe & Szegedy "
         "(2015), section 4.2.3 and figure 4.",
+        claims=("ensemble-of-six", "varied-settings-help"),
     )
 
 
@@ -129,6 +130,7 @@ def _draw_sizes(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         caption=f"{config.dataset}. Mean over all choices of so many of the six networks; line: "
         f"mean of {config.seeds} ensembles, band: lowest to highest. Published: Ioffe & Szegedy "
         "(2015), figure 4.",
+        claims=("ensemble-of-six",),
     )
 
 
@@ -177,4 +179,5 @@ def _draw_reliability(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         caption=f"{config.dataset}. {BINS} bins of equal width, all {config.seeds} networks or "
         f"ensembles pooled; bins of fewer than {_SHOWN} examples are left out. Below the dotted "
         "line: too confident; above it: not confident enough.",
+        claims=("ensemble-calibrates", "mc-bn-calibrates"),
     )

@@ -53,6 +53,7 @@ def _draw_accuracy(config, curves, published, path):
         title=f"Top-1 accuracy on {config.dataset}",
         alt=f"Top-1 accuracy of {config.setting} against training steps.",
         caption=caption,
+        claims=(f"imagenet-{config.setting.replace('_', '-')}",),
     )
 
 

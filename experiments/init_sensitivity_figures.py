@@ -37,17 +37,19 @@ def draw(config: Any, signal: list[dict], best: Best, folder: Path) -> list[Figu
       folder: where the PNG files go.
     """
     figures = [
-        draw_layers(config, signal, folder / "signal_by_layer.png"),
-        draw_prediction(config, signal, folder / "signal_against_theory.png"),
         _draw_losses(config, best, folder / "loss_curves.png"),
-        _draw_schemes(config, best, folder / "schemes.png"),
         _draw_widths(config, best, folder / "accuracy_against_a.png"),
         _draw_escape(config, best, folder / "escape_time.png"),
         _draw_grid(config, best, folder / "epsilon_optimizer_bias.png"),
     ]
     if config.layers:
         figures.append(_draw_single(config, best, folder / "single_layer.png"))
-    return figures
+    return [
+        *figures,
+        draw_layers(config, signal, folder / "signal_by_layer.png"),
+        draw_prediction(config, signal, folder / "signal_against_theory.png"),
+        _draw_schemes(config, best, folder / "schemes.png"),
+    ]
 
 
 def _draw_losses(config, best, path):
@@ -90,6 +92,7 @@ def _draw_losses(config, best, path):
         f"{config.a:g}) except He's (BN on all layers: {nearest:g}). Line: mean of {config.seeds} "
         f"seeds; band: lowest to highest; smoothed over {window} steps. The arms on the plateau at "
         "ln(classes) lie on one another.",
+        claims=("no-training-without-bn", "bn-last-layer-suffices"),
     )
 
 
@@ -125,6 +128,7 @@ def _draw_widths(config, best, path):
         "BN it is high near 0.1 only.",
         caption=f"After {config.width_steps} steps, each point at its best rate of the grid "
         f"{config.width_rates}. Line: mean of {config.seeds} seeds; band: lowest to highest.",
+        claims=("init-robustness",),
     )
 
 
@@ -175,6 +179,7 @@ def _draw_escape(config, best, path):
         "run has left the plateau when a batch's loss is 0.1 below that of guessing. Points: "
         f"{config.seeds} seeds; hollow, above: some seed had not left after {config.escape_steps} "
         "steps, or diverged, and its ε is left out of the fit.",
+        claims=("bn-last-layer-suffices",),
     )
 
 
@@ -207,6 +212,7 @@ def _draw_single(config, best, path):
         caption=f"Weights from U(−{config.a:g}, {config.a:g}), no biases, {config.num_steps} steps "
         f"at the best rate of each point's grid. Line: mean of {config.seeds} seeds; band: lowest "
         "to highest; dotted: guessing.",
+        claims=("last-layer-only",),
     )
 
 
@@ -243,6 +249,7 @@ def _draw_schemes(config, best, path):
         "last and on all layers under the bad one.",
         caption=f"SGD, each at the best rate of its grid, after {config.num_steps} steps (BN on "
         f"all layers: {config.width_steps}). Points: {config.seeds} seeds; bar: their mean.",
+        claims=("no-training-without-bn",),
     )
 
 
@@ -282,4 +289,5 @@ def _draw_grid(config, best, path):
         alt="Table of test accuracies by epsilon, optimizer and biases.",
         caption=f"Test accuracy after {config.num_steps} steps, mean of {config.seeds} seeds, each "
         "cell at its best rate of its optimizer's grid.",
+        claims=("bn-last-layer-suffices",),
     )

@@ -52,6 +52,7 @@ def draw_layers(config: Any, signal: list[dict], path: Path) -> Figure:
         caption=f"At initialization, weights from U(−{config.a:g}, {config.a:g}), no BN, "
         f"standardized images resized to {config.signal_size}×{config.signal_size}×3. Points: mean "
         f"of {config.seeds} seeds, bars from the lowest to the highest; dashed: theory.",
+        claims=("tiny-init-vanishing-signal",),
     )
 
 
@@ -91,4 +92,5 @@ def draw_prediction(config: Any, signal: list[dict], path: Path) -> Figure:
         f"({', '.join(scales)}) at a = {config.a:g}, and a = "
         f"{', '.join(f'{a:g}' for a in widths)} on standardized images. Dashed: theory; grey: the "
         f"half decade of the claim.",
+        claims=("tiny-init-vanishing-signal",),
     )

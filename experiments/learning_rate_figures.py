@@ -62,8 +62,8 @@ def draw(
       folder: where the PNG files go.
     """
     return [
-        _draw_limits(config, searches, folder / "largest_stable_rate.png"),
         _draw_ratios(config, searches, folder / "ratio.png"),
+        _draw_limits(config, searches, folder / "largest_stable_rate.png"),
         _draw_losses(config, searches, num_classes, folder / "loss_against_rate.png"),
         _draw_boosted(config, boosted, num_classes, folder / "thirty_times.png"),
         _draw_sigmoid(config, sigmoid, num_classes, folder / "sigmoid.png"),
@@ -123,6 +123,7 @@ def _draw_limits(config, searches, path) -> Figure:
         caption=f"Momentum SGD, {config.num_steps} steps, He initialization. Points: "
         f"{config.seeds} seeds; line: their geometric mean. Arrows: bounds, where the grid ends "
         "before the answer; the line then runs through the bound.",
+        claims=("higher-learning-rates", "advantage-shrinks-with-batch"),
     )
 
 
@@ -172,6 +173,7 @@ def _draw_ratios(config, searches, path) -> Figure:
         caption=f"Geometric mean of {config.seeds} seeds, paired, with the 95 % interval; one "
         "that is wider than the panel is cut off. The published 30 is the ratio of "
         "two rates that trained Inception with and without BN at batch 32, not of limits.",
+        claims=("higher-learning-rates", "advantage-shrinks-with-batch"),
     )
 
 
@@ -218,6 +220,7 @@ def _draw_losses(config, searches, num_classes, path) -> Figure:
         caption=f"Mean over the last tenth of {config.num_steps} steps, on the one seed that "
         f"chooses the best rates. Losses above {_TOP:g} are drawn there; crosses: steps that were "
         "not finite.",
+        claims=("higher-learning-rates",),
     )
 
 
@@ -244,6 +247,7 @@ def _draw_boosted(config, boosted, num_classes, path) -> Figure:
         caption=f"CNN, batch {PUBLISHED_BATCH}, BN on all layers. Line: mean of {config.seeds} "
         f"seeds; band: lowest to highest; smoothed over {window} steps; dotted: guessing. Losses "
         "above 1.5 times that are cut off.",
+        claims=("higher-learning-rates",),
     )
 
 
@@ -283,6 +287,7 @@ def _draw_sigmoid(config, sigmoid, num_classes, path) -> Figure:
         alt="Test accuracy of sigmoid CNNs of growing depth, plain and with BN on all layers.",
         caption=f"Sigmoid CNNs, Glorot initialization, {config.sigmoid_steps} steps of momentum "
         f"SGD, each at its best rate of the same grid. Points: {config.seeds} seeds; line: mean.",
+        claims=("sigmoid-trainable",),
     )
 
 

@@ -108,6 +108,7 @@ def _draw_surface(config, roles, path) -> Figure:
         caption=f"Over {FACTORS[0]:g} to {FACTORS[-1]:g} times the step of SGD, on the batch that "
         f"gives it (Santurkar et al., 2018, figure 4). {_BAND.format(config.seeds)} The last panel "
         "alone is free of the scale of weights and gradients.",
+        claims=("smoother-along-the-step",),
     )
 
 
@@ -140,6 +141,7 @@ def _draw_profile(config, surfaces, path) -> Figure:
         "training and half way, with BN and without.",
         caption=f"Loss of the batch that gives the step, less its loss at the start. "
         f"{_BAND.format(config.seeds)} Each arm's unit is its own step.",
+        claims=("smoother-along-the-step",),
     )
 
 
@@ -180,6 +182,7 @@ def _draw_sharpness(config, surfaces, path) -> Figure:
         caption=f"Hessian of {config.fixed_examples} fixed examples; a mark for each seed. Hollow: "
         "the statistics of BN are frozen, so that it is a fixed affine map: another matrix, though "
         "the loss is the same.",
+        claims=("sharpness-sets-the-rate",),
     )
 
 
@@ -213,6 +216,7 @@ def _draw_stable(config, descents, path) -> Figure:
         "over the largest eigenvalue at initialization, with BN and without.",
         caption=f"Gradient descent by {config.fixed_examples} fixed examples. "
         f"{_BAND.format(config.seeds)} Losses above {top:.1f}, or not finite, are drawn there.",
+        claims=("sharpness-sets-the-rate",),
     )
 
 
@@ -246,4 +250,5 @@ def _draw_edge(config, edges, path) -> Figure:
         f"{config.edge_factor:g} times each network's own 2/λmax at the start; statistics of that "
         f"batch are differentiated through. {_BAND.format(config.seeds)} Dashed: 2, the limit of "
         "stability on a quadratic (Cohen et al., 2021).",
+        claims=("edge-of-stability",),
     )

@@ -115,6 +115,7 @@ def _draw_distance(config, cells, momentum, path) -> Figure:
         "of the mean, in units of the true σ, and of the error of ln σ. Lines: mean of the seeds; "
         f"bands: lowest to highest. {ALGORITHM2} and merged: {config.population_batches} batches. "
         "Dotted: without what is left of the initial 0 and 1, so that lag and noise remain.",
+        claims=("population-beats-ema",),
     )
 
 
@@ -142,6 +143,7 @@ def _draw_accuracy(config, cells, path) -> Figure:
         "moving averages.",
         caption=f"Batch {size}; the same weights, evaluated by each kind of statistics. Lines: "
         "mean of the seeds; bands: lowest to highest.",
+        claims=("population-statistics-classify-better",),
     )
 
 
@@ -179,6 +181,7 @@ def _draw_batches(config, cells, momentum, path) -> Figure:
         "for a low and one for a high rate.",
         caption=f"At step {last}, rates tuned for each batch size. {ALGORITHM2} and merged: "
         f"{config.population_batches} batches. Lines: mean of the seeds; bands: lowest to highest.",
+        claims=("population-beats-ema",),
     )
 
 

@@ -102,6 +102,7 @@ def _draw_need(config, records, path) -> Figure:
         f"{config.dropout_tuning_seeds} tuning seeds, each dropout rate at its learning rate of "
         "the best validation accuracy; in inference mode. Open marks, and below: the cells at "
         f"their best rates, {config.dropout_seeds} other seeds; bars: 95 % intervals.",
+        claims=("less-need-for-dropout",),
     )
 
 
@@ -195,4 +196,5 @@ def _draw_shift(config, records, path) -> Figure:
         "in training, for the dropout right before BN alone. Below: test accuracy by statistics "
         "taken anew with dropout off less that by statistics taken with it on; bars: 95 % "
         "intervals.",
+        claims=("dropout-before-bn-shifts-variance",),
     )

@@ -102,6 +102,11 @@ def _draw_ladder(config, main, path) -> Figure:
         f"{config.groups_seeds} seeds, of each arm alone: differences paired by seed are surer. "
         f"Inference mode. Points, side by side for the eye: groups of {config.groups_size}, or "
         "population statistics with noise of such groups; ↓ and a number, far below.",
+        claims=(
+            "batch-noise-regularizes",
+            "batch-noise-regularizes-by-loss",
+            "reshuffling-regularizes",
+        ),
     )
 
 

@@ -62,6 +62,7 @@ def _draw_gaussian(config, gaussian, path) -> Figure:
         caption="Lines: exact variance of x̂ given x̃ in batches of m Gaussian values, times m; "
         "dashed: its limit, the law to first order. Marks: batches of samples, "
         f"{config.law_samples} for each of {config.seeds} seeds. Grey: the criterion's range.",
+        claims=("batch-noise-law",),
     )
 
 
@@ -111,6 +112,7 @@ def _draw_features(config, features, path) -> Figure:
         f"x̃, mean of {config.seeds} seeds, bars from the lowest to the highest; lines: medians of "
         "the law with each feature's own skewness and kurtosis, of convolutions with what image "
         "means scatter. As of batches from an infinite set. Grey: the criterion's range.",
+        claims=("batch-noise-law-of-real-features",),
     )
 
 
@@ -176,6 +178,7 @@ def _draw_worth(config, features, path) -> Figure:
         "predicted by the scatter of image means; medians over features, mean of "
         f"{config.seeds} seeds. Bars: from the least to the most of the features of all seeds. "
         "Black: the number of positions, h·w.",
+        claims=("pixels-are-not-examples",),
     )
 
 

@@ -27,8 +27,8 @@ def draw(config: Any, records: Mapping[str, Sequence[Mapping[str, Any]]], folder
       folder: where the PNG files go.
     """
     return [
-        _draw_losses(config, records["losses"], folder / "loss_against_scale.png"),
         _draw_identities(config, records["backprop"], folder / "identities.png"),
+        _draw_losses(config, records["losses"], folder / "loss_against_scale.png"),
         _draw_growth(config, records["tangent"], folder / "norm_growth.png"),
         _draw_effective(config, records["effective"], folder / "effective_rate.png"),
         _draw_exponential(config, records["exponential"], folder / "exponential_rate.png"),
@@ -64,6 +64,7 @@ def _draw_losses(config, records, path) -> Figure:
         f"ε = {config.epsilon:g}. Bias inside: BN on the last layer "
         "alone, and biases below it, which are not scaled. Dotted: ln 10. Line: mean of "
         f"{config.seeds} seeds; band: lowest to highest.",
+        claims=("scale-invariant-backprop",),
     )
 
 
@@ -109,6 +110,7 @@ def _draw_identities(config, records, path) -> Figure:
         "BN_ε(aWu) against BN_{ε/a²}(Wu) with its gradients. Below: what must deviate does; with "
         "ε ignored, BN_ε(aWu) against BN_ε(Wu), small weights do. A bias right before BN changes "
         "nothing. Dotted: 1e-12.",
+        claims=("scale-invariant-backprop",),
     )
 
 
@@ -156,6 +158,7 @@ def _draw_growth(config, records, path) -> Figure:
         caption="Above, seed 0: ‖w‖² (broad) against ‖w₀‖² + Σ η²‖∇L‖² (dashed). Below: share of "
         f"the gradient that is radial, largest over hidden layers; mean of {config.seeds} seeds, "
         "band: lowest to highest. Dotted: 1e-12.",
+        claims=("gradient-is-tangent",),
     )
 
 
@@ -192,6 +195,7 @@ def _draw_effective(config, records, path) -> Figure:
         "far below the dotted line at 1e-10.",
         caption="Above: loss of each batch with η, λ and w₀, each seed. Below: its difference from "
         "the loss with c²η, λ/c² and c·w₀; zero is drawn at 1e-17. Dotted: 1e-10.",
+        claims=("effective-learning-rate",),
     )
 
 
@@ -227,6 +231,7 @@ def _draw_exponential(config, records, path) -> Figure:
         caption="Above: loss of each batch, seed 0. Middle: the rate that stands for the decay. "
         f"Below: difference of the two losses, each of {len(records)} seeds; zero is drawn at "
         "1e-17. Rounding errors grow with the steps as training amplifies them. Dotted: 1e-10.",
+        claims=("exponential-rate-equals-weight-decay",),
     )
 
 
@@ -273,6 +278,7 @@ def _draw_angles(config, records, path) -> Figure:
         f"below, their ratio, from {ratios.min():.3g} to {ratios.max():.3g}.",
         caption="Each point: a hidden layer, a seed and a setting of (η, λ, α); root mean square "
         "over the second half of the run. Grey: within 5 % of theory.",
+        claims=("equilibrium-angle",),
     )
 
 

@@ -121,6 +121,7 @@ def _draw_gradients(config, records, path) -> Figure:
         "the slope of mean-field theory through the middle. Grey: the layers that rates are taken "
         "from; the lowest layer is given its input, whose variance is another. Below: rates; bars: "
         "lowest to highest seed; dotted: theory.",
+        claims=("gradient-explosion",),
     )
 
 
@@ -143,6 +144,7 @@ def _draw_jacobians(config, records, path) -> Figure:
         caption="Jacobian of a ReLU layer's pre-activations in those of the layer below, over a "
         f"batch of {JACOBIAN_BATCH}, {JACOBIAN_WIDTH} units: all {JACOBIAN_BATCH * JACOBIAN_WIDTH} "
         f"singular values in order. {_BAND.format(seeds=len(records))}",
+        claims=("gradient-explosion",),
     )
 
 
@@ -169,6 +171,7 @@ def _draw_residual(config, records, path) -> Figure:
         caption="Mean square over units and examples at initialization, x ← x + W·relu(x) without "
         f"BN and x ← x + W·relu(BN(x)) with it. A seed is the mean of {config.residual_networks} "
         f"networks of {config.residual_width} units. {_BAND.format(seeds=len(records))}",
+        claims=("residual-variance",),
     )
 
 
@@ -217,6 +220,7 @@ def _draw_ranks(config, records, path) -> Figure:
         caption=f"Linear networks of d units on d examples, {config.rank_depth} layers; soft rank "
         "(Σλ)²/Σλ² of HHᵀ. Above: the widest. Below: with BN the mean over the upper half of the "
         f"layers, without it at the last. {_BAND.format(seeds=config.seeds)}",
+        claims=("rank-collapse",),
     )
 
 
@@ -250,4 +254,5 @@ def _draw_training(config, records, num_classes, path) -> Figure:
         caption=f"{config.dataset}, {config.train_width} units, {config.num_steps} steps of "
         "momentum SGD, each arm and depth at its best rate of the same grid. Test set, by "
         f"population statistics. {_BAND.format(seeds=config.seeds)}",
+        claims=("deep-bn-untrainable",),
     )

@@ -91,6 +91,7 @@ def _draw_clouds(clouds, path):
         "two standard deviations of the covariance; lines: its principal axes. BN centres the "
         "cloud and gives both features variance 1; the ellipse stays slanted, for the correlation "
         "stays.",
+        claims=("unit-normalization", "no-decorrelation"),
     )
 
 
@@ -114,6 +115,7 @@ def _draw_matrices(matrices, path):
         "negative correlations, after ZCA the identity.",
         caption=f"Correlations of {len(matrix)} dense pre-activations over all examples, seed 0, "
         "in the order of the leading eigenvector: raw, after BN, and after ZCA whitening.",
+        claims=("no-decorrelation",),
     )
 
 
@@ -149,6 +151,7 @@ def _draw_transfer(config, records, slopes, path):
         f"mean of {config.seeds} seeds, {config.pairs} pairs of batches each; band: lowest to "
         "highest. Offset (mean up to 1e6 standard deviations) and heavy tails (Student's t, 3 "
         "degrees of freedom) are controls.",
+        claims=("identity-recoverable",),
     )
 
 
@@ -179,6 +182,7 @@ def _draw_cost(config, times, exponents, path):
         f"{config.repeats} repetitions, in turn with the other arms; band: their quartiles; "
         "exponents are least squares over all d. Dotted: theory for large d, d for BN and d³ for "
         "ZCA, through the last point.",
+        claims=("whitening-cost",),
     )
 
 
@@ -207,6 +211,7 @@ def _draw_rank(config, records, path):
         caption="Numerical rank, from singular values in float64. Where it is below the number of "
         f"features the covariance has no inverse. Line: mean of {config.seeds} seeds; band: lowest "
         "to highest.",
+        claims=("whitening-cost",),
     )
 
 
