@@ -178,7 +178,8 @@ def _report(
     preset, config, path = options.preset, options.config, options.path
     results_path, report_path = path / "results.json", path / "report.html"
     if results_path.exists():  # the run had finished before: its time is the one that counts
-        seconds = json.loads(results_path.read_text())["wall_seconds"]
+        with contextlib.suppress(ValueError, KeyError):  # damaged: it is written anew
+            seconds = json.loads(results_path.read_text())["wall_seconds"]
     results = results_document(
         experiment=experiment.name,
         preset=preset,
@@ -207,15 +208,20 @@ def _first_prose(text: str) -> str:
 
 
 def _command(experiment: Experiment, preset: str, config: Any, path: Path) -> str:
-    """The command that gives this run: the preset, and the fields that differ from it."""
+    """The command that gives this run: the preset, and what differs from it and the defaults."""
     base = dataclasses.asdict(experiment.presets[preset])
     changed = [
         f"--config.{field}={value}"
         for field, value in dataclasses.asdict(config).items()
         if value != base[field]
     ]
-    words = [f"--preset={preset}", f"--workdir={path}", *changed]
+    moved = [] if path == _default_path(experiment, preset) else [f"--workdir={path}"]
+    words = [f"--preset={preset}", *moved, *changed]
     return shlex.join(["python", "-m", f"experiments.{experiment.name}", *words])
+
+
+def _default_path(experiment: Experiment, preset: str) -> Path:
+    return Path(f"runs/{experiment.name}-{preset}")
 
 
 def _parse(experiment: Experiment, argv: list[str]) -> _Options | None:
@@ -245,7 +251,7 @@ def _parse(experiment: Experiment, argv: list[str]) -> _Options | None:
     if len(rest) > 1:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags start with -- (see --help)")
     resolved = dataclasses.replace(experiment.presets[basic.preset], **config.to_dict())
-    path = Path(basic.workdir or f"runs/{experiment.name}-{basic.preset}")
+    path = Path(basic.workdir or _default_path(experiment, basic.preset))
     if basic.tensorboard and (missing := obstacle()):
         raise UsageError(missing)
     parallel = basic.parallel if experiment.distributed else None

@@ -63,6 +63,16 @@ def test_writes_results_report_and_prints_the_verdict(tmp_path, capsys):
     assert "sum-is-three" in out.replace("\n", "") and "report.html" in out
 
 
+def test_the_command_says_where_only_if_that_is_no_default(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for flags in ([], ["--workdir=w"]):
+        assert launch("--config.term=1.0", *flags) == 0
+    paths = ["runs/adding-quick/report.json", "w/report.json"]
+    default, elsewhere = (json.loads((tmp_path / path).read_text())["command"] for path in paths)
+    assert default == "python -m experiments.adding --preset=quick --config.term=1.0"
+    assert elsewhere == default.replace("quick", "quick --workdir=w")
+
+
 def test_presets_and_overrides(tmp_path):
     flags = ["--preset=big", "--config.term=4", "--config.terms=(7.0, 8.0)"]
     assert launch(f"--workdir={tmp_path}", *flags) == 0
