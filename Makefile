@@ -22,9 +22,9 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# A page for each module, from its docstrings: build/api/index.html.
+# A page for each module, from its docstrings: docs/api/_build/index.html.
 docs: $(VENV)/.installed-test
-	$(BIN)/python -m sphinx -W -q docs/api build/api
+	JAX_PLATFORMS=cpu $(BIN)/python -m sphinx -q -W --keep-going docs/api docs/api/_build
 
 # README.md and docs/*.md from docs/results.
 pages: $(VENV)/.installed
@@ -41,4 +41,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build runs
+	rm -rf $(VENV) docs/api/_build docs/api/modules runs

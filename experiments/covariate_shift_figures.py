@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -100,8 +101,9 @@ def _draw_figure_1(config, runs, words, claims, path) -> Figure:
         fig,
         path,
         title=f"Figure 1 of Ioffe & Szegedy, rebuilt{words}",
-        alt="Above, test accuracy against training steps with and without BN. Below, the 15th, "
-        "50th and 85th percentiles of one unit's input over the same steps, plain and with BN.",
+        alt="Above, test accuracy against training steps, from first to last: "
+        f"{line_ends(axes[0])}. Below, the 15th, 50th and 85th percentiles of one unit's input "
+        f"over the same steps; {line_ends(axes[1])}; {line_ends(axes[2])}.",
         caption=f"{config.dataset}, {config.network}, batches of {config.batch_size}. "
         f"{_BAND.format(seeds=config.seeds)} Below, seed 0: of the last hidden layer the unit "
         "whose drift is the median one; dashed its 15th and 85th percentile, grey the range of the "
@@ -114,8 +116,11 @@ def _draw_figure_1(config, runs, words, claims, path) -> Figure:
 
 def _draw_units(config, runs, path) -> Figure:
     fig, axis = new_figure(height=3.8, width=5.4)
+    medians = []
     for arm, records in runs.items():
         paths = [np.sort(np.array(r["path"], float)) for r in records if r["path"] is not None]
+        if paths:
+            medians.append(f"{_SHORT[arm]}: {np.median(np.concatenate(paths)):.2g}")
         for index, values in enumerate(paths):
             share = (np.arange(len(values)) + 0.5) / len(values)
             label = _SHORT[arm] if index == 0 else None
@@ -129,7 +134,7 @@ def _draw_units(config, runs, path) -> Figure:
         path,
         title="How far the inputs of all last hidden units drift",
         alt="Cumulative share of the last hidden units against their drift on a logarithmic axis, "
-        "one line for each seed, for plain networks and networks with BN.",
+        f"one S-shaped line for each seed. Median drift: {'; '.join(medians)}.",
         caption="Drift: the path of a unit's {15, 50, 85} percentiles over the whole training, in "
         f"widths r = p85 − p15, measured every {config.steps_per_dispatch} steps. A line for each "
         f"of {config.seeds} seeds. {config.dataset}, {config.activations[0]} units.",
@@ -172,7 +177,8 @@ def _draw_gradients(config, runs, path) -> Figure:
         path,
         title="How far a layer's gradient moves when the layers below take their step",
         alt="Relative gradient shift against training steps on a logarithmic axis, a panel for "
-        "each layer from the second on, with and without BN, and the noise floors as dotted lines.",
+        "each layer from the second on, and the noise floors as dotted lines. In the last panel, "
+        f"from first to last: {line_ends(np.ravel(axes)[-1])}.",
         caption="G: gradient on the batch of the next step; G′: the same after the layers below "
         "have taken that step. Dotted: the distance between the gradients of two disjoint batches "
         f"of {config.batch_size} at the same parameters, mean over seeds. {config.dataset}, "
@@ -185,9 +191,10 @@ def _draw_gradients(config, runs, path) -> Figure:
 def _draw_ratios(config, runs, path) -> Figure:
     count = len(runs)
     fig, axes = new_figure(rows=2, width=5.4, height=4.0 + 2.2 * count)
-    markers = "os^Dvp"
+    markers, first_rows = "os^Dvp", []
     for axis, of, criterion in ((axes[0], drift_ratios, DRIFT), (axes[1], shift_ratios, SHIFT)):
         names: list[str] = []
+        told = []
         for index, (name, arms) in enumerate(runs.items()):
             ratios = of(config, arms)
             names = list(ratios)
@@ -196,6 +203,8 @@ def _draw_ratios(config, runs, path) -> Figure:
                     continue
                 at = row + 0.3 * (index - (count - 1) / 2)
                 mean = found.mean.low
+                if row == 0:
+                    told.append(f"{name}: {mean:.2g}")
                 ends = [(mean - found.low,), (found.high - mean,)]
                 sound = found.pairs > 1 and np.isfinite(found.high)
                 axis.errorbar(
@@ -208,6 +217,7 @@ def _draw_ratios(config, runs, path) -> Figure:
                     color=PALETTE[index],
                     label=name if row == 0 else None,
                 )
+        first_rows.append("; ".join(told))
         axis.axvline(1, color=_GREY, linewidth=1.2)
         if criterion != 1:
             axis.axvline(criterion, color=_GREY, linewidth=1.2, linestyle="--")
@@ -221,8 +231,9 @@ def _draw_ratios(config, runs, path) -> Figure:
         fig,
         path,
         title="Drift and gradient shift, BN over plain",
-        alt="Ratios of BN to plain with intervals on a logarithmic axis: above of the drift of "
-        "distributions, below of the gradient shift, a row for each way of measuring.",
+        alt="Ratios of BN to plain with intervals on a logarithmic axis, a row for each way of "
+        f"measuring. Above, of the drift of distributions; first row: {first_rows[0]}. Below, of "
+        f"the gradient shift; first row: {first_rows[1]}.",
         caption="Geometric mean over seeds and its 95 % interval. The first row of each panel is "
         f"the claim's; grey: 1; dashed: {DRIFT}, at most which the drift must be. 'After the "
         "plateau' is not shown where a plain network stays on it.",

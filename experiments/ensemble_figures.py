@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -14,6 +15,7 @@ from bn_research.claims.figures import (
     save_figure,
     shared_legend,
 )
+from bn_research.claims.formatting import format_number
 from bn_research.claims.verdict import estimate
 from experiments.ensemble_scores import BINS
 from experiments.ensemble_verdicts import (
@@ -40,23 +42,26 @@ def draw(config: Any, ensembles: Ensembles, folder: Path) -> list[Figure]:
     ]
 
 
-def _row(axis: Any, y: float, dots: Sequence[float], means: Sequence[float], color: str) -> None:
-    """Each of the dots, in per cent, and the mean of means with its interval."""
+def _row(axis: Any, y: float, dots: Sequence[float], means: Sequence[float], color: str) -> str:
+    """Each of the dots, in per cent, and the mean of means with its interval; returns that mean."""
     axis.plot(100 * np.asarray(dots), np.full(len(dots), y), "o", color=color, alpha=0.3, ms=4)
     found = estimate(means)
     if np.isfinite(found.low):
         axis.plot([100 * found.low, 100 * found.high], [y, y], color=color, linewidth=2)
     axis.plot(100 * found.mean, y, "D", color=color, markersize=7)
+    return f"{100 * found.mean:.3g}"
 
 
 def _draw_errors(config: Any, ensembles: Ensembles, path: Path) -> Figure:
     fig, axes = new_figure(rows=2, width=5.4, height=6.0)
     names: list[str] = []
+    means: list[str] = []
     for kind, these in ensembles.items():
         ones = [m["scores"]["error"] for e in these for m in e["members"]]
-        _row(axes[0], len(names), ones, [single(e, "error") for e in these], _COLORS[kind])
+        singles = [single(e, "error") for e in these]
+        means.append(_row(axes[0], len(names), ones, singles, _COLORS[kind]))
         six = [e["scores"]["error"] for e in these]
-        _row(axes[0], len(names) + 1, six, six, _COLORS[kind])
+        means.append(_row(axes[0], len(names) + 1, six, six, _COLORS[kind]))
         names += [f"single, {kind}", f"ensemble, {kind}"]
     networks = [first(e) for e in ensembles[SEEDS]]
     asked = {"population statistics": [n["scores"] for n in networks]}
@@ -64,8 +69,9 @@ def _draw_errors(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         asked[f"MC-BN, {number} draws"] = [n["mc_bn"][number] for n in networks]
     for name, scores in asked.items():
         errors = [found["error"] for found in scores]
-        _row(axes[0], len(names), errors, errors, PALETTE.green)
+        means.append(_row(axes[0], len(names), errors, errors, PALETTE.green))
         names.append(name)
+    means = [f"{name}: {mean}" for name, mean in zip(names, means, strict=True)]
     axes[0].set_yticks(range(len(names)), names)
     axes[0].set_ylim(len(names) - 0.5, -0.5)
     axes[0].set_xlabel("top-1 error, %")
@@ -92,9 +98,9 @@ def _draw_errors(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         fig,
         path,
         title="Errors of single networks, of six together, and of MC-BN",
-        alt="Above: top-1 test errors of single networks and of ensembles, of six settings and of "
-        "one, and of MC-BN, as dots with means and intervals. Below: the published errors on "
-        "ImageNet.",
+        alt="Above: top-1 test errors in per cent, as dots with their mean and its interval; "
+        f"means: {'; '.join(means)}. Below: the published errors on ImageNet: "
+        f"{'; '.join(f'{name}: {value:g}' for name, value in published)}.",
         caption=f"{config.dataset}. Pale dots: networks or ensembles; diamond and line: mean and "
         f"95 % interval over {config.seeds} ensembles (of a single network: over their means). "
         "Green: one network of each ensemble of one setting, by population statistics and by those "
@@ -125,8 +131,8 @@ def _draw_sizes(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         fig,
         path,
         title="Error against the size of the ensemble",
-        alt="Top-1 test error of ensembles of one to six networks, as a share of the mean error "
-        "of a single one, for six settings and for one setting; the published shares at six.",
+        alt="Top-1 test error against the number of networks in the ensemble, in per cent of the "
+        f"mean error of a single one, from first to last: {line_ends(axis)}.",
         caption=f"{config.dataset}. Mean over all choices of so many of the six networks; line: "
         f"mean of {config.seeds} ensembles, band: lowest to highest. Published: Ioffe & Szegedy "
         "(2015), figure 4.",
@@ -158,8 +164,12 @@ def _draw_reliability(config: Any, ensembles: Ensembles, path: Path) -> Figure:
     )
     axes[0].plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1.2)
     axes[1].axhline(0, color="black", linestyle=":", linewidth=1.2)
+    farthest = []
     for label, these, color, marker in curves:
         confidence, accuracy = _pooled(these)
+        if len(accuracy):
+            most = max(accuracy - confidence, key=abs)
+            farthest.append(f"{label}: {format_number(float(f'{most:.2g}'))}")
         style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.4}
         axes[0].plot(confidence, accuracy, label=label, **style)
         axes[1].plot(confidence, accuracy - confidence, **style)
@@ -175,7 +185,8 @@ def _draw_reliability(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         path,
         title="Reliability of the predicted probabilities",
         alt="Above: accuracy against confidence in bins, of single networks, MC-BN and two kinds "
-        "of ensemble, with the diagonal of perfect calibration. Below: the difference of the two.",
+        "of ensemble, with the diagonal of perfect calibration. Below: accuracy less confidence; "
+        f"farthest from 0: {'; '.join(farthest)}.",
         caption=f"{config.dataset}. {BINS} bins of equal width, all {config.seeds} networks or "
         f"ensembles pooled; bins of fewer than {_SHOWN} examples are left out. Below the dotted "
         "line: too confident; above it: not confident enough.",

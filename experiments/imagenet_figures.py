@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import PALETTE, Figure, band, new_figure, save_figure
 
 
@@ -51,7 +52,8 @@ def _draw_accuracy(config, curves, published, path):
         fig,
         path,
         title=f"Top-1 accuracy on {config.dataset}",
-        alt=f"Top-1 accuracy of {config.setting} against training steps.",
+        alt=f"Top-1 accuracy in per cent against training steps, from first to last: "
+        f"{line_ends(axis)}.",
         caption=caption,
         claims=(f"imagenet-{config.setting.replace('_', '-')}",),
     )
@@ -70,7 +72,8 @@ def _draw_loss(config, runs, path):
         fig,
         path,
         title="Training loss",
-        alt=f"Training loss of {config.setting} against training steps.",
+        alt=f"Training loss in nats against training steps on a log axis, from first to last: "
+        f"{line_ends(axis)}.",
         caption=f"Mean over {config.steps_per_dispatch} steps; line and band: mean and range of "
         f"{len(runs)} seed(s).",
     )

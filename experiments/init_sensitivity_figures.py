@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -207,8 +208,8 @@ def _draw_single(config, best, path):
         fig,
         path,
         title="Which single layer's BN is enough?",
-        alt="Test accuracy against the number of the one layer with BN, for each optimizer and "
-        "epsilon.",
+        alt="Test accuracy against the number of the one layer with BN, from the first layer to "
+        f"the last: {line_ends(axis)}.",
         caption=f"Weights from U(−{config.a:g}, {config.a:g}), no biases, {config.num_steps} steps "
         f"at the best rate of each point's grid. Line: mean of {config.seeds} seeds; band: lowest "
         "to highest; dotted: guessing.",
@@ -232,8 +233,10 @@ def _draw_schemes(config, best, path):
         f"BN on all layers, U(−{nearest:g}, {nearest:g})": f"all a={nearest:g}",
     }
     fig, axis = new_figure(height=1.2 + 0.34 * len(arms), width=5.6)
+    means = []
     for row, (label, role) in enumerate(arms.items()):
         values = [record["accuracy"] for record in best[role]]
+        means.append(f"{label}: {np.mean(values):.2f}")
         color = PALETTE.blue if label.startswith("BN") else PALETTE.black
         axis.plot(values, np.full(len(values), row), "o", color=color, alpha=0.5, markersize=5)
         axis.plot(np.mean(values), row, "|", color=color, markersize=14, markeredgewidth=2)
@@ -245,8 +248,7 @@ def _draw_schemes(config, best, path):
         fig,
         path,
         title="Initializations beside BN",
-        alt="Test accuracies of the plain network under several initializations, and of BN on the "
-        "last and on all layers under the bad one.",
+        alt=f"Test accuracy of each seed, a row for each initialization. Means: {'; '.join(means)}.",
         caption=f"SGD, each at the best rate of its grid, after {config.num_steps} steps (BN on "
         f"all layers: {config.width_steps}). Points: {config.seeds} seeds; bar: their mean.",
         claims=("no-training-without-bn",),
@@ -276,6 +278,10 @@ def _draw_grid(config, best, path):
             va="center",
             color="white" if value > 0.6 else "black",
         )
+    rows = [
+        f"ε = {epsilon:g}: {', '.join(f'{value:.2f}' for value in values)}"
+        for epsilon, values in zip(config.epsilons, table, strict=True)
+    ]
     axis.grid(visible=False)
     axis.set_xticks(
         range(len(columns)),
@@ -286,7 +292,8 @@ def _draw_grid(config, best, path):
         fig,
         path,
         title="BN on the last layer: ε, optimizer and biases",
-        alt="Table of test accuracies by epsilon, optimizer and biases.",
+        alt=f"Table of test accuracies, columns {'; '.join(_column(*c) for c in columns)}. "
+        f"{'. '.join(rows)}.",
         caption=f"Test accuracy after {config.num_steps} steps, mean of {config.seeds} seeds, each "
         "cell at its best rate of its optimizer's grid.",
         claims=("bn-last-layer-suffices",),

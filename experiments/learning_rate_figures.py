@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.censoring import Bounded
 from bn_research.claims.figures import (
     PALETTE,
@@ -86,6 +87,10 @@ def _panels(searches: Searches):
     return fig, panels
 
 
+def _told(panels: Any) -> str:
+    return ". ".join(f"{network_name(name)}, {line_ends(axis)}" for axis, name, _ in panels)
+
+
 def _shown(number: Bounded) -> float:
     """Where to draw a number: at its finite bound where it has one."""
     return number.low if math.isinf(number.high) else number.high
@@ -118,8 +123,8 @@ def _draw_limits(config, searches, path) -> Figure:
         fig,
         path,
         title="The largest rate that trains",
-        alt="Largest stable learning rate against batch size, both logarithmic, for plain networks "
-        "and BN on the last, the hidden and all layers.",
+        alt="Largest stable learning rate against batch size, both logarithmic, from the smallest "
+        f"batch to the largest. {_told(panels)}.",
         caption=f"Momentum SGD, {config.num_steps} steps, He initialization. Points: "
         f"{config.seeds} seeds; line: their geometric mean. Arrows: bounds, where the grid ends "
         "before the answer; the line then runs through the bound.",
@@ -168,8 +173,8 @@ def _draw_ratios(config, searches, path) -> Figure:
         fig,
         path,
         title="How much larger the rate may be",
-        alt="Ratio of the largest stable rates with and without BN against batch size, with lines "
-        "at 3, 10 and the published 30.",
+        alt="Ratio of the largest stable rates with and without BN, with intervals, against batch "
+        f"size, from the smallest to the largest. {_told(panels)}.",
         caption=f"Geometric mean of {config.seeds} seeds, paired, with the 95 % interval; one "
         "that is wider than the panel is cut off. The published 30 is the ratio of "
         "two rates that trained Inception with and without BN at batch 32, not of limits.",
@@ -242,8 +247,8 @@ def _draw_boosted(config, boosted, num_classes, path) -> Figure:
         fig,
         path,
         title=f"Does {PUBLISHED_FACTOR} times the plain network's best rate train?",
-        alt="Training loss against steps of the plain CNN at its best rate, of BN at 30 times that "
-        "rate and of BN at its own best rate.",
+        alt="Training loss against steps, from first to last, each arm with its rate: "
+        f"{line_ends(axis)}.",
         caption=f"CNN, batch {PUBLISHED_BATCH}, BN on all layers. Line: mean of {config.seeds} "
         f"seeds; band: lowest to highest; smoothed over {window} steps; dotted: guessing. Losses "
         "above 1.5 times that are cut off.",
@@ -284,7 +289,8 @@ def _draw_sigmoid(config, sigmoid, num_classes, path) -> Figure:
         fig,
         path,
         title="Deep networks of sigmoids",
-        alt="Test accuracy of sigmoid CNNs of growing depth, plain and with BN on all layers.",
+        alt="Test accuracy of sigmoid CNNs of growing depth, from the shallowest to the deepest: "
+        f"{line_ends(axis)}.",
         caption=f"Sigmoid CNNs, Glorot initialization, {config.sigmoid_steps} steps of momentum "
         f"SGD, each at its best rate of the same grid. Points: {config.seeds} seeds; line: mean.",
         claims=("sigmoid-trainable",),

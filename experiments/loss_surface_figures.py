@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -103,8 +104,11 @@ def _draw_surface(config, roles, path) -> Figure:
         path,
         title="How loss and gradient change along the step"
         + ("" if PLAIN in roles else ", at the next lower rate"),
-        alt="Range of the loss, distance of gradients, effective smoothness and relative distance "
-        "of gradients against steps, on logarithmic axes, with BN and without.",
+        alt="Four panels against steps, on logarithmic axes, from first to last. "
+        + " ".join(
+            f"{name.capitalize()}: {line_ends(axis)}."
+            for name, axis in zip(names, axes, strict=True)
+        ),
         caption=f"Over {FACTORS[0]:g} to {FACTORS[-1]:g} times the step of SGD, on the batch that "
         f"gives it (Santurkar et al., 2018, figure 4). {_BAND.format(config.seeds)} The last panel "
         "alone is free of the scale of weights and gradients.",
@@ -137,8 +141,8 @@ def _draw_profile(config, surfaces, path) -> Figure:
         fig,
         path,
         title="The loss along one step",
-        alt="Change of the loss against the distance along the step, 0 to 4 steps, at the start of "
-        "training and half way, with BN and without.",
+        alt="Change of the loss against the distance along the step, from 0 to 4 steps. At the "
+        f"start of training: {line_ends(axes[0])}. Half way: {line_ends(axes[1])}.",
         caption=f"Loss of the batch that gives the step, less its loss at the start. "
         f"{_BAND.format(config.seeds)} Each arm's unit is its own step.",
         claims=("smoother-along-the-step",),
@@ -177,8 +181,8 @@ def _draw_sharpness(config, surfaces, path) -> Figure:
         fig,
         path,
         title="λmax during SGD, statistics differentiated through or frozen",
-        alt="Rate times the largest eigenvalue of the Hessian at a few steps of SGD, for each arm "
-        "and seed, with a dashed line at 2.",
+        alt="Rate times the largest eigenvalue of the Hessian at a few steps of SGD, a mark for "
+        f"each seed, with a dashed line at 2. Seed 0, from first to last: {line_ends(axis)}.",
         caption=f"Hessian of {config.fixed_examples} fixed examples; a mark for each seed. Hollow: "
         "the statistics of BN are frozen, so that it is a fixed affine map: another matrix, though "
         "the loss is the same.",
@@ -213,7 +217,8 @@ def _draw_stable(config, descents, path) -> Figure:
         path,
         title="Which rates are stable?",
         alt="Training loss after a few steps of gradient descent against the rate in units of 2 "
-        "over the largest eigenvalue at initialization, with BN and without.",
+        "over the largest eigenvalue at initialization, from the smallest to the largest: "
+        f"{line_ends(axis)}.",
         caption=f"Gradient descent by {config.fixed_examples} fixed examples. "
         f"{_BAND.format(config.seeds)} Losses above {top:.1f}, or not finite, are drawn there.",
         claims=("sharpness-sets-the-rate",),
@@ -236,6 +241,11 @@ def _draw_edge(config, edges, path) -> Figure:
     axes[0].axhline(2, color="black", linestyle="--", linewidth=1.2, label="2")
     axes[0].set_yscale("log")
     axes[1].set_yscale("log")
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
+    axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes[0].yaxis.set_major_formatter(ScalarFormatter())
+    axes[0].yaxis.set_minor_formatter(NullFormatter())  # their numbers would touch
     axes[0].set_ylabel("rate · λmax")
     axes[1].set_ylabel("training loss (nats)")
     axes[1].set_xlabel("step of gradient descent")
@@ -244,8 +254,9 @@ def _draw_edge(config, edges, path) -> Figure:
         fig,
         path,
         title="λmax along gradient descent",
-        alt="Rate times the largest eigenvalue of the Hessian, and training loss, against steps of "
-        "gradient descent, with BN and without, with a dashed line at 2.",
+        alt="Against steps of gradient descent, from first to last. Above, rate times the largest "
+        f"eigenvalue of the Hessian: {line_ends(axes[0])}. Below, training loss: "
+        f"{line_ends(axes[1])}.",
         caption=f"Gradient descent by {config.fixed_examples} fixed examples at "
         f"{config.edge_factor:g} times each network's own 2/λmax at the start; statistics of that "
         f"batch are differentiated through. {_BAND.format(config.seeds)} Dashed: 2, the limit of "

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -79,6 +80,10 @@ def _panels(*, height: float):
     return fig, dict(zip(LEVELS, axes, strict=True))
 
 
+def _told(axes: Mapping[str, Any]) -> str:
+    return ". ".join(f"{level.capitalize()} rate: {line_ends(ax)}" for level, ax in axes.items())
+
+
 def _over_steps(axis, cells, size, level):
     """Steps of the cells of a batch size and level, and these cells; the axis labelled."""
     chosen = {c.step: runs for c, runs in cells.items() if c[:2] == (size, level)}
@@ -108,9 +113,8 @@ def _draw_distance(config, cells, momentum, path) -> Figure:
         fig,
         path,
         title="How far the statistics for inference are from those of the training set",
-        alt=f"Distance to the full-set statistics against training step, both on log axes, one "
-        f"panel for a low and one for a high rate, batch {size}. Lines for Algorithm 2, merged "
-        "batches and moving averages.",
+        alt="Distance to the full-set statistics against training step, both on log axes, from "
+        f"first to last. {_told(axes)}.",
         caption=f"Batch {size}. Distance: root mean square over features and layers of the error "
         "of the mean, in units of the true σ, and of the error of ln σ. Lines: mean of the seeds; "
         f"bands: lowest to highest. {ALGORITHM2} and merged: {config.population_batches} batches. "
@@ -138,9 +142,8 @@ def _draw_accuracy(config, cells, path) -> Figure:
         fig,
         path,
         title="What the statistics do to test accuracy",
-        alt=f"Test accuracy against training step on a log axis, one panel for a low and one for a "
-        f"high rate, batch {size}. Lines for the full training set's statistics, Algorithm 2 and "
-        "moving averages.",
+        alt="Test accuracy against training step on a log axis, from first to last, in per cent. "
+        f"{_told(axes)}.",
         caption=f"Batch {size}; the same weights, evaluated by each kind of statistics. Lines: "
         "mean of the seeds; bands: lowest to highest.",
         claims=("population-statistics-classify-better",),
@@ -177,8 +180,8 @@ def _draw_batches(config, cells, momentum, path) -> Figure:
         fig,
         path,
         title=f"Against the batch size, at step {last}",
-        alt="Distance to the full-set statistics against batch size, both on log axes, one panel "
-        "for a low and one for a high rate.",
+        alt="Distance to the full-set statistics against batch size, both on log axes, from the "
+        f"smallest to the largest. {_told(axes)}.",
         caption=f"At step {last}, rates tuned for each batch size. {ALGORITHM2} and merged: "
         f"{config.population_batches} batches. Lines: mean of the seeds; bands: lowest to highest.",
         claims=("population-beats-ema",),
@@ -212,8 +215,7 @@ def _draw_counts(config, cells, path) -> Figure:
         path,
         title=f"Against the number of batches, at step {last}",
         alt="Distance of Algorithm 2 and of merged batches to the full-set statistics against the "
-        "number of batches, both on log axes, for each batch size, with a line of slope minus one "
-        "half.",
+        f"number of batches K, both on log axes, from the fewest to the most. {_told(axes)}.",
         caption=f"At step {last}, independent batches. Lines: mean of the seeds; bands: lowest to "
         "highest.",
     )

@@ -7,7 +7,7 @@ No number that a run has measured is typed by hand. In README.md and docs:
     <!-- verdicts:notes --> …                             a row for each claim of the review
     <!-- verdicts:all --> …                               a row for each claim
     <!-- benchmark:NAME --> …                             docs/benchmarks/NAME.md
-    <!--=CLAIM; NUMBER; FORMAT-->0.48<!--/-->             one number, see experiments.quoted
+    <!--=CLAIM; NUMBER; FORMAT-->0.48<!--/-->             one number, see experiments.readme_quotations
 
 A test fails where a page differs from what this writes.
 """
@@ -23,7 +23,7 @@ from typing import Any
 from bn_research.claims import atomic
 from bn_research.claims.formatting import format_duration, headline
 from bn_research.claims.report import markdown_table
-from experiments.quoted import QuoteError, Results, fill
+from experiments.readme_quotations import QuoteError, Results, fill
 
 ROOT = Path(__file__).parents[1]
 _NOTES = "Notes"  # claims of the review that asked for this project name it in their source

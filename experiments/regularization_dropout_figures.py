@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import PALETTE, Figure, new_figure, save_figure, shared_legend
 from bn_research.claims.formatting import format_number
 from bn_research.claims.verdict import Estimate, estimate, paired_difference
@@ -94,9 +95,10 @@ def _draw_need(config, records, path) -> Figure:
         fig,
         path,
         title="What dropout gains with BN and without",
-        alt="Test accuracy and training loss against the dropout rate, with BN and without; below, "
-        "the gain of dropout in test accuracy with BN, without, and their difference, with "
-        "intervals.",
+        alt="Against the dropout rate, from none to the most: test accuracy in per cent, "
+        f"{line_ends(top)}; training loss, {line_ends(middle)}. Below, the gain of dropout in "
+        "points of test accuracy, with intervals: "
+        f"{'; '.join(f'{name}: {100 * found.mean:.2g}' for name, found, _ in rows)}.",
         caption=f"{config.dataset}, {config.dropout_network}, {config.dropout_examples} training "
         f"examples, batch {config.dropout_batch_size}. Above: mean of "
         f"{config.dropout_tuning_seeds} tuning seeds, each dropout rate at its learning rate of "

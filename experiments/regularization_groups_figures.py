@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -93,10 +94,13 @@ def _draw_ladder(config, main, path) -> Figure:
         fig,
         path,
         title="Less noise, a wider gap?",
-        alt="Three panels against the number of examples that share statistics: the gap between "
-        "training and test accuracy, that between the losses, and test accuracy. BN by groups is a "
-        "line, drawn noise are points at one group size, population statistics and the network "
-        "without BN are horizontal lines.",
+        alt="Three panels against the number of examples that share statistics, with BN by groups "
+        "as a line, drawn noise as points at one group size, and other networks as horizontal "
+        "lines. From the smallest group to the largest: "
+        + " ".join(
+            f"{words.capitalize()}: {line_ends(axis)}."
+            for axis, (_, words) in zip(axes, _PANELS, strict=True)
+        ),
         caption=f"{config.dataset}, {config.groups_examples} training examples, "
         f"{config.groups_network}, SGD batch {sizes[-1]} throughout. Mean and 95 % interval over "
         f"{config.groups_seeds} seeds, of each arm alone: differences paired by seed are surer. "
@@ -133,7 +137,9 @@ def _mark_point(
     low, high = axis.get_ylim()
     if found.mean < low:
         y = low + 0.05 * (high - low)
-        axis.plot(x, y, linestyle="", markersize=6, zorder=3, **look)
+        # Its label apart, for its y is not the value.
+        axis.plot([], [], linestyle="", markersize=6, **look)
+        axis.plot(x, y, linestyle="", markersize=6, zorder=3, **{**look, "label": None})
         left = arm == FROZEN  # the leftmost of the points side by side
         text = f"{format_number(found.mean)} ↓  " if left else f"  ↓ {format_number(found.mean)}"
         style: dict[str, Any] = dict(fontsize=9, va="center", ha="right" if left else "left")
@@ -168,9 +174,13 @@ def _draw_dose(config, main, path) -> Figure:
         fig,
         path,
         title="Is it the amount of noise, or its law?",
-        alt="The gap between the losses, and test accuracy, against the power of the noise in the "
-        "logits on a log axis: BN by groups of each size as a line, population statistics with and "
-        "without drawn noise and BN with frozen groups as points.",
+        alt="Against the power of the noise in the logits on a log axis: BN by groups of each size "
+        "as a line, population statistics with and without drawn noise and BN with frozen groups "
+        "as points. From the smallest group, with the most noise, to the largest: "
+        + " ".join(
+            f"{words.capitalize()}: {line_ends(axis)}."
+            for axis, (_, words) in zip(axes, _PANELS[1:], strict=True)
+        ),
         caption=f"{config.dataset}; as the figure above, against the noise that reaches the "
         "logits of the trained network: variance over passes in training mode over the variance "
         "over examples. Numbers: group sizes. Mean, and for points the 95 % interval, over "
@@ -201,8 +211,8 @@ def _draw_training(config, main, path) -> Figure:
         fig,
         path,
         title="What the noise does to training",
-        alt="Training loss against steps, a line each for BN by small and large groups, population "
-        "statistics with and without drawn noise, and the network without BN.",
+        alt="Training loss in nats against steps, on a log axis, from first to last: "
+        f"{line_ends(axis)}.",
         caption=f"{config.dataset}; loss in training mode, with its noise, mean of "
         f"{config.groups_steps_per_dispatch} steps. Bands span {config.groups_seeds} seeds.",
     )

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -14,6 +15,7 @@ from bn_research.claims.figures import (
     save_figure,
     shared_legend,
 )
+from bn_research.claims.formatting import MINUS
 from experiments.training_steps_arms import (
     BASELINE,
     LADDER,
@@ -102,9 +104,8 @@ def _draw_accuracy(config: Any, records: Records, path: Path) -> Figure:
         fig,
         path,
         title="Test accuracy of the paper's ladder",
-        alt="Test accuracy against training steps, on a logarithmic axis, of Inception at two "
-        "rates, BN-Baseline, BN-x5, BN-x30 and BN-x5-Sigmoid, with the best of Inception as a "
-        "horizontal line.",
+        alt="Test accuracy against training steps, on a logarithmic axis, from first to last: "
+        f"{line_ends(axis)}.",
         caption=f"{config.dataset}; base rate {config.base_rate:g}, {PLAIN} tuned at "
         f"{records[TUNED][0]['rate']:g}. Line: mean of {config.seeds} seeds; band: lowest to "
         "highest; a cross ends a run that was lost. Dotted: the best accuracy of Inception at the "
@@ -135,10 +136,13 @@ def _draw_ratios(config: Any, records: Records, path: Path) -> Figure:
         (PLAIN, "plain at the base rate", PALETTE.blue, "o", -0.2),
         (TUNED, "plain at its own best rate", PALETTE.vermillion, "s", 0.0),
     )
+    told = []
     for baseline, label, color, marker, shift in rows:
         axis.plot([], [], marker, color=color, label=label)
         for y, arm in enumerate(arms):
             found = against(records[baseline], records[arm])
+            if baseline == PLAIN:
+                told.append(f"{arm}: {found.mean}")
             _mark(axis, y + shift, found.mean, found.interval, color=color, marker=marker)
     both = against(records[TUNED], records[TUNED_BN])
     arms = (*arms, TUNED_BN)
@@ -162,8 +166,9 @@ def _draw_ratios(config: Any, records: Records, path: Path) -> Figure:
         fig,
         path,
         title="How many times fewer steps",
-        alt="For BN-Baseline, BN-x5, BN-x30 and BN-x5-Sigmoid, the ratio of steps with its "
-        "interval against plain at two rates, beside the published ratio, on a logarithmic axis.",
+        alt="For each network with BN the ratio of steps, with its interval, against plain at two "
+        "rates, beside the published ratio, on a logarithmic axis. Against plain at the base rate: "
+        f"{'; '.join(told)}.",
         caption=f"{config.dataset}; geometric mean over {config.seeds} seeds with its 95 % "
         "interval; right of 1, fewer steps with BN. A caret is the bound of a mean where a seed "
         "never reached the target; an arrow, an interval that goes on. Published: Ioffe & Szegedy "
@@ -182,6 +187,10 @@ def _draw_switches(config: Any, records: Records, path: Path) -> Figure:
         **contributions(config, records),
     }
     names = [_WORDS[name] for name in found]
+    told = [
+        f"{name}: {steps.mean} and {100 * accuracy.mean:.2g}".replace("-", MINUS)
+        for name, (steps, accuracy) in zip(names, found.values(), strict=True)
+    ]
     for y, (steps, accuracy) in enumerate(found.values()):
         _mark(axes[0], y, steps.mean, steps.interval, color=PALETTE.blue, marker="o")
         low, high = (100 * end for end in accuracy.interval)
@@ -202,9 +211,9 @@ def _draw_switches(config: Any, records: Records, path: Path) -> Figure:
         fig,
         path,
         title="What each of the paper's changes does alone",
-        alt="For BN, and each of seven changes made alone to BN-Baseline: above, the ratio of "
-        "steps to the plain network's best accuracy; below, the difference in final accuracy; both "
-        "with intervals.",
+        alt="For BN, and each of the paper's changes made alone to BN-Baseline, with intervals: "
+        "above, the ratio of steps to the plain network's best accuracy; below, the difference in "
+        f"final accuracy. Ratio and points: {'; '.join(told)}.",
         caption=f"{config.dataset}; BN added to Inception, and below it one change at a time to "
         f"{BASELINE}. Above: steps to the best accuracy of Inception at the base rate, as in the "
         "claims; right of 1, fewer with the change; a caret is a bound of the mean, where a seed "

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -46,7 +47,7 @@ def draw(
 
 def _draw_steps(config, spectra, trained, path) -> Figure:
     fig, axis = new_figure(width=6.2, height=3.8)
-    names = kinds(config)
+    names, told = kinds(config), []
     places = np.arange(len(names))
     for shift, (placement, label), color in zip(
         (-0.12, 0.12), _PLACES.items(), (PALETTE.vermillion, PALETTE.blue), strict=True
@@ -58,6 +59,8 @@ def _draw_steps(config, spectra, trained, path) -> Figure:
                 if (record["placement"], record["inputs"]) == (placement, name)
             ]
             shown = label if place == 0 else "_"
+            ends = [f(steps.low for steps in found) for f in (min, max)]
+            told.append(f"{name}, {label}: {ends[0]:g} to {ends[1]:g}")
             for steps in found:
                 axis.plot(
                     place + shift,
@@ -88,8 +91,8 @@ def _draw_steps(config, spectra, trained, path) -> Figure:
         fig,
         path,
         title="Steps to a loss, by what was done to the inputs",
-        alt="Steps to the target loss on raw, centred, scaled, ZCA- and PCA-whitened images, with "
-        "BN on the hidden layers and without, one mark a seed",
+        alt="Steps to the target loss on a log axis, one mark a seed, without BN and with it on "
+        f"the hidden layers. Fewest and most: {'; '.join(told)}.",
         caption="Each arm at its own best rate; a mark is a seed, a triangle one that had not "
         "reached the loss by its last step. κ: condition number of E[x̃·x̃ᵀ] over the training "
         "images, without directions in which they do not vary. ZCA and PCA differ by a rotation, "
@@ -126,8 +129,8 @@ def _draw_targets(config, trained, path) -> Figure:
         fig,
         path,
         title="Ratios of steps, by the loss to reach",
-        alt="Ratios of steps raw to scaled, raw to ZCA and scaled to ZCA against the training loss "
-        "to reach, with bands",
+        alt="Ratios of steps without BN, with bands, against the training loss to reach, from the "
+        f"lowest to the highest: {line_ends(axis)}; a dotted line marks 1.",
         caption="Without BN, each arm at the rate that was best for the claim's target. Line: "
         "geometric mean; band: 95 % interval over seeds, open where a seed never got there, and "
         "without a line where the mean is a bound only.",
@@ -156,8 +159,9 @@ def _draw_losses(config, trained, path) -> Figure:
         fig,
         path,
         title="Training loss on raw, scaled and whitened images",
-        alt="Training loss against steps for five kinds of inputs, without BN above and with BN on "
-        "the hidden layers below; a dotted line marks the target",
+        alt="Training loss against steps on a log axis, from first to last; a dotted line marks "
+        f"the target. Without BN: {line_ends(axes[0])}. With BN on the hidden layers: "
+        f"{line_ends(axes[1])}.",
         caption=f"Mean over the last {config.window} steps. Line: mean of {config.seeds} seeds; "
         "band: lowest to highest; cross: a seed lost. Dotted: the target loss.",
     )
@@ -218,8 +222,9 @@ def _draw_regression(regressions, path) -> Figure:
         fig,
         path,
         title="Linear regression: theory and measurement",
-        alt="Above, measured against predicted steps of gradient descent, on the diagonal; below, "
-        "the top eigenvalue against the norm of the mean",
+        alt="Above, measured against predicted steps of gradient descent, both logarithmic, along "
+        "the diagonal. Below, the top eigenvalue against the norm of the mean, from the smallest "
+        f"to the largest: {line_ends(axes[1])}.",
         caption="Above: every setting and seed, in float64, at the best constant rate. Below: a "
         "mean adds an eigenvalue near ‖μ‖², which the rate must be small for.",
         claims=("whitened-inputs-converge-faster",),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from experiments.quoted import QuoteError, fill, quoted
+from experiments.readme_quotations import QuoteError, fill, quoted
 from experiments.readme import ROOT, read_results, render
 
 RESULTS = {
