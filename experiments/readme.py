@@ -7,7 +7,7 @@ No number that a run has measured is typed by hand. In README.md and docs:
     <!-- verdicts:notes --> …                             a row for each claim of the review
     <!-- verdicts:all --> …                               a row for each claim
     <!-- benchmark:NAME --> …                             docs/benchmarks/NAME.md
-    <!--=CLAIM; NUMBER; FORMAT-->0.48<!--/-->             one number, see experiments.readme_quotations
+    <!--=CLAIM; NUMBER; FORMAT-->0.48<!--/-->             one number: readme_quotations.py
 
 A test fails where a page differs from what this writes.
 """

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from experiments.readme_quotations import QuoteError, fill, quoted
 from experiments.readme import ROOT, read_results, render
+from experiments.readme_quotations import QuoteError, fill, quoted
 
 RESULTS = {
     "speed": {
