@@ -248,7 +248,7 @@ def _draw_schemes(config, best, path):
         fig,
         path,
         title="Initializations beside BN",
-        alt=f"Test accuracy of each seed, a row for each initialization. Means: {'; '.join(means)}.",
+        alt=f"Test accuracy of each seed, rows by initialization. Means: {'; '.join(means)}.",
         caption=f"SGD, each at the best rate of its grid, after {config.num_steps} steps (BN on "
         f"all layers: {config.width_steps}). Points: {config.seeds} seeds; bar: their mean.",
         claims=("no-training-without-bn",),

@@ -252,7 +252,7 @@ def _draw_angles(config, records, path) -> Figure:
             chosen = [record for record in judged if record["momentum"] == momentum]
             x = np.array([record["predicted"] for record in chosen])
             y = np.array([record["rms"][index] for record in chosen])
-            label = f"hidden layer {index + 1}, momentum {momentum:g}"
+            label = f"layer {index + 1}, momentum {momentum:g}"
             look = dict(color=color, markersize=5, fillstyle="none", alpha=0.7)
             shift = 1 + 0.02 * (index - 1)  # side by side
             axes[0].plot(x * shift, y, marker, label=label, **look)
