@@ -6,7 +6,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 from bn_research.claims.figures import Figure
 from bn_research.claims.overview import Failure, write_overview
@@ -53,7 +52,7 @@ FAINT = """() => {
 }"""
 
 
-def _run(folder, pictures):
+def _run(folder):
     """A committed run; each claim is shown by the figure of its place in the list."""
     results, config, environment = (
         json.loads((folder / f"{name}.json").read_text("utf-8"))
@@ -62,20 +61,16 @@ def _run(folder, pictures):
     ids = [claim["id"] for claim in results["claims"]]
     figures = []
     for index, path in enumerate(sorted((folder / "figures").glob("*.png"))):
-        copy = pictures / f"{folder.name}-{path.name}"
-        with Image.open(path) as image:
-            image.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(copy)
         caption = "What the picture shows. Bands: the range over seeds."
-        figures.append(Figure(copy, path.stem, "Lines.", caption, tuple(ids[index : index + 1])))
+        figures.append(Figure(path, path.stem, "Lines.", caption, tuple(ids[index : index + 1])))
     command = f"python -m experiments.{folder.name} --preset=standard --workdir=runs/{folder.name}"
     title, question = folder.name.replace("_", " "), "Does it, and by how much? " * 5
     return Run(title, question, command, results, figures, config, environment)
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
-    pictures = tmp_path_factory.mktemp("pictures")
-    return [_run(path.parent, pictures) for path in sorted(RESULTS.glob("*/results.json"))]
+def runs():
+    return [_run(path.parent) for path in sorted(RESULTS.glob("*/results.json"))]
 
 
 @pytest.fixture(scope="module")

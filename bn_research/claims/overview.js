@@ -12,7 +12,6 @@
   const texts = new Map(
     rows.map((row) => [row, `${row.dataset.experiment} ${row.textContent}`.toLowerCase()]),
   );
-  const places = new Map(rows.map((row, index) => [row, index]));
   const collator = new Intl.Collator("en", { numeric: true });
 
   function filter() {
@@ -51,10 +50,7 @@
       if (order && index === Number(column)) head.setAttribute("aria-sort", order);
       else head.removeAttribute("aria-sort");
     });
-    const sorted = [...rows].sort(
-      (a, b) => (order && compare(a, b, column, order)) || places.get(a) - places.get(b),
-    );
-    body.append(...sorted);
+    body.append(...(order ? [...rows].sort((a, b) => compare(a, b, column, order)) : rows));
   }
 
   function compare(a, b, column, order) {
