@@ -150,11 +150,6 @@ class Workdir:
                 file.truncate(0)
 
     @property
-    def environment(self) -> dict[str, Any]:
-        """What the run was started with."""
-        return json.loads(self._environment_path.read_text())
-
-    @property
     def _config_path(self) -> Path:
         return self.path / "config.json"
 
