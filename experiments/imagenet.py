@@ -376,7 +376,8 @@ def _judge_setting(claim, config, curves, runs):
             f"not the published setting: {config.dataset}, network {config.network!r}, "
             f"{config.num_steps} steps of {config.batch_size}; the published figures stay published"
         )
-        return Finding(claim, measured, None, INCONCLUSIVE, note)
+        of_what = {f"{name}, {config.dataset}": number for name, number in measured.items()}
+        return Finding(claim, of_what, None, INCONCLUSIVE, note)
     needed = 1.5 * published.steps
     reached = min(best) >= published.top1 - 0.01 and max(steps) <= needed
     whole = config.num_steps >= (needed if math.isfinite(needed) else 6e6)
