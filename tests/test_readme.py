@@ -61,12 +61,12 @@ def test_a_changed_result_changes_the_readme(tmp_path, name, old, new):
 
 
 def _prose(text):
-    """Without blocks, code, targets of links, and numbers that say where they come from."""
+    """Without blocks, code, links, and numbers that say where they come from."""
     text = re.sub(r"```.*?```", "", _BLOCK.sub("", text), flags=re.DOTALL)
-    return re.sub(r"`[^`]*`|\]\([^)]*\)", "", _QUOTE.sub("", text))
+    return re.sub(r"`[^`]*`|!?\[[^\]]*\]\([^)]*\)", "", _QUOTE.sub("", text))
 
 
-_FIGURE = re.compile(r"\d+\.\d+|\d+e[-−]?\d+|\d\s?%|\[[^\]]*\d, [^\]]*\]")
+_FIGURE = re.compile(r"\d+\.\d+|\d+e[-−]?\d+|\d\s?%|\[[^\]\n]*\d, [^\]\n]*\]")
 
 
 def test_the_check_below_sees_a_number_typed_by_hand():
