@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -176,8 +177,8 @@ def _draw_cost(config, times, exponents, path):
         fig,
         path,
         title="What whitening costs",
-        alt="Time of a call against the number of features, both logarithmic, forward and with "
-        "gradient: BN lowest, Newton-Schulz between, ZCA highest and steepest.",
+        alt="Milliseconds of a call against the number of features, both logarithmic, from the "
+        f"fewest to the most. Forward: {line_ends(axes[0])}. With gradient: {line_ends(axes[1])}.",
         caption=f"One call on {config.timed_batch} examples in float32. Line: median of "
         f"{config.repeats} repetitions, in turn with the other arms; band: their quartiles; "
         "exponents are least squares over all d. Dotted: theory for large d, d for BN and d³ for "

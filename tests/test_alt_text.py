@@ -20,9 +20,11 @@ def test_points_with_error_bars_are_told_and_vertical_lines_and_areas_are_not():
     _, axis = new_figure()
     axis.errorbar([1, 2], [-3, -4], yerr=[1, 2], label="noise")
     axis.errorbar([1], [5], label="point")
+    axis.plot([1, 2], [1, 4], label="law: $d^{2}$")
     axis.axvline(1, label="limit")
     axis.fill_between([0, 1], [0, 1], label="area")
-    assert sorted(line_ends(axis).split("; ")) == ["noise: −3 to −4", "point: 5"]
+    told = sorted(line_ends(axis).split("; "))
+    assert told == ["law: d^2: 1 to 4", "noise: −3 to −4", "point: 5"]
 
 
 def test_of_no_lines_there_is_nothing_to_say():

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _DIGITS = 3  # significant; more than a reader sees in the picture
+_NO_MARKUP = str.maketrans("", "", "${}")  # of Matplotlib's formulas
 
 
 def line_ends(axis: Axes) -> str:
@@ -33,5 +34,6 @@ def line_ends(axis: Axes) -> str:
         if not len(y) or (len(x) > 1 and np.ptp(x) == 0):
             continue
         ends = [format_number(float(f"{value:.{_DIGITS}g}")) for value in (y[0], y[-1])]
+        label = label.translate(_NO_MARKUP)
         shown.append(f"{label}: {' to '.join(dict.fromkeys(ends))}")
     return "; ".join(shown)
