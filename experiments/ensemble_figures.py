@@ -186,7 +186,7 @@ def _draw_reliability(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         title="Reliability of the predicted probabilities",
         alt="Above: accuracy against confidence in bins, of single networks, MC-BN and two kinds "
         "of ensemble, with the diagonal of perfect calibration. Below: accuracy less confidence; "
-        f"farthest from 0: {'; '.join(farthest)}.",
+        f"farthest from 0: {'; '.join(farthest) or 'no bins'}.",
         caption=f"{config.dataset}. {BINS} bins of equal width, all {config.seeds} networks or "
         f"ensembles pooled; bins of fewer than {_SHOWN} examples are left out. Below the dotted "
         "line: too confident; above it: not confident enough.",
