@@ -425,7 +425,7 @@ def test_figure_of_the_switches(tmp_path):
     records[X5] = [{**r, "steps": r["steps"][:2], "accuracy": [0.5, None]} for r in records[X5]]
     config = dataclasses.replace(MADE_UP, num_steps=100, steps_per_dispatch=10)
     figures = draw(config, records, tmp_path)
-    assert [figure.path.stem for figure in figures] == ["accuracy", "ratios", "switches"]
+    assert [figure.path.stem for figure in figures] == ["ratios", "accuracy", "switches"]
 
 
 def test_the_rate_of_the_lowest_sound_loss():
