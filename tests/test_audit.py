@@ -48,7 +48,7 @@ def test_a_run_leaves_what_it_should(finished):
     assert measured["parameters without BN after them"] == 2 * 4
     assert measured["parameters without any BN"] == 2 * 6
     assert {path.stem for path in (finished / "figures").iterdir()} == {"audit_bn", "audit_no_bn"}
-    assert (finished / "report.html").stat().st_size > 50_000
+    assert (finished / "report.html").stat().st_size > 30_000
 
 
 def test_it_says_why(finished):
