@@ -126,7 +126,7 @@ def _verdicts(results: Results, folder: str, *, of_notes: bool) -> str:
             cells = (
                 f"[{claim['statement']}]({pages_folder}/{name}.md)",
                 claim["expected"],
-                headline(claim),
+                " = ".join(headline(claim)) if claim["measured"] else "–",
                 f"**{claim['verdict']}**",
             )
             lines.append(f"| {' | '.join(map(_cell, cells))} |")

@@ -390,7 +390,7 @@ def test_smoke_writes_everything(finished):
     assert (results["preset"], results["dataset"], results["seeds"]) == ("smoke", "digits", [0, 1])
     assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(FIGURES) and "<script" not in page
+    assert page.count("data:image/webp;base64,") == len(FIGURES) and "<script" not in page
     records = ledger_of(finished)
     tuned = [record for record in records if record["name"].startswith("tune/")]
     assert len(tuned) == 16 and {record["seed"] for record in tuned} == {2}

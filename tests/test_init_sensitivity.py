@@ -260,7 +260,7 @@ def test_smoke_writes_everything(finished):
     figures = sorted(path.name for path in (finished / "figures").iterdir())
     assert len(figures) == 8
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 8 and "<script" not in page
+    assert page.count("data:image/webp;base64,") == 8 and "<script" not in page
     assert {"config.json", "environment.json", "metrics.jsonl", "checkpoints"} <= {
         path.name for path in finished.iterdir()
     }

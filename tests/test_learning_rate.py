@@ -377,7 +377,7 @@ def test_smoke_writes_everything(finished):
     assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
     assert (results["schema"], results["preset"], results["seeds"]) == (1, "smoke", [0, 1])
     assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
-    assert (finished / "report.html").read_text().count("data:image/png;base64,") == len(FIGURES)
+    assert (finished / "report.html").read_text().count("data:image/webp;base64,") == len(FIGURES)
 
 
 def test_results_are_those_of_the_ledger(finished):

@@ -119,7 +119,7 @@ def test_each_claim_is_a_row_with_what_was_measured(figures):
     rows = parsed.all("tr", role="row")[1:]
     assert [row["data-verdict"] for row in rows] == [*VERDICTS, "reproduced", "reproduced"]
     assert [row["data-experiment"] for row in rows] == ["first"] * 3 + ["second"] * 2
-    for text in ("a holds.", "Notes", "σ ≥ 1", "1 [0.5, inf]", "2 more", "interval [0.5, inf]"):
+    for text in ("a holds.", "Notes", "σ ≥ 1", "x1 [0.5, inf]", "2 more"):
         assert text in rows[0]["text"]
     counts = parsed.all("ul", **{"class": "counts"})[0]["text"]
     assert counts == "3 ✓ reproduced1 ✗ not reproduced1 ~ inconclusive"

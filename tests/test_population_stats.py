@@ -526,7 +526,7 @@ def test_smoke_writes_everything(finished):
     assert (results["preset"], results["dataset"], results["seeds"]) == ("smoke", "digits", [0, 1])
     assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(FIGURES) and "<script" not in page
+    assert page.count("data:image/webp;base64,") == len(FIGURES) and "<script" not in page
 
 
 def test_results_are_those_of_the_ledger(finished):

@@ -17,6 +17,7 @@ from bn_research.claims.formatting import (
     format_interval,
     format_measured,
     format_number,
+    headline,
     printable,
     wrap,
 )
@@ -383,6 +384,20 @@ def test_numbers_are_shown_with_their_intervals():
     ]
     durations = {0.84: "0.84 s", 75.4: "75 s", 720: "12 min", 7500: "2 h 5 min", 3599: "1 h 0 min"}
     assert {seconds: format_duration(seconds) for seconds in durations} == durations
+
+
+def test_a_headline_is_the_number_that_the_interval_is_about():
+    measured = {"first": 9.0, "inside": 1.5, "middle": 2.0, "with": 2.5}
+    entry = {"measured": measured, "interval": [1.0, 3.0]}
+    ends = {"with, low": 1.0, "with, high": 3.0}
+    assert headline(entry | {"measured": measured | ends}) == ("with", "2.5 [1, 3]")
+    assert headline(entry) == ("middle", "2 [1, 3]")
+    assert headline(entry | {"interval": [1.0, 2.5]}) == ("inside", "1.5 [1, 2.5]")
+    assert headline(entry | {"interval": [2.5, None]}) == ("first", "9 [2.5, inf]")
+    assert headline(entry | {"interval": [2.5, 2.5]}) == ("with", "2.5")
+    assert headline(entry | {"interval": [4.0, 5.0]}) == ("first", "9")
+    assert headline(entry | {"interval": None}) == ("first", "9")
+    assert headline({"measured": {"lost": None, "x": 2.0}, "interval": [1, 3]}) == ("x", "2 [1, 3]")
 
 
 def test_text_for_terminals():

@@ -493,7 +493,7 @@ def test_smoke_writes_everything(finished):
     assert (results["preset"], results["dataset"], results["seeds"]) == ("smoke", "digits", [0, 1])
     assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == len(FIGURES) and "<script" not in page
+    assert page.count("data:image/webp;base64,") == len(FIGURES) and "<script" not in page
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 2 * (3 + 2 + 4) + 4 * 2
     tuned = [record for record in records if record["name"].startswith("tune")]

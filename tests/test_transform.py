@@ -399,7 +399,7 @@ def test_smoke_writes_everything(finished):
     assert by_id["whitening-cost"]["measured"]["largest excess of a rank over m - 1"] == 0
     assert sorted(path.name for path in (finished / "figures").iterdir()) == FIGURES
     page = (finished / "report.html").read_text()
-    assert page.count("data:image/png;base64,") == 5 and "<script" not in page
+    assert page.count("data:image/webp;base64,") == 5 and "<script" not in page
     assert {"config.json", "environment.json", "metrics.jsonl"} <= {
         path.name for path in finished.iterdir()
     }

@@ -99,41 +99,34 @@ def format_measured(measured: Mapping[str, float | None]) -> list[tuple[str, str
     ]
 
 
-def headline(claim: Mapping[str, Any]) -> str:
-    """The measured number that the claim's interval is about, with it: ``ratio = 32 [23.6, 43.4]``.
+def headline(claim: Mapping[str, Any]) -> tuple[str, str]:
+    """Name and text of the measured number that a claim's interval is about: ``32 [23.6, 43.4]``.
 
-    That is the one with this interval, else the one in its middle, else the first inside it; the
-    first of all where there is none.
+    That is the number with this very interval, else the one in its middle, else the first inside
+    it. Where none is, or there is no interval, it is the first number, as it is.
+
+    Args:
+        claim: An entry of ``results.json``, with a number at least in ``measured``.
     """
     measured, interval = claim["measured"], claim["interval"]
     entries = format_measured(measured)
-    if not entries:
-        return "none"
-    name, text = entries[0]
-    if interval is not None:
-        low, high = (
-            math.inf * sign if e is None else e for sign, e in zip((-1, 1), interval, strict=True)
-        )
-        middle = (low + high) / 2
+    if interval is None:
+        return entries[0]
+    low, high = (-math.inf if interval[0] is None else interval[0]), interval[1]
+    high = math.inf if high is None else high
 
-        def distance(entry: tuple[str, str]) -> int:
-            value = measured[entry[0]]
-            ends = [measured.get(f"{entry[0]}, {end}") for end in ("low", "high")]
-            if ends == list(interval):
-                return 0
-            if value is None:
-                return 3
-            return (
-                1 if math.isclose(value, middle, rel_tol=1e-6) else 2 if low <= value <= high else 3
-            )
+    def distance(name: str) -> int:
+        value = measured[name]
+        if [measured.get(f"{name}, low", ...), measured.get(f"{name}, high", ...)] == [*interval]:
+            return 0
+        if value is None or not low <= value <= high:
+            return 3
+        return 1 if math.isclose(value, (low + high) / 2, rel_tol=1e-6) else 2
 
-        name, text = min(entries, key=distance)
-        nearest = distance((name, text))
-        if nearest == 3:
-            name, text = entries[0]
-        if nearest and low != high:
-            text = f"{text.partition(' [')[0]} {format_interval(interval)}"
-    return f"{name} = {text}"
+    name, text = min(entries, key=lambda entry: distance(entry[0]))
+    if distance(name) in (0, 3) or low == high:
+        return name, text
+    return name, f"{format_number(measured[name])} {format_interval(interval)}"
 
 
 def format_duration(seconds: float) -> str:

@@ -5,7 +5,7 @@ from html import escape
 from typing import Any, NamedTuple
 
 from bn_research.claims import elements
-from bn_research.claims.formatting import format_interval, format_measured
+from bn_research.claims.formatting import format_measured, headline
 from bn_research.claims.overview_sections import Place, section_anchor
 from bn_research.claims.run import Failure
 from bn_research.claims.verdict import VERDICTS
@@ -32,7 +32,7 @@ def claim_rows(places: Sequence[Place]) -> Iterator[Row]:
                 (_claim(place, claim), claim["statement"]),
                 (escape(claim["source"]), claim["source"]),
                 (escape(claim["expected"]), claim["expected"]),
-                (_measured(claim), _first_number(claim)),
+                (_measured(claim), _headline_number(claim)),
                 (elements.badge(verdict), _rank(verdict)),
                 _figure(place, claim["id"]),
             )
@@ -97,14 +97,18 @@ def _claim(place: Place, claim: Mapping[str, Any]) -> str:
 
 
 def _measured(claim: Mapping[str, Any]) -> str:
-    text = elements.numbers(format_measured(claim["measured"]), shown=_UNFOLDED)
-    if claim["interval"] is not None:
-        text += f'<p class="interval">interval {escape(format_interval(claim["interval"]))}</p>'
-    return text
+    """The number that the criterion is about, then the others."""
+    if not claim["measured"]:
+        return elements.numbers([], shown=_UNFOLDED)
+    name, text = headline(claim)
+    others = [entry for entry in format_measured(claim["measured"]) if entry[0] != name]
+    return elements.numbers([(name, text), *others], shown=_UNFOLDED)
 
 
-def _first_number(claim: Mapping[str, Any]) -> str:
-    value = next(iter(claim["measured"].values()), None)
+def _headline_number(claim: Mapping[str, Any]) -> str:
+    if not claim["measured"]:
+        return ""
+    value = claim["measured"][headline(claim)[0]]
     return "" if value is None else repr(float(value))
 
 
