@@ -1,4 +1,4 @@
-"""How long `--help` of every experiment takes.
+"""How long `--help` of every experiment takes, and the list of them all.
 
     python -m benchmarks.command_line [--rounds=9] [--json] [--write]
 
@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.accuracy import versions
-from benchmarks.quick import experiments
 from benchmarks.turns import machine
 from bn_research.claims import atomic
+from experiments.reproduce import experiment_names
 
 TABLE = Path(__file__).parents[1] / "docs" / "benchmarks" / "command_line.md"
 LIMIT = 2.0  # seconds, what is asked for
@@ -30,7 +30,8 @@ IMPORT = "import jax, flax.linen"
 def measure(rounds: int) -> dict[str, list[float]]:
     """Seconds, one a round."""
     commands = {IMPORT: ["-c", IMPORT]}
-    commands |= {name: ["-m", f"experiments.{name}", "--help"] for name in experiments()}
+    commands |= {name: ["-m", f"experiments.{name}", "--help"] for name in experiment_names()}
+    commands["reproduce --list"] = ["-m", "experiments.reproduce", "--list"]
     found: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name in random.sample(list(commands), len(commands)):
@@ -42,7 +43,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
 
 def markdown(found: Mapping[str, Sequence[float]]) -> str:
     """Experiments as rows."""
-    lines = [f"| | seconds, `--help` below {LIMIT:g} |", "|---|---|"]
+    lines = [f"| | seconds, `--help` or `--list`, below {LIMIT:g} |", "|---|---|"]
     for name, seconds in found.items():
         low, middle, high = np.quantile(seconds, (0, 0.5, 1))
         missed = " **missed**" if middle >= LIMIT else ""

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from benchmarks.accuracy import versions
 from benchmarks.turns import machine
 from bn_research.claims import atomic
+from experiments.reproduce import experiment_names
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "benchmarks" / "quick.md"
@@ -33,15 +34,6 @@ class Waited(NamedTuple):
 
     seconds: list[float]  # with an empty cache, with a filled one; none where it cannot run
     left_out: str  # why, in the experiment's words
-
-
-def experiments() -> list[str]:
-    """Names of the modules that can be launched."""
-    return sorted(
-        path.stem
-        for path in (ROOT / "experiments").glob("*.py")
-        if "main(EXPERIMENT)" in path.read_text(encoding="utf-8")
-    )
 
 
 def _seconds(arguments: list[str], environment: dict[str, str]) -> tuple[float, str]:
@@ -92,12 +84,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--only", type=lambda text: text.split(","), default=experiments())
+    parser.add_argument("--only", type=lambda text: text.split(","), default=experiment_names())
     parser.add_argument("--json", action="store_true", help="print every time")
     parser.add_argument("--write", action="store_true", help=f"also write {TABLE.name}")
     arguments = parser.parse_args()
-    if unknown := set(arguments.only) - set(experiments()):
-        parser.error(f"--only={','.join(sorted(unknown))}: allowed are {', '.join(experiments())}")
+    if unknown := set(arguments.only) - set(experiment_names()):
+        parser.error(
+            f"--only={','.join(sorted(unknown))}: allowed are {', '.join(experiment_names())}"
+        )
     of = machine()
     with tempfile.TemporaryDirectory() as folder:
         waited = {}
