@@ -21,7 +21,7 @@ from typing import IO, NamedTuple
 from tqdm import tqdm
 
 _CORES_OF_AN_EXPERIMENT = 2  # fewer cores, and its sweeps have no second device to run on
-_POLL_SECONDS = 0.2
+_POLL_SECONDS = 0.5
 _PERCENT = re.compile(r"(\d+)%\|[^\r\n]*$")
 
 
