@@ -101,8 +101,12 @@ def test_every_experiment_with_results_has_its_page():
 def test_the_review_s_claims_stand_on_the_first_screen():
     """What the project is, two commands, one figure, and the verdicts, before any section."""
     first = README[: README.index("\n## ")]
-    assert first.index("make demo") < first.index("make reproduce") < first.index("![")
-    assert first.count("![") == 1 and first.index("![") < first.index("<!-- verdicts:notes -->")
+    assert first.index("make demo") < first.index("make reproduce") < first.index("<img ")
+    assert first.count("<img ") == 1 and first.index("<img ") < first.index(
+        "<!-- verdicts:notes -->"
+    )
+    file, alt = re.search(r'<img src="([^"]+)" width="\d+" alt="([^"]+)">', first).groups()
+    assert (ROOT / file).exists() and len(alt) > 40
     notes = [
         claim["statement"]
         for path in (ROOT / "docs").glob("results/*/results.json")
