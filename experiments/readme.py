@@ -139,6 +139,13 @@ def _cell(text: str) -> str:
 
 def main() -> int:
     """Writes every page that differs; 2 with one line where a page asks for what is not there."""
+    for name in read_results(ROOT / "docs"):
+        page = ROOT / "docs" / "experiments" / f"{name}.md"
+        wanted = [f"<!-- {kind}:{name} -->" for kind in ("figures", "results")]
+        if not page.exists() or not all(block in page.read_text() for block in wanted):
+            page_name = page.relative_to(ROOT)
+            print(f"readme: {page_name} must be there with {' and '.join(wanted)}", file=sys.stderr)
+            return 2
     for path in pages():
         try:
             text = render(path.read_text(), ROOT / "docs", folder=folder_of(path))

@@ -104,7 +104,10 @@ def _of_claim(claim: Mapping[str, Any], what: str, spec: str) -> str:
         return _interval(claim["interval"], spec)
     value, interval = _look_up(claim, name)
     if kind and interval is None:
-        raise QuoteError(f"{claim['id']}: {name!r} has no interval")
+        raise QuoteError(
+            f"{claim['id']}: {name!r} has no interval: give '{name}, low' and '{name}, high' in "
+            "measured, or quote the claim's own by []"
+        )
     if kind == "[]":
         return _interval(interval, spec)
     number = _format(value, spec)

@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 from bn_research.claims.formatting import format_duration
 from bn_research.claims.overview import write_overview
+from bn_research.claims.registry import check_unique
 from bn_research.claims.run import Failure, Run, read_run
 from bn_research.claims.verdict import NOT_REPRODUCED, VERDICTS
 from experiments.launch import Experiment, UsageError
@@ -46,7 +47,7 @@ python -m experiments.reproduce [--preset=quick] [--workdir=DIR] [--only=NAME,NA
 --preset       size of each run: smoke, quick or standard; default quick
 --workdir      folder of the runs and of report.html; default runs/reproduce-PRESET. Started again
                it goes on: what is finished is not run again
---only         these experiments alone
+--only         run these experiments alone; the report shows what else is in the workdir
 --jobs         experiments at once, each with its own cores; default one for every two cores, and
                one where there is an accelerator
 --strict       exit with status 3 if a claim is not reproduced
@@ -77,8 +78,36 @@ def _defines_experiment(path: Path) -> bool:
 
 
 def load(name: str) -> Experiment:
-    """The experiment that a module describes."""
-    return importlib.import_module(f"{__package__}.{name}").EXPERIMENT
+    """The experiment that a module describes.
+
+    Raises:
+      UsageError: it calls itself otherwise, so that its own command would not be found.
+    """
+    experiment = importlib.import_module(f"{__package__}.{name}").EXPERIMENT
+    if experiment.name != name:
+        raise UsageError(
+            f"the EXPERIMENT of {name}.py must have that name, not {experiment.name!r}"
+        )
+    return experiment
+
+
+def load_all(names: Sequence[str]) -> dict[str, Experiment | Exception]:
+    """Likewise of several; in the place of one that cannot be loaded the reason.
+
+    Raises:
+      UsageError: two claims share an id, by which pages link to them.
+    """
+    loaded: dict[str, Experiment | Exception] = {}
+    for name in names:
+        try:
+            loaded[name] = load(name)
+        except Exception as error:  # of any kind: it is somebody's module
+            loaded[name] = error
+    try:
+        check_unique(claim for each in loaded.values() for claim in getattr(each, "claims", ()))
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return loaded
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -89,7 +118,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(HELP)
             return 0
         if options.lists:
-            print("\n\n".join(_listed(load(name)) for name in options.only))
+            print("\n\n".join(_listed(*each) for each in load_all(options.only).items()))
             return 0
         return reproduce(options)
     except UsageError as error:
@@ -143,7 +172,9 @@ def parse(argv: list[str]) -> Options | None:
     )
 
 
-def _listed(experiment: Experiment) -> str:
+def _listed(name: str, experiment: Experiment | Exception) -> str:
+    if isinstance(experiment, Exception):
+        return f"{name}  cannot be loaded: {' '.join(str(experiment).split())}"
     claims = (
         textwrap.indent(
             textwrap.fill(f"{claim.id}: {claim.statement} ({claim.source})", 96), "    "
@@ -158,10 +189,7 @@ def reproduce(options: Options) -> int:
     """Runs the experiments, prints a line for each and writes the report; returns the status."""
     names = options.only
     if options.report_only:
-        names = [name for name in names if (options.path / name / "results.json").exists()]
-        if not names:
-            raise UsageError(f"no results in {options.path}: give the --workdir of a run")
-        return write_report(options, names, [])
+        return write_report(options, [])
     names = _with_preset(names, options.preset)
     _check_workdir(names, options)
     done = [name for name in names if _is_finished(options.path / name)]
@@ -176,13 +204,13 @@ def reproduce(options: Options) -> int:
         else:
             took = format_duration(ended.seconds)
             tqdm.write(f"{ended.name}: {_counts(options.path / ended.name)}, {took}")
-    failed = [failure.experiment for failure in failures]
-    return write_report(options, [name for name in names if name not in failed], failures)
+    return write_report(options, failures)
 
 
 def _with_preset(names: Sequence[str], preset: str) -> list[str]:
-    """Those that have the preset; the others are named."""
-    presets = {name: tuple(load(name).presets) for name in names}
+    """Those that have the preset; the others are named. What cannot be loaded fails in its run."""
+    loaded = load_all(names)
+    presets = {n: tuple(getattr(each, "presets", (preset,))) for n, each in loaded.items()}
     found = [name for name in names if preset in presets[name]]
     if not found:
         known = dict.fromkeys(preset for each in presets.values() for preset in each)
@@ -239,37 +267,47 @@ def _failure(ended: Finished, options: Options) -> Failure:
     )
 
 
-def _read(path: Path) -> Run:
-    try:
-        return read_run(path)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+def write_report(options: Options, failures: Sequence[Failure]) -> int:
+    """Writes `report.html` of all that is finished in the workdir, and of failures.
 
-
-def write_report(options: Options, names: Sequence[str], failures: Sequence[Failure]) -> int:
-    """Writes `report.html` of finished runs and failures; returns the exit status."""
-    runs = [_read(options.path / name) for name in names]
+    That is more than `--only` has asked for, so that no report shrinks. Returns the exit status.
+    """
+    failed = [failure.experiment for failure in failures]
+    folders = [options.path / name for name in experiment_names() if name not in failed]
+    runs = [read_run(folder) for folder in folders if _is_finished(folder)]
+    if not runs and not failures:
+        raise UsageError(f"no finished run in {options.path}: give the --workdir of one")
     path = options.path / "report.html"
-    preset = runs[0].results["preset"] if runs and options.report_only else options.preset
-    command = ["python", "-m", "experiments.reproduce", f"--preset={preset}"]
-    if len(names) + len(failures) < len(experiment_names()):
-        command.append(f"--only={','.join([*names, *(f.experiment for f in failures)])}")
+    preset = options.preset if failures else _preset(runs)
     write_overview(
         path,
         title=TITLE,
         introduction=INTRODUCTION,
-        command=shlex.join(command),
+        command=f"python -m experiments.reproduce --preset={preset}",
         runs=runs,
         failures=failures,
     )
-    found = [claim["verdict"] for run in runs for claim in run.results["claims"]]
-    counts = [f"{found.count(verdict)} {verdict}" for verdict in VERDICTS]
-    failed = f"{len(failures)} experiment{'' if len(failures) == 1 else 's'} failed"
-    print(f"{len(found)} claims: {', '.join(counts)}{f'; {failed}' if failures else ''}")
+    claims = [claim for run in runs for claim in run.results["claims"]]
+    found = [claim["verdict"] for claim in claims]
+    counts = ", ".join(f"{found.count(verdict)} {verdict}" for verdict in VERDICTS)
+    lost = f"; {_plural(len(failures), 'experiment')} failed" if failures else ""
+    print(f"{_plural(len(found), 'claim')}: {counts}{lost}")
     print(f"report: {path}")
     if failures:
         return 1
-    return 3 if options.strict and NOT_REPRODUCED in found else 0
+    asked = [run for run in runs if run.results["experiment"] in options.only]
+    missed = any(c["verdict"] == NOT_REPRODUCED for run in asked for c in run.results["claims"])
+    return 3 if options.strict and missed else 0
+
+
+def _preset(runs: Sequence[Run]) -> str:
+    """That of most of them."""
+    presets = [run.results["preset"] for run in runs]
+    return max(presets, key=presets.count)
+
+
+def _plural(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 if __name__ == "__main__":

@@ -74,6 +74,11 @@ class Workdir:
             raise WorkdirError(
                 f"workdir {self.path}: config.json cannot be read ({error}); give another --workdir"
             ) from error
+        if "experiment" in differing:
+            raise WorkdirError(
+                f"workdir {self.path} belongs to a run of {saved.get('experiment')!r}: give "
+                "another --workdir"
+            )
         if differing:
             changes = ", ".join(
                 f"{key} (there {saved.get(key, 'absent')!r}, now {_plain(self.config).get(key)!r})"

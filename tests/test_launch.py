@@ -1,18 +1,23 @@
 """Tests of experiments.launch, on an experiment that only adds."""
 
+import contextlib
 import dataclasses
 import html
 import json
 import os
 import re
+import signal
+import time
 
 import pytest
 
+from bn_research.claims.figures import Figure
 from bn_research.claims.registry import Claim
 from bn_research.claims.verdict import NOT_REPRODUCED, REPRODUCED, Finding
 from bn_research.training.preemption import Stopped
 from experiments import launch as launch_module
 from experiments.launch import Experiment, main
+from experiments.workdir import Ledger
 
 CLAIM = Claim("sum-is-three", "One and two are three", "Peano", "sum = 3; else not", "3")
 
@@ -109,6 +114,9 @@ def test_a_finished_run_started_again_keeps_every_file(tmp_path):
         (["--config.tern=1"], "tern"),
         (["--config.term=two"], "two"),
         (["--config.seeds=1.5"], "1.5"),
+        (["--config.seeds=0"], "--config.seeds=0 is not allowed: at least 1"),
+        (["--config.seed=3"], "no field 'seed', did you mean 'seeds'?"),
+        (["--config.terms=abc"], "--config.terms holds numbers, got 'abc'"),
         (["quick"], "'quick'"),
         (["--config.term=10.0"], "at most 9"),
     ],
@@ -157,6 +165,59 @@ def test_a_run_stopped_by_sigterm_has_a_status_of_its_own(tmp_path, capsys):
     )
     assert not (tmp_path / "w" / "results.json").exists()
     assert launch(f"--workdir={tmp_path / 'w'}") == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("name", ["measure", "_xla_gc_callback"])
+def test_a_signal_ends_a_run_in_one_line(tmp_path, capsys, number, name):
+    """Where JAX would swallow the exception it comes again; what was measured is not lost."""
+
+    def swallow():
+        with contextlib.suppress(BaseException):
+            signal.raise_signal(number)
+
+    def stopped(config, data, path):
+        Ledger(path / "metrics.jsonl").get("one", lambda: {"sum": 3})
+        swallow.__code__ = swallow.__code__.replace(co_name=name)
+        if name == "measure":
+            signal.raise_signal(number)
+        swallow()
+        time.sleep(30)
+        raise AssertionError("not stopped")
+
+    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    experiment = dataclasses.replace(EXPERIMENT, run=stopped)
+    assert main(experiment, ["adding", f"--workdir={tmp_path / 'w'}"]) == 4
+    said = "interrupted, what was measured is kept; start again with the same command to go on"
+    assert capsys.readouterr().err == f"adding: {said}\n"
+    assert (tmp_path / "w" / "metrics.jsonl").exists()
+    after = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    assert before == after
+    assert launch(f"--workdir={tmp_path / 'w'}") == 0
+
+
+def test_what_would_show_itself_at_the_end_is_said_at_once(tmp_path):
+    @dataclasses.dataclass(frozen=True)
+    class NoSeeds:
+        dataset: str = "digits"
+
+    with pytest.raises(ValueError, match="'quick' must have the fields dataset and seeds"):
+        dataclasses.replace(EXPERIMENT, presets={"quick": NoSeeds()})
+    with pytest.raises(ValueError, match="more than once"):
+        dataclasses.replace(EXPERIMENT, claims=(CLAIM, CLAIM))
+
+
+def test_a_claim_without_finding_and_a_figure_of_another_are_refused(tmp_path):
+    silent = dataclasses.replace(EXPERIMENT, run=lambda config, data, path: ([], []))
+    with pytest.raises(ValueError, match="a finding for each of"):
+        main(silent, ["adding", f"--workdir={tmp_path / 'w'}"])
+
+    def other(config, data, path):
+        findings, _ = run(config, data, path)
+        return findings, [Figure(path / "a.png", "A", "A.", "A.", ("another-claim",))]
+
+    with pytest.raises(ValueError, match=r"a.png shows \['another-claim'\]"):
+        main(dataclasses.replace(EXPERIMENT, run=other), ["adding", f"--workdir={tmp_path / 'x'}"])
 
 
 def test_a_workdir_in_use_is_refused(tmp_path, capsys):

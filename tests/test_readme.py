@@ -80,7 +80,10 @@ def test_the_check_below_sees_a_number_typed_by_hand():
 def test_no_figure_in_prose_is_typed_by_hand(page):
     text = _prose((ROOT / page).read_text())
     found = [text[max(0, m.start() - 40) : m.end() + 10] for m in _FIGURE.finditer(text)]
-    assert found == []
+    assert not found, (
+        f"{page}: quote what was measured as <!--=CLAIM; NUMBER--><!--/-->, and put what was not "
+        f'between <!--"--> and <!--/-->: {found}'
+    )
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -123,12 +123,29 @@ def test_one_fails_the_others_go_on(folder):
     assert mended.returncode == 0, mended.stderr
     claims = json.loads((runs / "steady" / "results.json").read_text())["claims"]
     assert claims == json.loads(results)["claims"]
-    assert "large-is" not in (runs / "report.html").read_text()
+    assert "3 claims" in mended.stdout and "large-is" in (runs / "report.html").read_text()
 
     # Of what is there a report is made without running anything.
     report = launch(folder, "--report_only")
     assert report.returncode == 0 and "3 claims" in report.stdout
     assert "large-is" in (runs / "report.html").read_text()
+
+
+def test_a_module_that_cannot_be_loaded_is_a_failure_too(folder):
+    write_experiment(folder, "steady")
+    write_experiment(folder, "spaced")
+    path = folder / "experiments" / "spaced.py"
+    path.write_text(path.read_text().replace('"spaced-is-what-it-is"', '"spaced out"'))
+    done = launch(folder)
+    assert done.returncode == 1 and "spaced: failed, status 1: ValueError: Claim.id" in done.stdout
+    assert "1 claim: 1 reproduced" in done.stdout
+    listed = launch(folder, "--list")
+    assert listed.returncode == 0 and "spaced  cannot be loaded: Claim.id must be" in listed.stdout
+    path.write_text(path.read_text().replace('"spaced out"', '"steady-is-what-it-is"'))
+    twice = launch(folder, "--list")
+    assert twice.returncode == 2 and "'steady-is-what-it-is' more than once" in twice.stderr
+    path.write_text(path.read_text().replace('Experiment("spaced"', 'Experiment("steady"'))
+    assert "spaced.py must have that name, not 'steady'" in launch(folder, "--list").stdout
 
 
 def test_stopped_it_stops_the_experiments_and_goes_on(folder):
@@ -198,7 +215,7 @@ def test_a_preset_that_one_lacks_leaves_it_out(folder):
         (["--preset=huge"], "no experiment has a preset 'huge'; there are smoke, quick"),
         (["--jobs=0"], "jobs"),
         (["transform"], "unexpected argument 'transform': flags start with --"),
-        (["--report_only", "--workdir=nowhere"], "no results in nowhere"),
+        (["--report_only", "--workdir=nowhere"], "no finished run in nowhere"),
         (["--onyl=transform"], "onyl"),
     ],
 )

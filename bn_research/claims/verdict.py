@@ -187,7 +187,10 @@ def _finite_vector(values: ArrayLike, name: str) -> np.ndarray:
         raise ValueError(f"{name} must be one number per seed or point, got shape {vector.shape}")
     bad = [f"{name}[{i}] = {vector[i]}" for i in np.flatnonzero(~np.isfinite(vector))]
     if bad:
-        raise ValueError(f"{name} must be finite, got {', '.join(bad)}")
+        raise ValueError(
+            f"{name} must be finite, got {', '.join(bad)}: decide what a seed that diverged means "
+            "for the claim, and say it in the finding's note"
+        )
     return vector
 
 
