@@ -178,4 +178,4 @@ def test_what_a_user_waits_for():
         [sys.executable, "-m", "benchmarks.quick", "--only=no_such"], capture_output=True, text=True
     )
     assert done.returncode == 2
-    assert "--only=no_such: allowed are audit" in done.stderr
+    assert "--only=no_such: allowed are init_sensitivity" in done.stderr
