@@ -185,14 +185,17 @@ def test_a_signal_ends_a_run_in_one_line(tmp_path, capsys, number, name):
         time.sleep(30)
         raise AssertionError("not stopped")
 
-    before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
+    taken = (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)
+    before = [signal.signal(each, signal.SIG_IGN) for each in taken]
     experiment = dataclasses.replace(EXPERIMENT, run=stopped)
-    assert main(experiment, ["adding", f"--workdir={tmp_path / 'w'}"]) == 4
+    try:
+        assert main(experiment, ["adding", f"--workdir={tmp_path / 'w'}"]) == 4
+    finally:
+        left = [signal.signal(each, old) for each, old in zip(taken, before, strict=True)]
+    assert left == [signal.SIG_IGN] * 3
     said = "interrupted, what was measured is kept; start again with the same command to go on"
     assert capsys.readouterr().err == f"adding: {said}\n"
     assert (tmp_path / "w" / "metrics.jsonl").exists()
-    after = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM, signal.SIGALRM)]
-    assert before == after
     assert launch(f"--workdir={tmp_path / 'w'}") == 0
 
 
