@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"reproduce: {error}", file=sys.stderr)
         return 2
-    except Stopped:
+    except (Stopped, KeyboardInterrupt):  # the latter between two looks at the experiments
         print("reproduce: stopped; start again with the same command to go on", file=sys.stderr)
         return _STOPPED
 
@@ -187,11 +187,10 @@ def _listed(name: str, experiment: Experiment | Exception) -> str:
 
 def reproduce(options: Options) -> int:
     """Runs the experiments, prints a line for each and writes the report; returns the status."""
-    names = options.only
     if options.report_only:
         return write_report(options, [])
-    names = _with_preset(names, options.preset)
-    _check_workdir(names, options)
+    names = _with_preset(options.only, options.preset)
+    _prepare_workdir(options)
     done = [name for name in names if _is_finished(options.path / name)]
     for name in done:
         print(f"{name}: {_counts(options.path / name)}, finished before")
@@ -221,11 +220,13 @@ def _with_preset(names: Sequence[str], preset: str) -> list[str]:
     return found
 
 
-def _check_workdir(names: Sequence[str], options: Options) -> None:
-    """That it is a folder, and not one of another preset, of which each would complain."""
-    if options.path.exists() and not options.path.is_dir():
-        raise UsageError(f"workdir {options.path} is a file: give the name of a folder")
-    for name in names:
+def _prepare_workdir(options: Options) -> None:
+    """Makes the folder; one of another preset is refused, of which each run would complain."""
+    try:
+        options.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"workdir {options.path} cannot be made: {error}") from error
+    for name in experiment_names():
         config = options.path / name / "config.json"
         try:
             preset = json.loads(config.read_text())["preset"] if config.exists() else None
@@ -270,7 +271,8 @@ def _failure(ended: Finished, options: Options) -> Failure:
 def write_report(options: Options, failures: Sequence[Failure]) -> int:
     """Writes `report.html` of all that is finished in the workdir, and of failures.
 
-    That is more than `--only` has asked for, so that no report shrinks. Returns the exit status.
+    That may be more than `--only` has asked for: no finished run goes from a report. Returns the
+    exit status.
     """
     failed = [failure.experiment for failure in failures]
     folders = [options.path / name for name in experiment_names() if name not in failed]

@@ -76,30 +76,26 @@ def shares(jobs: int) -> list[frozenset[int]]:
     return [frozenset(mine[part::jobs]) for part in range(jobs)]
 
 
-def run_all(
-    names: Sequence[str], folder: Path, *, preset: str, jobs: int, module: str = "experiments"
-) -> Iterator[Finished]:
+def run_all(names: Sequence[str], folder: Path, *, preset: str, jobs: int) -> Iterator[Finished]:
     """Runs experiments in workdirs `folder/NAME`, and yields each when it has ended.
 
     Its output goes to `folder/NAME.log`; one display shows how far they are.
 
     Args:
       names: in the order in which they start.
-      folder: made if absent.
+      folder: which is there.
       preset: of each.
       jobs: how many at once.
-      module: that holds them.
 
     Raises:
       Stopped: SIGTERM or Ctrl-C; the experiments were told, and have ended.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     waiting, free, running = list(names), shares(jobs), list[Running]()
     with _sigterm_raises(), tqdm(total=len(names), unit="experiment", smoothing=0) as bar:
         try:
             while waiting or running:
                 while waiting and free:
-                    running.append(_start(waiting.pop(0), folder, preset, free.pop(0), module))
+                    running.append(_start(waiting.pop(0), folder, preset, free.pop(0)))
                 time.sleep(_POLL_SECONDS)
                 bar.set_description(", ".join(f"{r.name} {_percent(r.log)}" for r in running))
                 for ended in [r for r in running if r.process.poll() is not None]:
@@ -125,9 +121,9 @@ def _sigterm_raises() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _start(name: str, folder: Path, preset: str, share: frozenset[int], module: str) -> Running:
+def _start(name: str, folder: Path, preset: str, share: frozenset[int]) -> Running:
     log = folder / f"{name}.log"
-    command = [sys.executable, "-m", f"{module}.{name}", f"--preset={preset}"]
+    command = [sys.executable, "-m", f"{__package__}.{name}", f"--preset={preset}"]
     file: IO[bytes]
     with log.open("wb") as file:
         process = subprocess.Popen(

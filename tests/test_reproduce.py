@@ -175,6 +175,16 @@ def test_stopped_it_stops_the_experiments_and_goes_on(folder):
     assert done.returncode == 0 and "slow: 1 reproduced" in done.stdout
 
 
+def test_ctrl_c_between_two_looks_is_one_line_too(tmp_path, capsys, monkeypatch):
+    def interrupted(*names, **options):
+        raise KeyboardInterrupt
+        yield
+
+    monkeypatch.setattr(reproduce, "run_all", interrupted)
+    assert reproduce.main(["reproduce", "--preset=smoke", f"--workdir={tmp_path}"]) == 4
+    assert capsys.readouterr().err.endswith("start again with the same command to go on\n")
+
+
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no affinity here")
 @pytest.mark.skipif(len(reproduce_processes.cores()) < 2, reason="one core")
 def test_experiments_side_by_side_have_cores_of_their_own(folder):
@@ -230,11 +240,13 @@ def test_bad_flags_are_one_line(arguments, complaint, capsys, tmp_path, monkeypa
 def test_a_workdir_of_another_preset_is_refused(capsys, tmp_path):
     (tmp_path / "transform").mkdir()
     (tmp_path / "transform" / "config.json").write_text('{"preset": "standard"}')
-    assert reproduce.main(["reproduce", "--preset=smoke", f"--workdir={tmp_path}"]) == 2
-    assert "holds runs of --preset=standard" in capsys.readouterr().err
+    for only in ([], ["--only=audit"]):  # whichever are to run: the report would mix the presets
+        flags = ["--preset=smoke", f"--workdir={tmp_path}", *only]
+        assert reproduce.main(["reproduce", *flags]) == 2
+        assert "holds runs of --preset=standard" in capsys.readouterr().err
     (tmp_path / "file").touch()
     assert reproduce.main(["reproduce", "--preset=smoke", f"--workdir={tmp_path / 'file'}"]) == 2
-    assert "is a file" in capsys.readouterr().err
+    assert "cannot be made" in capsys.readouterr().err
 
 
 def test_the_list_names_every_experiment_and_claim(capsys):

@@ -4,6 +4,8 @@ Everything that comes from outside passes through :func:`html.escape`. The same 
 same bytes: no clock and no random identifier is consulted.
 """
 
+import base64
+import hashlib
 import importlib.resources
 import json
 import re
@@ -27,6 +29,25 @@ _BADGES = {
     FAILED: ("failed", "!"),
 }
 
+# The policy makes the browser itself refuse whatever would reach out of the file, and any script
+# but the one that was written into it.
+_DOCUMENT = Template("""\
+<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'$allowed">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>$title</title>
+<link rel="icon" href="data:,">
+<style>
+$style</style>
+</head>
+$body</html>
+""")
+
 _READING = Template("""\
 <section aria-labelledby="reading">
 <h2 id="reading">How to read the verdicts</h2>
@@ -49,6 +70,13 @@ number; the note says which.</p>
 def resource(name: str) -> str:
     """Return a style sheet or a script of this package."""
     return importlib.resources.files(__package__).joinpath(name).read_text("utf-8")
+
+
+def document(*, title: str, style: str, body: str, script: str = "") -> str:
+    """Return a page that needs no other file; `body` is whole, with its script if it has one."""
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
+    allowed = f"; script-src 'sha256-{digest}'" if script else ""
+    return _DOCUMENT.substitute(title=escape(title), style=style, body=body, allowed=allowed)
 
 
 def badge(verdict: str) -> str:

@@ -14,21 +14,7 @@ from bn_research.claims.run import Run
 _UNFOLDED = 12  # numbers of a claim; the rest opens on demand
 _COLUMNS = ("Claim", "Source", "Criterion", "Expected", "Measured", "Verdict")
 
-# The policy makes the browser itself refuse whatever would reach out of this file.
-_PAGE = Template("""\
-<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<title>$title</title>
-<link rel="icon" href="data:,">
-<style>
-$style</style>
-</head>
+_BODY = Template("""\
 <body>
 <header>
 <h1>$title</h1>
@@ -55,7 +41,6 @@ $environment
 $reading
 </main>
 </body>
-</html>
 """)
 
 
@@ -71,10 +56,9 @@ def write_report(path: str | os.PathLike[str], run: Run) -> None:
 
 def render(run: Run) -> str:
     """Return the whole page."""
-    return _PAGE.substitute(
+    body = _BODY.substitute(
         title=escape(run.title),
         question=escape(run.question),
-        style=elements.resource("report.css"),
         facts=elements.facts(run.results),
         verdicts=_verdicts(run.results["claims"]),
         figures=_figures(run.figures),
@@ -83,6 +67,7 @@ def render(run: Run) -> str:
         environment=elements.pairs(run.environment),
         reading=elements.reading(),
     )
+    return elements.document(title=run.title, style=elements.resource("report.css"), body=body)
 
 
 def _verdicts(claims: Sequence[Mapping[str, Any]]) -> str:
