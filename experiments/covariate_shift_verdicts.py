@@ -32,8 +32,8 @@ CLAIMS = (
         id="distribution-drift-reduced",
         statement="BN keeps the distribution of a layer's inputs steady while the layers below "
         "learn",
-        source="Ioffe & Szegedy (2015), section 4.1 and figure 1, which shows one typical unit; "
-        "the measure of drift and the margins are this project's",
+        source="Notes; Paper, section 4.1 and figure 1, which shows one typical unit; the measure "
+        "of drift and the margins are this project's",
         criterion="Drift of a unit: the path of the {15, 50, 85} percentiles of its input to the "
         "nonlinearity from initialization on, in widths of that distribution, averaged over all "
         "last hidden units; both networks at the rate, momentum and initialization tuned for the "

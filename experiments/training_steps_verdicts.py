@@ -56,7 +56,7 @@ CLAIMS = (
         id="fewer-steps-tuned",
         statement="BN at five times the rate, and with the paper's changes, needs 14 times fewer "
         "training steps",
-        source="Paper, figure 3: BN-x5 2.1e6 against 31.0e6 steps to 72.2 %, 14.8 times",
+        source="Notes; Paper, figure 3: BN-x5 2.1e6 against 31.0e6 steps to 72.2 %, 14.8 times",
         criterion=f"{_STEPS}. Against the plain network at the base rate, and against the plain "
         "network at its own best rate (its own best accuracy the target then), tuned on a seed "
         f"apart. Reproduced if the first interval lies at {_CHANGED:g} or above and the second "
