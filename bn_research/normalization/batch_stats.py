@@ -16,7 +16,7 @@ from bn_research.normalization.moments import Moments, merge_moments, variance
 class BatchStats(NamedTuple):
     """What the `batch_stats` collection holds for a layer: Flax's leaves, nothing more."""
 
-    mean: Array  # shape=(*features), dtype=float32
+    mean: Array  # shape=(*features), dtype=float32; complex64 for complex input
     var: Array  # shape=(*features), dtype=float32
 
 
@@ -26,29 +26,61 @@ def update_batch_stats(
     *,
     momentum: float | Float[Array, ""] = 0.99,
     unbiased: bool = False,
+    stop_gradient: bool = False,
 ) -> BatchStats:
     """Exponential average: new = momentum·old + (1 − momentum)·batch, Flax's convention.
 
-    PyTorch's momentum is one minus this one. Shapes and dtypes stay those of `stats`, whatever
-    the moments' dtype; statistics carry no gradient; features without valid elements keep theirs.
+    PyTorch's momentum is one minus this one. A feature keeps its mean where the batch has no
+    element of it, and its variance too where the batch has too few: none, or one if unbiased.
+
+    Shapes, dtypes and shardings stay those of `stats`, whatever those of the moments, so that the
+    statistics can be carried by a loop. Two dtypes are left after the first step, for no average
+    fits them. bfloat16 and float16 become float32: at a momentum of 0.99 a step moves a value by
+    less than half of what separates two of their numbers, and the average would stand still. And
+    the mean of complex numbers becomes complex.
 
     Args:
       stats: running statistics.
       moments: of the batch, as `batch_norm` returns them.
       momentum: in [0, 1]; `cumulative_momentum(step)` gives the mean of all batches instead.
       unbiased: average m2/(n − 1), as PyTorch does, rather than m2/n, as Flax does.
+      stop_gradient: cut the gradient by which the new statistics depend on the batch, and on the
+        old ones. A loss on the new statistics trains by it, as in Flax.
 
     Raises:
-      ValueError: momentum outside [0, 1].
+      ValueError: momentum outside [0, 1], or moments of another shape than the statistics.
     """
     check_momentum(momentum)
+    known = isinstance(momentum, (int, float))  # then 1 − momentum keeps Python's digits
     batch = BatchStats(moments.mean, variance(moments, unbiased=unbiased))
+    enough = BatchStats(moments.count > 0, moments.count > int(unbiased))
 
-    def average(old, new):
-        blend = momentum * old + (1 - momentum) * new
-        return jnp.where(moments.count > 0, blend, old).astype(old.dtype)
+    def average(name, old, new, enough):
+        old = jnp.asarray(old)
+        if new.shape != old.shape:
+            raise ValueError(
+                f"moments has features of shape {new.shape}: stats.{name} has {old.shape}, and both "
+                "must be of the same features"
+            )
+        new, enough = _sharded_as(new, old), _sharded_as(enough, old)
+        wide = jnp.promote_types(old.dtype, new.dtype)
+        share = momentum if known else jnp.asarray(momentum, jnp.finfo(wide).dtype)
+        blend = share * old.astype(wide) + (1 - share) * new.astype(wide)
+        kept = jnp.promote_types(old.dtype, jnp.float32)
+        if jnp.iscomplexobj(new):
+            kept = jnp.promote_types(kept, jnp.complex64)
+        return jnp.where(enough, blend, old.astype(wide)).astype(kept)
 
-    return jax.lax.stop_gradient(jax.tree.map(average, stats, batch))
+    new = BatchStats(*map(average, BatchStats._fields, stats, batch, enough))
+    return jax.lax.stop_gradient(new) if stop_gradient else new
+
+
+def _sharded_as(x: Array, like: Array) -> Array:
+    """X, laid over a mesh of explicit axes as `like` is."""
+    have, want = jax.typeof(x).sharding, jax.typeof(like).sharding
+    if have.spec == want.spec:
+        return x
+    return jax.sharding.reshard(x, jax.sharding.NamedSharding(have.mesh, want.spec))
 
 
 def cumulative_momentum(step: int | Int[Array, ""]) -> Float[Array, ""]:
@@ -70,18 +102,22 @@ def population_stats(
     batches: Iterable[Any],
     *,
     method: Literal["algorithm2", "merged"] = "algorithm2",
+    initial: Any = None,
 ) -> Any:
     """Statistics of the population, from batches seen with frozen weights.
 
     "algorithm2" is the paper's: E[x] is the mean over batches of μ_B, and Var[x] the mean over
     batches of the unbiased variance m/(m − 1)·σ_B². "merged" merges the batches' moments exactly
     (Chan et al. 1983) and takes the unbiased variance of the whole, which also holds for batches
-    of unequal size.
+    of unequal size. A batch without an element of a feature takes no part in that feature's mean,
+    nor one with a single element in its variance.
 
     Args:
       moments_fn: batch -> pytree whose leaves are `Moments`, one per layer.
       batches: at least one.
       method: "algorithm2" or "merged".
+      initial: pytree like the result, for the features of which no batch has enough elements; None
+        is 0 everywhere.
 
     Returns:
       The same pytree with `BatchStats` for `Moments`.
@@ -95,33 +131,45 @@ def population_stats(
     def is_moments(leaf):
         return isinstance(leaf, Moments)
 
-    def batch_statistics(m):
-        return BatchStats(m.mean, variance(m, unbiased=True))
+    def statistics(m):
+        """Those of one batch, and in how many batches they could be told."""
+        told = [jnp.asarray(m.count > least, m.m2.dtype) for least in (0, 1)]
+        return BatchStats(m.mean, variance(m, unbiased=True)), BatchStats(*told)
 
-    total, batch_count = None, 0
+    def average(total, new):
+        (old, before), (value, told) = total, new
+        count = jax.tree.map(jnp.add, before, told)
+        # A running mean keeps the digits that a sum of many batches would lose.
+        mean = jax.tree.map(
+            lambda o, v, t, n: o + jnp.where(t > 0, (v - o) / jnp.maximum(n, 1), 0),
+            *(old, value, told, count),
+        )
+        return mean, count
+
+    def combine(a, b):
+        if method == "merged":
+            return merge_moments(a, b)
+        return average(a, statistics(b))
+
+    total = None
     for batch in batches:
         new = moments_fn(batch)
-        batch_count += 1
-        if method == "algorithm2":
-            new = jax.tree.map(batch_statistics, new, is_leaf=is_moments)
-            # A running mean keeps the digits that a sum of many batches would lose.
-            step = batch_count
-            total = (
-                new
-                if total is None
-                else jax.tree.map(lambda old, b, k=step: old + (b - old) / k, total, new)
-            )
+        if total is not None:
+            total = jax.tree.map(lambda m, t: combine(t, m), new, total, is_leaf=is_moments)
+        elif method == "merged":
+            total = new
         else:
-            total = (
-                new
-                if total is None
-                else jax.tree.map(merge_moments, total, new, is_leaf=is_moments)
-            )
+            total = jax.tree.map(statistics, new, is_leaf=is_moments)
     if total is None:
         raise ValueError("batches is empty: population statistics need at least one batch")
     if method == "merged":
-        total = jax.tree.map(batch_statistics, total, is_leaf=is_moments)
-    return total
+        total = jax.tree.map(statistics, total, is_leaf=is_moments)
+
+    def result(_, found, initial=BatchStats(0, 0)):
+        return BatchStats(*(jnp.where(n > 0, v, i) for v, n, i in zip(*found, initial, strict=True)))
+
+    trees = (total,) if initial is None else (total, initial)
+    return jax.tree.map(result, new, *trees, is_leaf=is_moments)
 
 
 def check_momentum(momentum) -> None:

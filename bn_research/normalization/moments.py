@@ -31,11 +31,16 @@ _SHARE = 16  # one part in so many gives the rough mean
 
 
 class Moments(NamedTuple):
-    """Moments of the elements reduced, one entry per feature; merge with `merge_moments`."""
+    """Moments of the elements reduced, one entry per feature; merge with `merge_moments`.
 
-    count: Array  # type: ignore[assignment]  # shape=(*features), dtype=float32: number of unmasked elements
-    mean: Array  # shape=(*features), dtype=float32 (float64 for float64 input)
-    m2: Array  # shape=(*features), dtype as mean: sum of squared deviations from the mean
+    The leaves are float32, and float64 for float64 input, since a count of float32 would leave a
+    merge of float64 moments seven digits. For complex input the mean is complex and m2 is
+    Σ|x − mean|².
+    """
+
+    count: Array  # type: ignore[assignment]  # shape=(*features): number of unmasked elements
+    mean: Array  # shape=(*features)
+    m2: Array  # shape=(*features), real: sum of squared deviations from the mean
 
 
 class ShiftedMoments(NamedTuple):
@@ -60,7 +65,8 @@ def batch_moments(
     """Moments of x over every axis that is not a feature axis.
 
     Args:
-      x: floating-point array; reduced in float32, or in float64 when x is float64.
+      x: array; reduced in float32, or in float64 when x is float64. Integers and bool are taken as
+        float32.
       feature_axes: axes that keep their own statistics; results have the shape of these axes in
         ascending order.
       where: mask, broadcastable to x. Elements where it is False are left out before any
@@ -70,7 +76,7 @@ def batch_moments(
       Moments, differentiable in x. A feature without elements has count, mean and m2 of zero.
 
     Raises:
-      ValueError: x is not floating point, an axis is out of range or repeated, or where does not
+      ValueError: x is no array of numbers, an axis is out of range or repeated, or where does not
         broadcast to x.
     """
     x, where, axes = check_input(x, feature_axes, where)
@@ -92,9 +98,9 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
     share = b.count / jnp.maximum(count, 1)
     # A side without elements has no mean to be far from.
     delta = jnp.where((a.count > 0) & (b.count > 0), b.mean - a.mean, 0)
-    between = jnp.sqrt(a.count * share) * delta
+    roots = [jnp.sqrt(a.count * share) * part for part in _parts(delta)]
     mean = jnp.where(a.count > 0, a.mean + delta * share, b.mean)
-    m2 = _add_squares(jnp.stack([a.m2, b.m2]), between[None])
+    m2 = _add_squares(jnp.stack([a.m2, b.m2]), jnp.stack(roots))
     return Moments(count=count, mean=mean, m2=m2)
 
 
@@ -134,9 +140,9 @@ def variance(moments: Moments, *, unbiased: bool = False) -> Float[Array, "*feat
       unbiased: divide by n − 1.
 
     Returns:
-      Of the shape and dtype of moments.mean.
+      Of the shape and dtype of moments.m2.
     """
-    return moments.m2 / jnp.maximum(moments.count - unbiased, 1)
+    return moments.m2 / jnp.maximum(moments.count - int(unbiased), 1)
 
 
 def shifted_moments(
@@ -144,14 +150,18 @@ def shifted_moments(
 ) -> ShiftedMoments:
     """The moments of x over `axes`, which are kept."""
     x = x.astype(accumulator_dtype(x.dtype))
+    if jnp.iscomplexobj(x):
+        real, imag = (shifted_moments(part, axes, where) for part in _parts(x))
+        shift, mean = (jax.lax.complex(*pair) for pair in zip(real[1:3], imag[1:3], strict=True))
+        return ShiftedMoments(real.count, shift, mean, real.m2 + imag.m2)
     if where is None:
         kept = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
-        count = jnp.full(kept, math.prod(x.shape[axis] for axis in axes), jnp.float32)
+        count = jnp.full(kept, math.prod(x.shape[axis] for axis in axes), x.dtype)
         shift = _rough_mean(x, axes)
     else:
         x = jnp.where(where, x, 0)
         where = jnp.broadcast_to(where, x.shape)
-        count = jnp.sum(where, axes, dtype=jnp.float32, keepdims=True)
+        count = jnp.sum(where, axes, dtype=x.dtype, keepdims=True)
         largest = jnp.max(x, axes, keepdims=True, where=where, initial=-jnp.inf)
         shift = _mean_from(largest, x, axes, where, count)
     shift = jax.lax.stop_gradient(shift)
@@ -162,7 +172,7 @@ def shifted_moments(
     scaled = _SQUARE_SCALE * x - _SQUARE_SCALE * shift
     if where is not None:
         deviation, scaled = jnp.where(where, deviation, 0), jnp.where(where, scaled, 0)
-    divisor = jnp.maximum(count, 1).astype(x.dtype)
+    divisor = jnp.maximum(count, 1)
     mean = jnp.sum(deviation, axes, keepdims=True) / divisor
     m2 = jnp.sum(jnp.square(scaled), axes, keepdims=True)
     m2 = (m2 - jnp.square(_SQUARE_SCALE * jnp.sqrt(divisor) * mean)) / _SQUARE_SCALE**2
@@ -173,10 +183,12 @@ def _rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
     """Mean of a sixteenth of x or a little more, or of all of a small x; as `_mean_from`.
 
     The part is not cut along an axis that is known to be sharded, and preferably not along the
-    first, which usually is when nothing is known: it would have to be sent around.
+    first, which usually is when nothing is known: it would have to be sent around. Nor along one
+    whose length is a symbol (`jax.export`), which cannot be compared.
     """
     spec = jax.typeof(x).sharding.spec
-    free = [axis for axis in axes if x.shape[axis] >= _SHARE and spec[axis] is None]
+    known = [axis for axis in axes if isinstance(x.shape[axis], int) and spec[axis] is None]
+    free = [axis for axis in known if x.shape[axis] >= _SHARE]
     if free:
         cut = next((axis for axis in free if axis > 0), free[0])
         x = jax.lax.slice_in_dim(x, 0, -(-x.shape[cut] // _SHARE), axis=cut)
@@ -185,7 +197,7 @@ def _rough_mean(x: Array, axes: tuple[int, ...]) -> Array:
         sample = x
     largest = jnp.max(sample, axes, keepdims=True, initial=-jnp.inf)
     count = math.prod(x.shape[axis] for axis in axes)
-    return _mean_from(largest, x, axes, None, jnp.asarray(count))
+    return _mean_from(largest, x, axes, None, jnp.asarray(count, x.dtype))
 
 
 def _mean_from(
@@ -194,7 +206,7 @@ def _mean_from(
     """Mean, from differences to an element, so that constant features are exact; 0 of nothing."""
     largest = jnp.where(count > 0, largest, 0)
     below = jnp.sum(x - largest, axes, keepdims=True, where=where)
-    return largest + below / jnp.maximum(count, 1).astype(x.dtype)
+    return largest + below / jnp.maximum(count, 1)
 
 
 def sync_shifted_moments(
@@ -204,32 +216,38 @@ def sync_shifted_moments(
 ) -> ShiftedMoments:
     """Merges shifted moments over devices; one collective, whatever the number of groups.
 
-    Every device's four numbers per feature are laid side by side by a sum over rows that are zero
+    Every device's numbers of each feature are laid side by side by a sum over rows that are zero
     but for one: the result is known to be the same on every device, which an all-gather's is not.
     """
     index = jax.lax.axis_index(axis_name)
     size = jax.lax.axis_size(axis_name)
-    packed = jnp.stack([leaf.astype(moments.mean.dtype) for leaf in moments])
+    means = zip(_parts(moments.shift), _parts(moments.mean), strict=True)
+    packed = jnp.stack([moments.count, moments.m2, *(leaf for pair in means for leaf in pair)])
     table = jax.lax.psum(_one_row(packed, index, size), axis_name)
     if axis_index_groups is not None:
         group_of = _group_of_index(axis_index_groups, size)
         member = (group_of == group_of[index]).reshape((-1,) + (1,) * packed.ndim)
         table = jnp.where(member, table, 0)
-    count, shift, mean, m2 = (table[:, i] for i in range(4))
-    total = jnp.sum(count, 0)
+    count, m2, *columns = (table[:, i] for i in range(len(packed)))
+    total = jnp.sum(count, 0, keepdims=True)
     share = count / jnp.maximum(total, 1)
-    # The reference of the merged moments: any value near the mean does, if all devices agree. From
-    # differences, since the shares add up to 1 only nearly: equal means stay what they are.
-    centre = jax.lax.stop_gradient(shift + mean)
-    largest = jnp.max(jnp.where(count > 0, centre, -jnp.inf), 0)
-    largest = jnp.where(total > 0, largest, 0)
-    below = jnp.where(count > 0, centre - largest, 0)
-    reference = largest + jnp.sum(share * below, 0)
-    deviation = (shift - reference) + mean
-    merged_mean = jnp.sum(share * deviation, 0)
-    between = jnp.where(count > 0, jnp.sqrt(count) * (deviation - merged_mean), 0)
-    merged_m2 = _add_squares(m2, between)
-    return ShiftedMoments(total.astype(moments.count.dtype), reference, merged_mean, merged_m2)
+    references, merged, roots = [], [], []
+    for shift, mean in zip(columns[::2], columns[1::2], strict=True):  # of each part of a number
+        # The reference of the merged moments: any value near the mean does, if all devices agree.
+        # From differences, since the shares add up to 1 only nearly: equal means stay what they
+        # are.
+        centre = jax.lax.stop_gradient(shift + mean)
+        largest = jnp.max(jnp.where(count > 0, centre, -jnp.inf), 0, keepdims=True)
+        largest = jnp.where(total > 0, largest, 0)
+        below = jnp.where(count > 0, centre - largest, 0)
+        reference = largest + jnp.sum(share * below, 0, keepdims=True)
+        deviation = (shift - reference) + mean
+        merged_mean = jnp.sum(share * deviation, 0, keepdims=True)
+        roots.append(jnp.where(count > 0, jnp.sqrt(count) * (deviation - merged_mean), 0))
+        references.append(reference[0])
+        merged.append(merged_mean[0])
+    merged_m2 = _add_squares(m2, jnp.concatenate(roots))
+    return ShiftedMoments(total[0], _whole(references), _whole(merged), merged_m2)
 
 
 def group_psum(
@@ -254,7 +272,7 @@ def squeeze_moments(shifted: ShiftedMoments, axes: tuple[int, ...]) -> Moments:
 
 
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
-    """float32 for half precision and float32, float64 for float64."""
+    """float32 for integers, half precision and float32, float64 for float64; as complex as x."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -279,12 +297,18 @@ def canonical_axes(feature_axes: int | Sequence[int], ndim: int) -> tuple[int, .
 
 
 def check_input(
-    x: Array, feature_axes: int | Sequence[int], where: Array | None
+    x: Array, feature_axes: int | Sequence[int], where: Array | None, *, real: bool = False
 ) -> tuple[Array, Array | None, tuple[int, ...]]:
-    """X and where as arrays, and the canonical feature axes; ValueError when one is bad."""
+    """X and where as arrays of one rank, and the canonical feature axes.
+
+    Raises:
+      ValueError: one of them is bad, or x is complex where it has to be real.
+    """
     x = jnp.asarray(x)
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x has dtype {x.dtype}: allowed are floating-point types; cast it first")
+    if not (jnp.issubdtype(x.dtype, jnp.number) or x.dtype == bool):
+        raise ValueError(f"x has dtype {x.dtype}: allowed are numbers")
+    if real and jnp.iscomplexobj(x):
+        raise ValueError(f"x has dtype {x.dtype}: allowed are real numbers; batch_norm takes these")
     axes = canonical_axes(feature_axes, x.ndim)
     if where is not None:
         where = jnp.asarray(where)
@@ -296,8 +320,18 @@ def check_input(
             raise ValueError(
                 f"where has shape {where.shape}: it must broadcast to the shape of x, {x.shape}"
             )
-        where = where.astype(bool)
+        where = where.astype(bool).reshape((1,) * (x.ndim - where.ndim) + where.shape)
     return x, where, axes
+
+
+def _parts(x: Array) -> list[Array]:
+    """The real numbers that x consists of: itself, or its real and its imaginary part."""
+    return [x.real, x.imag] if jnp.iscomplexobj(x) else [x]
+
+
+def _whole(parts: Sequence[Array]) -> Array:
+    """The inverse of `_parts`."""
+    return parts[0] if len(parts) == 1 else jax.lax.complex(*parts)
 
 
 def _add_squares(m2: Array, roots: Array) -> Array:
@@ -305,17 +339,17 @@ def _add_squares(m2: Array, roots: Array) -> Array:
 
     Both are scaled by a power of two near the largest, exactly, and the sum is scaled back.
     """
-    largest = jnp.maximum(jnp.sqrt(jnp.max(m2, 0)), jnp.max(jnp.abs(roots), 0))
-    exponent = jnp.frexp(jax.lax.stop_gradient(largest))[1]
-    unit = jnp.ldexp(jnp.ones_like(largest), exponent)
+    largest = [jnp.max(v, 0, keepdims=True) for v in (m2, jnp.abs(roots))]
+    exponent = jnp.frexp(jax.lax.stop_gradient(jnp.maximum(jnp.sqrt(largest[0]), largest[1])))[1]
+    unit = jnp.ldexp(jnp.ones_like(largest[1]), exponent)
     total = jnp.sum(m2 / unit / unit, 0) + jnp.sum(jnp.square(roots / unit), 0)
-    return total * unit * unit
+    return total * unit[0] * unit[0]
 
 
 def _one_row(x: Array, index: Array, size: int) -> Array:
     """Zeros of shape (size, *x.shape) with x at `index`; a NaN in x stays in its row."""
     row = jnp.arange(size).reshape((-1,) + (1,) * x.ndim) == index
-    return jnp.where(row, x, 0)
+    return jnp.where(row, x[None], 0)
 
 
 def _group_of_index(axis_index_groups: Sequence[Sequence[int]], size: int) -> Array:

@@ -1,10 +1,11 @@
 r"""Normalizing by given statistics, and what every normalization here does with its arguments."""
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 from numpy.typing import DTypeLike
 
 from bn_research.normalization.moments import accumulator_dtype, check_input
@@ -19,6 +20,7 @@ def normalize(
     *,
     feature_axes: int | Sequence[int] = -1,
     epsilon: float | Float[Array, ""] = 1e-5,
+    where: Bool[Array, "..."] | None = None,
     dtype: DTypeLike | None = None,
 ) -> Float[Array, "..."]:
     """Normalizes by given statistics: y = scale·(x − mean)/√(var + epsilon) + bias.
@@ -27,27 +29,33 @@ def normalize(
     var + epsilon is 0, the result is `bias`.
 
     Args:
-      x: floating-point array.
+      x: array; integers and bool are taken as float32, complex numbers may have a complex mean.
       mean: means, shape of the feature axes in ascending order.
       var: variances, shape as mean.
       scale: γ, shape as mean; None is 1.
       bias: β, shape as mean; None is 0.
       feature_axes: axes of x that mean and var belong to.
       epsilon: added to the variance; ≥ 0.
+      where: mask, broadcastable to x. Masked elements come out as `bias`, as from `batch_norm`, and
+        receive no gradient, even when they hold NaN.
       dtype: dtype of the result; None promotes the dtypes of x, scale and bias.
 
     Raises:
-      ValueError: a bad axis, shape, dtype or epsilon.
+      ValueError: a bad axis, shape, dtype, epsilon or mask.
     """
-    x, _, axes = check_input(x, feature_axes, None)
+    x, where, axes = check_input(x, feature_axes, where)
     check_epsilon(epsilon)
     kept = tuple(n if axis in axes else 1 for axis, n in enumerate(x.shape))
     mean, var = per_feature("mean", mean, x, axes), per_feature("var", var, x, axes)
     result = result_dtype(x, scale, bias, dtype)
     scale, bias = scale_and_bias(scale, bias, x, axes)
-    wide = jnp.promote_types(accumulator_dtype(x.dtype), var.dtype)
-    rstd = rsqrt_or_zero(var.astype(wide) + jnp.asarray(epsilon, wide)).reshape(kept)
-    x_hat = (x.astype(wide) - mean.reshape(kept)) * rstd
+    wide = jnp.promote_types(accumulator_dtype(x.dtype), mean.dtype)
+    real = jnp.promote_types(jnp.finfo(wide).dtype, var.dtype)
+    wide = jnp.promote_types(wide, real)
+    rstd = rsqrt_or_zero(var.astype(real) + jnp.asarray(epsilon, real)).reshape(kept)
+    x_hat = (x.astype(wide) - mean.astype(wide).reshape(kept)) * rstd
+    if where is not None:
+        x_hat = jnp.where(where, x_hat, 0)
     return scale_and_shift(x_hat, scale, bias, kept, result)
 
 
@@ -61,10 +69,10 @@ def scale_and_shift(
 ) -> Array:
     """scale·x_hat + bias in `dtype`; vectors are reshaped to `kept`, the shape that broadcasts."""
     y = x_hat
-    if scale is not None:
-        y = y * scale.reshape(kept)
-    if bias is not None:
-        y = y + bias.reshape(kept)
+    for value, combine in ((scale, jnp.multiply), (bias, jnp.add)):
+        if value is not None:
+            wide = jnp.promote_types(y.dtype, value.dtype)
+            y = combine(y.astype(wide), value.astype(wide).reshape(kept))
     return y.astype(dtype)
 
 
@@ -72,7 +80,11 @@ def result_dtype(x, scale, bias, dtype: DTypeLike | None) -> jnp.dtype:
     """The given dtype, or that which x, scale and bias promote to."""
     if dtype is not None:
         return jnp.dtype(dtype)
-    return jnp.result_type(*(v for v in (x, scale, bias) if v is not None))
+    # Not `result_type`, which refuses to promote where JAX is set to be strict.
+    given = (jnp.asarray(v).dtype for v in (x, scale, bias) if v is not None)
+    promoted = functools.reduce(jnp.promote_types, given)
+    inexact = jnp.issubdtype(promoted, jnp.inexact)
+    return promoted if inexact else jnp.promote_types(promoted, jnp.float32)
 
 
 def scale_and_bias(scale, bias, x: Array, axes: tuple[int, ...]) -> Iterator[Array | None]:
