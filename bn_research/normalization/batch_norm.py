@@ -41,6 +41,7 @@ from bn_research.normalization.moments import (
     accumulator_dtype,
     check_input,
     group_psum,
+    promoted,
     shifted_moments,
     squeeze_moments,
     sync_shifted_moments,
@@ -132,12 +133,13 @@ def batch_norm(
     def per_feature(value, default):
         if value is None:
             return jnp.full(kept, default, jnp.finfo(wide).dtype)
-        return value.astype(jnp.promote_types(value.dtype, jnp.finfo(wide).dtype)).reshape(kept)
+        return value.astype(promoted(value.dtype, jnp.finfo(wide).dtype)).reshape(kept)
 
     gamma, beta = per_feature(scale, 1), per_feature(bias, 0)
 
     def apply(x, where, sharing):
-        return transform(x, where, gamma, beta, jnp.asarray(epsilon), sharing)
+        one_rank = (jnp.expand_dims(v, range(x.ndim - v.ndim)) for v in (gamma, beta))
+        return transform(x, where, *one_rank, jnp.asarray(epsilon), sharing)
 
     if group_size is None:
         y, shifted = apply(x, where, Sharing(reduced, axis_name, groups))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bn_research.normalization.moments import Moments, merge_moments, variance
+from bn_research.normalization.moments import Moments, merge_moments, promoted, variance
 
 
 class BatchStats(NamedTuple):
@@ -63,12 +63,12 @@ def update_batch_stats(
                 "must be of the same features"
             )
         new, enough = _sharded_as(new, old), _sharded_as(enough, old)
-        wide = jnp.promote_types(old.dtype, new.dtype)
+        wide = promoted(old.dtype, new.dtype)
         share = momentum if known else jnp.asarray(momentum, jnp.finfo(wide).dtype)
         blend = share * old.astype(wide) + (1 - share) * new.astype(wide)
-        kept = jnp.promote_types(old.dtype, jnp.float32)
+        kept = promoted(old.dtype, jnp.float32)
         if jnp.iscomplexobj(new):
-            kept = jnp.promote_types(kept, jnp.complex64)
+            kept = promoted(kept, jnp.complex64)
         return jnp.where(enough, blend, old.astype(wide)).astype(kept)
 
     new = BatchStats(*map(average, BatchStats._fields, stats, batch, enough))

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bn_research.normalization.batch_stats import BatchStats
-from bn_research.normalization.moments import accumulator_dtype
+from bn_research.normalization.moments import accumulator_dtype, promoted
 from bn_research.normalization.normalize import normalize
 
 
@@ -110,7 +110,7 @@ def fold_before(
         stats, scale, offset, inputs * groups, "inputs·groups", kernel
     )
     zero = jnp.zeros_like(stats.mean)
-    wide = jnp.promote_types(accumulator_dtype(kernel.dtype), stats.var.dtype)
+    wide = promoted(accumulator_dtype(kernel.dtype), stats.var.dtype)
     at_zero = normalize(zero, *stats, scale, offset, epsilon=epsilon, dtype=wide)
 
     def by_group(vector):

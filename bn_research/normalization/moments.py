@@ -22,6 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
+from numpy.typing import DTypeLike
 
 # Squares of float32 span 1e-38 to 1e38. Scaling deviations by a power of two (exact) before they
 # are squared centres that window on the range promised for features, standard deviations of
@@ -155,9 +156,8 @@ def shifted_moments(
         shift, mean = (jax.lax.complex(*pair) for pair in zip(real[1:3], imag[1:3], strict=True))
         return ShiftedMoments(real.count, shift, mean, real.m2 + imag.m2)
     if where is None:
-        kept = tuple(1 if axis in axes else n for axis, n in enumerate(x.shape))
-        count = jnp.full(kept, math.prod(x.shape[axis] for axis in axes), x.dtype)
         shift = _rough_mean(x, axes)
+        count = jnp.full_like(shift, math.prod(x.shape[axis] for axis in axes))
     else:
         x = jnp.where(where, x, 0)
         where = jnp.broadcast_to(where, x.shape)
@@ -273,7 +273,13 @@ def squeeze_moments(shifted: ShiftedMoments, axes: tuple[int, ...]) -> Moments:
 
 def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
     """float32 for integers, half precision and float32, float64 for float64; as complex as x."""
-    return jnp.promote_types(dtype, jnp.float32)
+    return promoted(dtype, jnp.float32)
+
+
+def promoted(*dtypes: DTypeLike) -> jnp.dtype:
+    """The dtype that all can be cast to, also where JAX is set to cast nothing by itself."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*map(jnp.dtype, dtypes))
 
 
 def canonical_axes(feature_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:

@@ -1,6 +1,5 @@
 r"""Normalizing by given statistics, and what every normalization here does with its arguments."""
 
-import functools
 from collections.abc import Iterator, Sequence
 
 import jax
@@ -8,7 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 from numpy.typing import DTypeLike
 
-from bn_research.normalization.moments import accumulator_dtype, check_input
+from bn_research.normalization.moments import accumulator_dtype, check_input, promoted
 
 
 def normalize(
@@ -49,9 +48,9 @@ def normalize(
     mean, var = per_feature("mean", mean, x, axes), per_feature("var", var, x, axes)
     result = result_dtype(x, scale, bias, dtype)
     scale, bias = scale_and_bias(scale, bias, x, axes)
-    wide = jnp.promote_types(accumulator_dtype(x.dtype), mean.dtype)
-    real = jnp.promote_types(jnp.finfo(wide).dtype, var.dtype)
-    wide = jnp.promote_types(wide, real)
+    wide = promoted(accumulator_dtype(x.dtype), mean.dtype)
+    real = promoted(jnp.finfo(wide).dtype, var.dtype)
+    wide = promoted(wide, real)
     rstd = rsqrt_or_zero(var.astype(real) + jnp.asarray(epsilon, real)).reshape(kept)
     x_hat = (x.astype(wide) - mean.astype(wide).reshape(kept)) * rstd
     if where is not None:
@@ -71,7 +70,7 @@ def scale_and_shift(
     y = x_hat
     for value, combine in ((scale, jnp.multiply), (bias, jnp.add)):
         if value is not None:
-            wide = jnp.promote_types(y.dtype, value.dtype)
+            wide = promoted(y.dtype, value.dtype)
             y = combine(y.astype(wide), value.astype(wide).reshape(kept))
     return y.astype(dtype)
 
@@ -80,11 +79,8 @@ def result_dtype(x, scale, bias, dtype: DTypeLike | None) -> jnp.dtype:
     """The given dtype, or that which x, scale and bias promote to."""
     if dtype is not None:
         return jnp.dtype(dtype)
-    # Not `result_type`, which refuses to promote where JAX is set to be strict.
-    given = (jnp.asarray(v).dtype for v in (x, scale, bias) if v is not None)
-    promoted = functools.reduce(jnp.promote_types, given)
-    inexact = jnp.issubdtype(promoted, jnp.inexact)
-    return promoted if inexact else jnp.promote_types(promoted, jnp.float32)
+    found = promoted(*(jnp.asarray(v).dtype for v in (x, scale, bias) if v is not None))
+    return found if jnp.issubdtype(found, jnp.inexact) else promoted(found, jnp.float32)
 
 
 def scale_and_bias(scale, bias, x: Array, axes: tuple[int, ...]) -> Iterator[Array | None]:

@@ -24,6 +24,7 @@ from bn_research.normalization.moments import (
     Moments,
     accumulator_dtype,
     check_input,
+    promoted,
     squeeze_moments,
 )
 from bn_research.normalization.normalize import (
@@ -53,7 +54,8 @@ def batch_renorm(
 ) -> tuple[Float[Array, "..."], Moments]:
     """Normalizes x by its own statistics, corrected towards running ones: algorithm 1.
 
-    Differentiable in x, scale and bias to any order; nothing else carries a gradient. The paper's
+    Differentiable in x, scale and bias to any order, and so are the returned moments in x; r, d,
+    epsilon, the mask and the running statistics carry no gradient. The paper's
     schedule is r_max = 1 and d_max = 0 for 5,000 steps, relaxed gradually from there to reach
     r_max = 3 at 40,000 steps and d_max = 5 at 25,000.
 
@@ -62,7 +64,8 @@ def batch_renorm(
     d = 0, and one that is both as `bias`.
 
     Args:
-      x: floating-point array; statistics are computed in float32, or float64 when x is float64.
+      x: real array; statistics are computed in float32, or float64 when x is float64. Integers and
+        bool are taken as float32.
       stats: running statistics before this batch, shape of the feature axes in ascending order.
       scale: γ, shape as the statistics; None is 1.
       bias: β, shape as the statistics; None is 0.
@@ -82,7 +85,7 @@ def batch_renorm(
     Raises:
       ValueError: r_max < 1, d_max < 0, or a bad axis, shape, dtype, epsilon or mask.
     """
-    x, where, axes = check_input(x, feature_axes, where)
+    x, where, axes = check_input(x, feature_axes, where, real=True)
     check_epsilon(epsilon)
     groups = check_groups(axis_name, axis_index_groups)
     _check_bound("r_max", r_max, 1)
@@ -102,15 +105,18 @@ def batch_renorm(
     # Mean and shift apart: their rounded sum is off by 1e-3 of a standard deviation at a mean of
     # 1e4 of them, while shift − mean cancels exactly there.
     shift, rest, m2 = jax.lax.stop_gradient((batch.shift, batch.mean, batch.m2))
-    rstd = rsqrt_or_zero(var.reshape(kept) + floor)
+    mean, var = (v.astype(promoted(v.dtype, x.dtype)).reshape(kept) for v in (mean, var))
+    shift, rest, m2 = (v.astype(mean.dtype) for v in (shift, rest, m2))
+    floor = floor.astype(mean.dtype)
+    rstd = rsqrt_or_zero(var + floor)
     batch_std = jnp.sqrt(m2 / jnp.maximum(batch.count, 1).astype(m2.dtype) + floor)
-    r = jnp.clip(batch_std * rstd, 1 / r_max, r_max)
-    d = jnp.clip(((shift - mean.reshape(kept)) + rest) * rstd, -d_max, d_max)
+    r = jnp.clip(batch_std * rstd, 1 / r_max, r_max).astype(x.dtype)
+    d = jnp.clip(((shift - mean) + rest) * rstd, -d_max, d_max).astype(x.dtype)
     y = x_hat * jax.lax.stop_gradient(r) + jax.lax.stop_gradient(d)
     if where is not None:
         y = jnp.where(where, y, 0)
     y = scale_and_shift(y, scale, bias, kept, result)
-    return y, jax.lax.stop_gradient(squeeze_moments(batch, reduced))
+    return y, squeeze_moments(batch, reduced)
 
 
 def _check_bound(name: str, value, least: int) -> None:

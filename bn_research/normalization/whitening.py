@@ -27,12 +27,14 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 from numpy.typing import DTypeLike
 
 from bn_research.normalization.moments import (
     accumulator_dtype,
     check_input,
+    promoted,
     shifted_moments,
     sync_shifted_moments,
 )
@@ -67,7 +69,8 @@ def batch_covariance(
     """Moments of the feature vectors of x, over every axis but the feature axis.
 
     Args:
-      x: floating-point array; reduced in float32, or in float64 when x is float64.
+      x: real array; reduced in float32, or in float64 when x is float64. Integers and bool are taken
+        as float32.
       feature_axis: axis along which a feature vector lies.
       where: mask of whole vectors, broadcastable to the shape of x with 1 at the feature axis.
         Vectors where it is False are left out before any arithmetic: a NaN there reaches neither
@@ -77,11 +80,15 @@ def batch_covariance(
       CovarianceMoments, differentiable in x; zeros without any vector.
 
     Raises:
-      ValueError: x is not floating point, the axis is out of range, or where does not fit.
+      ValueError: x is not real, the axis is out of range, or where does not fit.
     """
     x, where, axis = _check_vectors(x, feature_axis, where)
-    _, moments, unit = _centred(x, where, axis, None)
-    return moments._replace(m2=moments.m2 * unit**2)
+
+    def moments_of(x, where):
+        _, moments, unit = _centred(x, where, axis, None)
+        return moments._replace(m2=moments.m2 * unit**2)
+
+    return _laid_out(moments_of, x, PartitionSpec())(x, where)
 
 
 def merge_covariance(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMoments:
@@ -101,7 +108,7 @@ def merge_covariance(a: CovarianceMoments, b: CovarianceMoments) -> CovarianceMo
 
 def covariance(moments: CovarianceMoments, *, unbiased: bool = False) -> Float[Array, "d d"]:
     """Covariance, m2/n, or m2/(n − 1) when unbiased; 0 where there are too few vectors."""
-    return moments.m2 / jnp.maximum(moments.count - unbiased, 1)
+    return moments.m2 / jnp.maximum(moments.count - int(unbiased), 1)
 
 
 def inverse_sqrt(
@@ -169,7 +176,8 @@ def whiten(
     and Σ, while the returned moments carry none.
 
     Args:
-      x: floating-point array; statistics are computed in float32, or float64 when x is float64.
+      x: real array; statistics are computed in float32, or float64 when x is float64. Integers and
+        bool are taken as float32.
       scale: γ, shape=(d,); None is 1.
       bias: β, shape=(d,); None is 0.
       feature_axis: axis along which a feature vector lies.
@@ -194,13 +202,19 @@ def whiten(
     _check_method(method, iterations)
     result = result_dtype(x, scale, bias, dtype)
     scale, bias = scale_and_bias(scale, bias, x, (axis,))
-    vectors, moments, unit = _centred(x, where, axis, axis_name)
-    matrix = inverse_sqrt(
-        covariance(moments), epsilon=epsilon / unit**2, method=method, iterations=iterations
-    )
-    y = scale_and_shift(_product(vectors, matrix), scale, bias, -1, result)
-    y = jnp.moveaxis(y, -1, axis)
-    return y, jax.lax.stop_gradient(moments._replace(m2=moments.m2 * unit**2))
+
+    def run(x, where, scale, bias):
+        vectors, moments, unit = _centred(x, where, axis, axis_name)
+        matrix = inverse_sqrt(
+            covariance(moments), epsilon=epsilon / unit**2, method=method, iterations=iterations
+        )
+        kept = (1,) * (x.ndim - 1) + (-1,)
+        y = scale_and_shift(_product(vectors, matrix), scale, bias, kept, result)
+        y = jnp.moveaxis(y, -1, axis)
+        return y, jax.lax.stop_gradient(moments._replace(m2=moments.m2 * unit**2))
+
+    specs = jax.typeof(x).sharding.spec, PartitionSpec()
+    return _laid_out(run, x, specs)(x, where, scale, bias)
 
 
 def apply_whitening(
@@ -219,7 +233,7 @@ def apply_whitening(
     epsilon of training.
 
     Args:
-      x: floating-point array.
+      x: real array; integers and bool are taken as float32.
       mean: shape=(d,).
       matrix: whitening matrix, shape=(d, d); need not be symmetric.
       scale: γ, shape=(d,); None is 1.
@@ -239,10 +253,23 @@ def apply_whitening(
         )
     result = result_dtype(x, scale, bias, dtype)
     scale, bias = scale_and_bias(scale, bias, x, (axis,))
-    wide = jnp.promote_types(accumulator_dtype(x.dtype), matrix.dtype)
+    wide = promoted(accumulator_dtype(x.dtype), matrix.dtype)
+    mean = jnp.expand_dims(mean.astype(wide), range(x.ndim - 1))
     vectors = jnp.moveaxis(x, axis, -1).astype(wide) - mean
-    y = scale_and_shift(_product(vectors, matrix.astype(wide).T), scale, bias, -1, result)
+    kept = (1,) * (x.ndim - 1) + (-1,)
+    y = scale_and_shift(_product(vectors, matrix.astype(wide).T), scale, bias, kept, result)
     return jnp.moveaxis(y, -1, axis)
+
+
+def _laid_out(fn, x, specs):
+    """Fn, with results of these specs where x lies over explicit axes of a mesh.
+
+    Whitening mixes features and vectors: how its products are spread is left to the compiler.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    if not mesh.explicit_axes:
+        return fn
+    return jax.sharding.auto_axes(fn, axes=mesh.explicit_axes, out_sharding=specs)
 
 
 def _centred(x, where, axis, axis_name):
@@ -290,9 +317,9 @@ def _decompose(matrix: Array, epsilon: Array) -> _Decomposition:
     cutoff = _ROUNDING * jnp.finfo(values.dtype).eps * jnp.max(values)
     values = jnp.where(values > cutoff, values, 0) + epsilon
     return _Decomposition(
-        inverse_root=_product(vectors * rsqrt_or_zero(values), vectors.T),
-        root=_product(vectors * jnp.sqrt(values), vectors.T),
-        null=_product(vectors * (values == 0), vectors.T),
+        inverse_root=_product(vectors * rsqrt_or_zero(values)[None], vectors.T),
+        root=_product(vectors * jnp.sqrt(values)[None], vectors.T),
+        null=_product(vectors * (values == 0)[None].astype(vectors.dtype), vectors.T),
         vectors=vectors,
         values=jnp.sqrt(values),
     )
@@ -364,7 +391,7 @@ def _check_vectors(x, feature_axis, where):
             f"allowed are {-ndim} to {ndim - 1}"
         )
     axis = feature_axis % ndim
-    x, where, _ = check_input(x, axis, where)
+    x, where, _ = check_input(x, axis, where, real=True)
     if where is not None and ((1,) * (ndim - where.ndim) + where.shape)[axis] != 1:
         raise ValueError(
             f"where has shape {where.shape}: it must be 1 along the feature axis of x, whose shape "
