@@ -102,7 +102,9 @@ def _moments_program(static: tuple[Any, ...], compiler_level: int):
         if setting.norm == "batch" and setting.group_size:
             groups = setting.batch_size // setting.group_size
         return jax.tree.map(
-            functools.partial(_of_groups, groups), found, is_leaf=lambda x: isinstance(x, Moments)
+            lambda leaf: _of_groups(groups, leaf) if isinstance(leaf, Moments) else leaf,
+            found,
+            is_leaf=lambda leaf: isinstance(leaf, Moments),
         )
 
     return moments

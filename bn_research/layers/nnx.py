@@ -5,13 +5,23 @@ Flax's, so an existing state restores and an existing model trains unchanged. Wh
 differ, Flax loses digits: its one-pass variance is wrong at large means, as in flax.linen, and it
 casts the input and the running statistics to `dtype` before it subtracts them (in bfloat16
 x = 100.6 at mean 100.3 and standard deviation 0.1 becomes 0 where 3 is right). Masked elements
-come out as `bias` here; Flax normalizes them too.
+come out as `bias` here, in inference too; Flax normalizes them, and in inference takes no mask.
+
+Ours is a subclass, so `isinstance` and `model.set_attributes(nnx.BatchNorm, ...)` find both. What
+flax.linen gives to callers of `apply` is a state of the model here:
+
+                               flax.linen                           flax.nnx
+    moments of a batch         `mutable=[MOMENTS, "batch_stats"]`   `gather_batch_moments(model)`
+    gradient accumulation      `merge_batch_moments` and            passes merge by themselves; then
+                               `update_from_batch_moments`          `update_from_batch_moments`
+    population statistics      `population_batch_stats`             `population_batch_stats`
+    frozen layers              the field `frozen`                   `freeze_batch_norm`
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -19,12 +29,24 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float
 
-from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
+from bn_research.normalization import (
+    BatchStats,
+    Moments,
+    batch_norm,
+    merge_moments,
+    normalize,
+    population_stats,
+    update_batch_stats,
+)
 from bn_research.normalization.batch_stats import check_momentum
-from bn_research.normalization.moments import canonical_axes
+from bn_research.normalization.moments import canonical_axes, promoted
 
 
-class BatchNorm(nnx.Module):
+class BatchMoments(nnx.Variable):
+    """Moments of the batches that a layer has seen since `gather_batch_moments`."""
+
+
+class BatchNorm(nnx.BatchNorm):
     """Batch normalization: y = scale·(x − mean)/√(var + epsilon) + bias.
 
     Args:
@@ -49,14 +71,17 @@ class BatchNorm(nnx.Module):
       rngs: streams of random keys for the initializers.
       bias_metadata: metadata of the variable bias.
       scale_metadata: metadata of the variable scale.
-      group_size: number of examples that share statistics, whatever the number of devices.
+      group_size: number of examples that share statistics, whatever the number of devices; None,
+        or 0, is the whole batch.
 
     Attributes:
       scale: `nnx.Param`, shape=(num_features,), or None.
       bias: as scale.
-      mean: `nnx.BatchStat`, shape=(num_features,), dtype=float32.
+      mean: `nnx.BatchStat`, shape=(num_features,), dtype=float32. Cast to half precision it becomes
+        float32 with the first update: an average in half precision would stand still.
       var: as mean.
       frozen: see `freeze_batch_norm`.
+      moments: `BatchMoments`, while they are gathered: see `gather_batch_moments`.
     """
 
     def __init__(
@@ -82,28 +107,26 @@ class BatchNorm(nnx.Module):
         scale_metadata: Mapping[str, Any] = MappingProxyType({}),
         group_size: int | None = None,
     ):
-        shape = (num_features,)
-        self.mean = nnx.BatchStat(jnp.zeros(shape, jnp.float32))
-        self.var = nnx.BatchStat(jnp.ones(shape, jnp.float32))
-        self.scale = self.bias = nnx.data(None)
-        # Flax's order: a stream of keys shared with other layers moves on in step with it.
-        if use_scale:
-            self.scale = nnx.Param(scale_init(rngs.params(), shape, param_dtype), **scale_metadata)
-        if use_bias:
-            self.bias = nnx.Param(bias_init(rngs.params(), shape, param_dtype), **bias_metadata)
-        self.num_features = num_features
-        self.use_running_average = use_running_average
-        self.axis = axis
-        self.momentum = momentum
-        self.epsilon = epsilon
-        self.dtype = dtype
-        self.param_dtype = param_dtype
-        self.use_bias = use_bias
-        self.use_scale = use_scale
-        self.axis_name = axis_name
-        self.axis_index_groups = axis_index_groups
-        self.use_fast_variance = use_fast_variance
-        self.promote_dtype = promote_dtype
+        super().__init__(
+            num_features,
+            use_running_average=use_running_average,
+            axis=axis,
+            momentum=momentum,
+            epsilon=epsilon,
+            dtype=dtype,
+            param_dtype=param_dtype,
+            use_bias=use_bias,
+            use_scale=use_scale,
+            bias_init=bias_init,
+            scale_init=scale_init,
+            axis_name=axis_name,
+            axis_index_groups=axis_index_groups,
+            use_fast_variance=use_fast_variance,
+            promote_dtype=promote_dtype,
+            rngs=rngs,
+            bias_metadata=bias_metadata,
+            scale_metadata=scale_metadata,
+        )
         self.group_size = group_size
         self.frozen = False
 
@@ -114,12 +137,16 @@ class BatchNorm(nnx.Module):
         *,
         mask: Bool[Array, "..."] | None = None,
     ) -> Float[Array, "..."]:
-        """Normalizes x; in training mode updates `mean` and `var`.
+        """Normalizes x; in training mode updates `mean` and `var`, or gathers `moments`.
+
+        The new statistics carry the gradient of the batch's mean and variance, but for variables
+        that hold a reference.
 
         Args:
-          x: floating-point array.
+          x: array; integers and bool are taken as float32.
           use_running_average: goes before the attribute of the same name, but not before `frozen`.
-          mask: broadcastable to x; elements where it is False are left out.
+          mask: broadcastable to x; elements where it is False are left out of the statistics and
+            come out as bias, in inference too.
 
         Raises:
           ValueError: a bad axis, shape, dtype, momentum, epsilon, mask or group size, or
@@ -139,37 +166,35 @@ class BatchNorm(nnx.Module):
         scale, bias = (None if p is None else p[...] for p in (self.scale, self.bias))
         dtype = self._result_dtype(x, stats, scale, bias)
 
-        if self.frozen:
+        options = dict(feature_axes=axes, epsilon=self.epsilon, where=mask, dtype=dtype)
+
+        frozen = getattr(self, "frozen", False)  # a subclass may not call our constructor
+        if frozen:
             scale, bias = jax.lax.stop_gradient((scale, bias))
-        if self.frozen or use_running_average:
-            return normalize(
-                x, *stats, scale, bias, feature_axes=axes, epsilon=self.epsilon, dtype=dtype
-            )
+        if frozen or use_running_average:
+            return normalize(x, *stats, scale, bias, **options)
         y, moments = batch_norm(
             x,
             scale,
             bias,
-            feature_axes=axes,
-            epsilon=self.epsilon,
-            where=mask,
             axis_name=self.axis_name,
             axis_index_groups=self.axis_index_groups,
-            group_size=self.group_size,
-            dtype=dtype,
+            group_size=getattr(self, "group_size", None) or None,
+            **options,
         )
-        stats = update_batch_stats(stats, moments, momentum=self.momentum)
-        self.mean.set_value(stats.mean)  # `mean[...] =` is a scatter inside shard_map
-        self.var.set_value(stats.var)
+        gathered = getattr(self, "moments", None)
+        if gathered is not None:
+            gathered.set_value(merge_moments(gathered.get_value(), moments))
+            return y
+        held = self.mean.ref or self.mean.hijax  # what is outside the function being differentiated
+        self._set_stats(
+            update_batch_stats(stats, moments, momentum=self.momentum, stop_gradient=held)
+        )
         return y
 
-    def set_view(self, use_running_average: bool | None = None) -> None:
-        """What `nnx.view` sets in the copy that it makes.
-
-        Args:
-          use_running_average: None leaves it.
-        """
-        if use_running_average is not None:
-            self.use_running_average = use_running_average
+    def _set_stats(self, stats: BatchStats) -> None:
+        self.mean.set_value(stats.mean)  # `mean[...] =` is a scatter inside shard_map
+        self.var.set_value(stats.var)
 
     def _feature_axes(self, x: Array) -> tuple[int, ...]:
         """The one feature axis, canonical; ValueError when it is not num_features long."""
@@ -188,11 +213,105 @@ class BatchNorm(nnx.Module):
 
     def _result_dtype(self, x: Array, stats: BatchStats, *params: Array | None) -> Any:
         """Flax's dtype of the result: `dtype`, or else that of what promote_dtype would cast to."""
-        cast = functools.partial(self.promote_dtype, dtype=self.dtype)
-        promoted = jax.eval_shape(cast, (x, *stats, *params))
+        with jax.numpy_dtype_promotion("standard"):  # where JAX casts nothing by itself, too
+            cast = functools.partial(self.promote_dtype, dtype=self.dtype)
+            found = jax.eval_shape(cast, (x, *stats, *params))
         if self.dtype is not None:  # not before: Flax's promote_dtype refuses an integer one
             return self.dtype
-        return jnp.result_type(*(promoted[i].dtype for i in (0, 3, 4) if promoted[i] is not None))
+        return promoted(*(found[i].dtype for i in (0, 3, 4) if found[i] is not None))
+
+
+def gather_batch_moments(model: nnx.Module) -> None:
+    """Has every layer merge the moments of its batches, in place, and leave its statistics alone.
+
+    So for gradient accumulation: a large batch is seen in parts, and `update_from_batch_moments`
+    then moves the statistics once, by the moments of the whole. Each layer has a `BatchMoments`
+    from now on, empty; `nnx.state(model, BatchMoments)` reads them. Inside `nnx.scan` and
+    `nnx.vmap` they go where `nnx.BatchStat` goes.
+
+    Args:
+      model: holds layers of this file's class, or is one.
+    """
+    for layer in _layers(model).values():
+        # Of the mean's shape, which has an axis for each transformation that made the layer.
+        zero = jnp.zeros(layer.mean.shape, promoted(layer.mean.dtype, jnp.float32))
+        layer.moments = BatchMoments(Moments(zero.real, zero, zero.real))
+
+
+def update_from_batch_moments(
+    model: nnx.Module,
+    *,
+    momentum: float | Float[Array, ""] | None = None,
+    unbiased: bool = False,
+) -> None:
+    """One update of each layer's running statistics by what it gathered, which is dropped.
+
+    Args:
+      model: after `gather_batch_moments` and passes in training mode. Frozen layers, and others
+        that saw no batch, stay as they are.
+      momentum: in [0, 1], of every layer; None is each layer's own.
+      unbiased: see `bn_research.normalization.update_batch_stats`.
+
+    Raises:
+      ValueError: momentum outside [0, 1], or a layer that does not gather.
+    """
+    for layer, moments in _take(model):
+        own = layer.momentum if momentum is None else momentum
+        stats = BatchStats(layer.mean[...], layer.var[...])
+        layer._set_stats(update_batch_stats(stats, moments, momentum=own, unbiased=unbiased))
+
+
+def population_batch_stats(
+    model: nnx.Module,
+    apply_fn: Callable[[nnx.Module, Any], Any],
+    batches: Iterable[Any],
+    *,
+    method: Literal["algorithm2", "merged"] = "algorithm2",
+) -> None:
+    """Sets the statistics, in place, to those of batches seen with frozen weights.
+
+    Every layer normalizes by the batch while its moments are gathered, as in algorithm 2 of Ioffe
+    & Szegedy (2015); see `bn_research.normalization.population_stats` for the two methods. Frozen
+    layers keep what they have, and so do features without enough elements in any batch.
+
+    Args:
+      model: in training mode.
+      apply_fn: (model, batch) -> anything: a pass through the model; `nnx.jit` it.
+      batches: training batches of the size that training used.
+      method: "algorithm2" or "merged".
+
+    Raises:
+      ValueError: an unknown method, or no batches.
+    """
+    layers = _layers(model)
+    old = {path: BatchStats(layer.mean[...], layer.var[...]) for path, layer in layers.items()}
+
+    def moments_of(batch):
+        gather_batch_moments(model)
+        apply_fn(model, batch)
+        return dict(zip(layers, (moments for _, moments in _take(model)), strict=True))
+
+    found = population_stats(moments_of, batches, method=method, initial=old)
+    for path, layer in layers.items():
+        layer._set_stats(found[path])
+
+
+def _layers(model: nnx.Module) -> dict[tuple[Any, ...], BatchNorm]:
+    """The layers of this file's class by path, those that are shared once."""
+    return {path: m for path, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)}
+
+
+def _take(model: nnx.Module) -> list[tuple[BatchNorm, Moments]]:
+    """Every layer with what it gathered, which it then has no more."""
+    layers = _layers(model)
+    for path, layer in layers.items():
+        if getattr(layer, "moments", None) is None:
+            name = "/".join(map(str, path)) or type(layer).__name__
+            raise ValueError(f"{name} gathers no moments: call gather_batch_moments(model) first")
+    taken = [(layer, layer.moments.get_value()) for layer in layers.values()]
+    for layer in layers.values():
+        del layer.moments
+    return taken
 
 
 def freeze_batch_norm(model: nnx.Module, predicate: Callable[[tuple[Any, ...]], bool]) -> None:
@@ -212,12 +331,13 @@ def freeze_batch_norm(model: nnx.Module, predicate: Callable[[tuple[Any, ...]], 
     """
     layers = []
     for path, module in nnx.iter_modules(model):
-        if isinstance(module, nnx.BatchNorm) and predicate(path):
+        if not isinstance(module, nnx.BatchNorm) or not predicate(path):
+            continue
+        if not isinstance(module, BatchNorm):
             raise ValueError(
                 f"predicate is true of {path!r}, a flax.nnx.BatchNorm: only "
                 "bn_research.layers.nnx.BatchNorm can be frozen"
             )
-        if isinstance(module, BatchNorm) and predicate(path):
-            layers.append(module)
+        layers.append(module)
     for layer in layers:
         layer.frozen = True

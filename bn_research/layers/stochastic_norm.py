@@ -21,7 +21,7 @@ from flax.linen import initializers
 from flax.linen.module import merge_param
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from bn_research.layers.linen import MOMENTS
+from bn_research.layers.linen import leave_moments
 from bn_research.normalization import (
     BatchStats,
     batch_moments,
@@ -129,8 +129,7 @@ class StochasticBatchNorm(nn.Module):
                 floor=floor,
             )
         # As BatchNorm does: a caller that asks for the moments alone updates the average later.
-        self.sow(MOMENTS, "moments", moments, init_fn=tuple, reduce_fn=lambda _, new: new)
-        gathered = self.is_mutable_collection(MOMENTS)
+        gathered = leave_moments(self, moments, self.momentum)
         if not gathered or self.is_mutable_collection("batch_stats"):
             mean.value, var.value = updated
         dtype = jnp.result_type(x, scale, bias)

@@ -53,7 +53,6 @@ from bn_research.normalization.normalize import (
     scale_and_bias,
 )
 
-
 _warnings_wanted = contextvars.ContextVar("_warnings_wanted", default=True)
 _LIBRARIES = ("bn_research", "jax", "flax", "contextlib", "functools")
 

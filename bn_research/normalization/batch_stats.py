@@ -59,8 +59,8 @@ def update_batch_stats(
         old = jnp.asarray(old)
         if new.shape != old.shape:
             raise ValueError(
-                f"moments has features of shape {new.shape}: stats.{name} has {old.shape}, and both "
-                "must be of the same features"
+                f"moments has features of shape {new.shape}: it must be that of stats.{name}, "
+                f"{old.shape}"
             )
         new, enough = _sharded_as(new, old), _sharded_as(enough, old)
         wide = promoted(old.dtype, new.dtype)
@@ -165,8 +165,10 @@ def population_stats(
     if method == "merged":
         total = jax.tree.map(statistics, total, is_leaf=is_moments)
 
-    def result(_, found, initial=BatchStats(0, 0)):
-        return BatchStats(*(jnp.where(n > 0, v, i) for v, n, i in zip(*found, initial, strict=True)))
+    def result(_, found, initial=None):
+        value, told = found
+        other = jax.tree.map(jnp.zeros_like, value) if initial is None else initial
+        return jax.tree.map(lambda v, n, o: jnp.where(n > 0, v, o), value, told, other)
 
     trees = (total,) if initial is None else (total, initial)
     return jax.tree.map(result, new, *trees, is_leaf=is_moments)

@@ -69,8 +69,8 @@ def batch_covariance(
     """Moments of the feature vectors of x, over every axis but the feature axis.
 
     Args:
-      x: real array; reduced in float32, or in float64 when x is float64. Integers and bool are taken
-        as float32.
+      x: real array; reduced in float32, or in float64 when x is float64. Integers and bool are
+        taken as float32.
       feature_axis: axis along which a feature vector lies.
       where: mask of whole vectors, broadcastable to the shape of x with 1 at the feature axis.
         Vectors where it is False are left out before any arithmetic: a NaN there reaches neither
