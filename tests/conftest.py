@@ -17,6 +17,13 @@ import pytest  # noqa: E402
 jax.config.update("jax_num_cpu_devices", 8)
 
 
+@pytest.fixture
+def strict_arrays():
+    """JAX casts no dtype and adds no axis by itself, as some users have it everywhere."""
+    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _forget_compiled_programs():
     """A process that keeps every program comes to Linux's limit of mappings, 65,530, and dies."""

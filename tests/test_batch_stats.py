@@ -15,6 +15,8 @@ from bn_research.normalization import (
     update_batch_stats,
 )
 
+pytestmark = pytest.mark.usefixtures("strict_arrays")
+
 
 def stats_of(mean, var, dtype="float32"):
     return BatchStats(jnp.asarray(mean, dtype), jnp.asarray(var, dtype))

@@ -10,6 +10,8 @@ import pytest
 from bn_research.normalization import BatchStats, normalize
 from bn_research.normalization.folding import check_folding, fold_after, fold_before
 
+pytestmark = pytest.mark.usefixtures("strict_arrays")
+
 CHANNELS, OUTPUTS = 4, 6
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 

@@ -16,6 +16,8 @@ from bn_research.normalization import (
     variance,
 )
 
+pytestmark = pytest.mark.usefixtures("strict_arrays")
+
 RATIOS = (0.0, 1e2, 1e3, 1e4)  # mean/std, one per feature
 DEVICES = 4
 

@@ -11,6 +11,8 @@ from jax.sharding import Mesh, PartitionSpec
 from bn_research.normalization import BatchStats, batch_norm, normalize
 from bn_research.normalization.renorm import batch_renorm
 
+pytestmark = pytest.mark.usefixtures("strict_arrays")
+
 RATIOS = (0.0, 1e2, 1e3, 1e4)  # mean/std, one per feature
 DEVICES = 4
 INF = float("inf")

@@ -22,6 +22,8 @@ from bn_research.normalization.whitening import (
     whiten,
 )
 
+pytestmark = pytest.mark.usefixtures("strict_arrays")
+
 RATIOS = (0.0, 1e2, 1e3, 1e4)  # mean/std, one per feature
 MIXING = np.array([[1.0, 0.4, 0, 0.2], [0, 1, -0.6, 0], [0, 0, 0.8, 0.5], [0, 0, 0, 1.2]])
 DEVICES = 4

@@ -174,8 +174,13 @@ def _apply_to_groups(apply, x, where, axes, reduced, group_size, axis_name, grou
     batch = x.shape[0]
     if isinstance(group_size, bool) or not isinstance(group_size, int) or group_size < 1:
         raise ValueError(f"group_size={group_size!r} must be a positive number of examples")
-    if group_size <= batch:
-        if batch % group_size:
+    if not isinstance(batch, int) and batch % group_size != 0:
+        raise ValueError(
+            f"group_size={group_size} does not divide the batch of {batch} examples, as far as its "
+            f"name tells: call a symbolic batch '{group_size}*n'"
+        )
+    if not isinstance(batch, int) or group_size <= batch:
+        if batch % group_size != 0:
             raise ValueError(
                 f"group_size={group_size} does not divide the batch of {batch} examples on a device"
             )

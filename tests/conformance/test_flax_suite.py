@@ -327,13 +327,6 @@ def test_float64_input_keeps_the_statistics_float32(step, own):
 
 # Flax's own files. This module runs itself: as a program it is pytest for one checkout.
 
-# Tests of Flax's that ours must not pass: name -> what they fail with.
-KNOWN = {
-    # Complex input is refused; see test_complex_and_integer_input.
-    "test_batch_norm_complex": "x has dtype complex64: allowed are floating-point types",
-}
-
-
 class Recorder:
     """Pytest plugin: only tests that name BatchNorm, and how each of them ends."""
 
@@ -354,8 +347,9 @@ def main(which, destination, *tests):
         nn.BatchNorm = nn.normalization.BatchNorm = linen.BatchNorm
         nnx.BatchNorm = nnx.nn.normalization.BatchNorm = own_nnx.BatchNorm
     recorder = Recorder()
-    # Neither Flax's settings nor ours: warnings are not errors there.
+    # Neither Flax's settings nor ours, but every warning is an error, as in Flax's.
     options = ["-q", "--tb=short", "-c", os.devnull, "--rootdir=.", "-p", "no:cacheprovider"]
+    options += ["-W", "error", "-W", "ignore::pytest.PytestWarning"]
     options += ["--import-mode=importlib", "--continue-on-collection-errors"]
     pytest.main([*options, *tests], plugins=[recorder])
     pathlib.Path(destination).write_text(json.dumps(recorder.outcomes))
@@ -375,7 +369,7 @@ def outcomes(source, which, destination, tests):
     reason="BN_RESEARCH_FLAX_SOURCE names no checkout of Flax",
 )
 def test_flax_own_files(tmp_path):
-    """Ours passes what Flax's passes, but for the differences listed in KNOWN."""
+    """Ours passes what Flax's passes, complex numbers and all, with every warning an error."""
     source = pathlib.Path(os.environ["BN_RESEARCH_FLAX_SOURCE"])
     files = [
         str(path.relative_to(source))
@@ -385,12 +379,7 @@ def test_flax_own_files(tmp_path):
     own = outcomes(source, "own", tmp_path / "own.json", files)
     assert sum(outcome == "passed" for outcome, _ in own.values()) >= 100
     failed = {name: text for name, (outcome, text) in own.items() if outcome == "failed"}
-    known, new = set(), []
-    for name, text in failed.items():
-        match = [test for test, message in KNOWN.items() if test in name and message in text]
-        known.update(match)
-        new += [name] * (not match)
-    assert known == set(KNOWN)
+    new = list(failed)
     if new:  # unless Flax's own layer fails them too, beside other versions of JAX or Flax
         flax = outcomes(source, "flax", tmp_path / "flax.json", new)
         new = [name for name in new if flax[name][0] == "passed"]
