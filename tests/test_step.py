@@ -549,6 +549,7 @@ def test_what_parts_change_moves_by_their_mean(kind, parts):
             "largest": jnp.maximum(old["largest"], jnp.max(images)),
             "steps": old["steps"] + 1,
             "left": old["left"] - 1,
+            "positive": old["positive"] + (jnp.mean(images) > 0),
             "begun": jnp.ones((), bool),
         }
         return logits, new
@@ -559,6 +560,7 @@ def test_what_parts_change_moves_by_their_mean(kind, parts):
         "largest": jnp.asarray(-jnp.inf),
         "steps": jnp.asarray(2**24 + 1),
         "left": jnp.asarray(5, jnp.uint32),
+        "positive": jnp.asarray(3),
         "begun": jnp.zeros((), bool),
     }
     new = in_many_parts(kind, parts, stats, apply_fn)
@@ -566,6 +568,7 @@ def test_what_parts_change_moves_by_their_mean(kind, parts):
     np.testing.assert_allclose(new["mean"], 0.9 * np.array([3, -0.1]) + 0.1 * x.mean(), rtol=1e-6)
     np.testing.assert_allclose(np.float32(new["half"]), 0.5 + 0.5 * x.mean(), rtol=2**-8)
     np.testing.assert_allclose(new["largest"], x.max((1, 2)).mean(), rtol=1e-6)
+    assert new["positive"] == 3 + np.round(np.mean(x.mean((1, 2)) > 0))
     assert (new["steps"], new["left"], new["begun"]) == (2**24 + 2, 4, True)
     assert {name: leaf.dtype for name, leaf in new.items()} == {
         name: leaf.dtype for name, leaf in stats.items()
