@@ -11,8 +11,8 @@
 
 Ours are Flax's, so a layer of Flax needs no conversion. None of the three libraries is imported:
 what crosses is arrays. Every vector belongs to the one feature axis, so images need no transposing
-here; for PyTorch's layout use `BatchNorm(axis=1)`. PyTorch's convolutions and pooling pad both ends,
-(k − 1)/2 each, which Flax's "SAME" at stride 2 does not: convert a residual network to
+here; for PyTorch's layout use `BatchNorm(axis=1)`. PyTorch's convolutions and pooling pad both
+ends, (k − 1)/2 each, which Flax's "SAME" at stride 2 does not: convert a residual network to
 `bn_research.models.resnet.ResNet(padding="torch")`.
 """
 

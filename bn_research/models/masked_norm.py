@@ -7,8 +7,8 @@ from jaxtyping import Array, Bool, Float
 
 
 def masked_norm(
-    norm: Callable[..., Callable[..., Array]] | None, where: Bool[Array, "batch"] | None
-) -> Callable[..., Callable[..., Array]] | None:
+    norm: Callable[..., Any] | None, where: Bool[Array, "batch"] | None
+) -> Callable[..., Any] | None:
     """A factory whose layers are called with the mask of the examples.
 
     Args:

@@ -155,23 +155,18 @@ class ResNet(nn.Module):
           ValueError: images of a bad shape or dtype, or a bad field.
         """
         self._check(x)
-        norm = self.norm and functools.partial(self.norm, use_running_average=not train)
-        norm = masked_norm(norm, where)
+        norm = masked_norm(
+            self.norm and functools.partial(self.norm, use_running_average=not train), where
+        )
+        unpadded = functools.partial(
+            nn.Conv, use_bias=norm is None, kernel_init=self.kernel_init, dtype=self.dtype
+        )
 
         def padding(size: int) -> Any:
             return "SAME" if self.padding == "SAME" else [(size // 2, size // 2)] * 2
 
-        def conv(features: int, window: tuple[int, int], *args: Any, **options: Any) -> nn.Conv:
-            options = dict(kernel_init=self.kernel_init) | options
-            return nn.Conv(
-                features,
-                window,
-                *args,
-                padding=padding(window[0]),
-                use_bias=norm is None,
-                dtype=self.dtype,
-                **options,
-            )
+        def conv(features: int, window: Any, strides: Any = 1, **options: Any) -> nn.Conv:
+            return unpadded(features, window, strides, padding=padding(window[0]), **options)
 
         if self.stem == "cifar":
             x = conv(self.width, (3, 3), name="stem_conv")(x)
