@@ -547,6 +547,61 @@ def test_bad_arguments(call, message):
     assert not re.search("\n", str(raised.value))
 
 
+CONVERSIONS = {
+    "from_torch": lambda scale, bias, mean, var: from_torch(
+        dict(weight=scale, bias=bias, running_mean=mean, running_var=var), elements=4
+    ),
+    "from_haiku": lambda scale, bias, mean, var: from_haiku(
+        {"batch_norm": {"scale": scale, "offset": bias}},
+        {
+            f"batch_norm/~/{name}_ema": {"average": value[None]}
+            for name, value in (("mean", mean), ("var", var))
+        },
+        decay_rate=0.9,
+    ),
+    "from_keras": lambda *weights: from_keras(weights),
+    "to_torch": lambda *vectors: to_torch(layer_of(*vectors), elements=4),
+    "to_haiku": lambda *vectors: to_haiku(layer_of(*vectors), ndim=2),
+    "to_keras": lambda *vectors: to_keras(layer_of(*vectors)),
+}
+
+
+def layer_of(scale, bias, mean, var):
+    return PortableBatchNorm({"scale": scale, "bias": bias}, {"mean": mean, "var": var})
+
+
+@pytest.mark.parametrize("conversion", CONVERSIONS)
+@pytest.mark.parametrize("number", ["nan", "inf", "-inf", "-0.5"])
+@pytest.mark.parametrize("which", ["scale", "bias", "mean", "var"])
+def test_numbers_that_no_layer_has(conversion, which, number):
+    """Of any feature, in every direction; a variance of 0, and a negative of the others, is one."""
+    vectors = {name: np.array([0.0, 1, 2], np.float32) for name in ("scale", "bias", "mean", "var")}
+    convert = CONVERSIONS[conversion]
+    convert(*vectors.values())
+    vectors[which][2] = float(number)
+    if which != "var" and number == "-0.5":
+        convert(*vectors.values())
+        return
+    found = "-0.*" if number == "-0.5" else number  # from_torch has a factor of (n − 1)/n
+    message = rf"{which}\[2\] is {found}: allowed are finite numbers, and variances ≥ 0; take"
+    with pytest.raises(ValueError, match=message) as raised:
+        convert(*vectors.values())
+    assert "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_of_pytorch_that_diverged(dtype):
+    """A NaN that PyTorch's own training left in running_var."""
+    torch = pytest.importorskip("torch")
+    source = torch.nn.BatchNorm1d(3, dtype=getattr(torch, dtype))
+    source(torch.tensor([[0.0, 1, float("inf")], [1, 2, 3]], dtype=getattr(torch, dtype)))
+    with pytest.raises(ValueError, match=r"mean\[2\] is inf: allowed are finite"):
+        from_torch(source.state_dict())
+    source.running_mean.zero_()
+    with pytest.raises(ValueError, match=r"var\[2\] is nan: allowed are finite"):
+        from_torch(source.state_dict())
+
+
 def test_normalize_takes_the_variables():
     """The neutral form fits the pure functions as well."""
     layer, (x, _) = own_layer(3), data((6, 3), 1)

@@ -2,6 +2,7 @@
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -103,6 +104,35 @@ def test_the_folded_map_equals_map_and_transform(name, dtype, tolerance):
         normalized = closed_form(x, stats, scale, offset, 1e-5).astype(dtype)
         expected = np.asarray(run(normalized, kernel, bias), np.float64)
         assert_close(run(x, new_kernel, new_bias), expected, tolerance)
+
+
+@pytest.mark.parametrize("channels", [(4, 4), (4, 6), (5, 1)])
+@pytest.mark.parametrize("window", [(3,), (3, 2), (2, 1, 2)])
+@pytest.mark.parametrize("padding", ["SAME", "VALID", "CIRCULAR", 1])
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_a_transposed_convolution_with_either_layout(transpose_kernel, padding, window, channels):
+    """Flax's own, in float64; equal channels too, where the two layouts have one shape."""
+    inputs, outputs = channels
+    layer = nn.ConvTranspose(
+        outputs,
+        window,
+        strides=(2, 1, 3)[: len(window)],
+        padding=padding,
+        kernel_dilation=1 if padding == "CIRCULAR" else (1, 2, 1)[: len(window)],
+        transpose_kernel=transpose_kernel,
+    )
+    with jax.enable_x64(True):
+        x = numbers((2, *(5, 4, 3)[: len(window)], inputs), 1)
+        shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
+        kernel, bias = (numbers(shapes[name].shape, 2) for name in ("kernel", "bias"))
+        apply = jax.jit(
+            lambda kernel, bias: layer.apply({"params": dict(kernel=kernel, bias=bias)}, x)
+        )
+        stats, scale, offset = statistics(outputs), numbers(outputs, 4), numbers(outputs, 5)
+        expected = closed_form(apply(kernel, bias), stats, scale, offset, 1e-5)
+        folded = fold_after(kernel, bias, stats, scale, offset, transpose_kernel=transpose_kernel)
+        error = np.abs(apply(*folded) - expected).max(axis=tuple(range(len(window) + 1)))
+        assert np.all(error <= 1e-12 * np.abs(expected).max(axis=tuple(range(len(window) + 1))))
 
 
 @pytest.mark.parametrize("absent", ["scale", "offset", "bias", "all"])
@@ -299,6 +329,11 @@ def test_check_folding_refuses_to_broadcast():
         (fold_after, dict(stats=(np.ones(6), np.ones(()))), r"stats.var has shape \(\).*\(6,\)"),
         (fold_after, dict(scale=np.ones((1, 6))), r"scale has shape \(1, 6\).*\(6,\)"),
         (fold_after, dict(offset=np.ones(5)), r"offset has shape \(5,\).*\(6,\)"),
+        (
+            fold_after,
+            dict(transpose_kernel=True),
+            r"stats.mean has shape \(6,\): it must be \(4,\), the outputs of the kernel.*\(4, 6\)",
+        ),
         (fold_after, dict(epsilon=-1.0), "epsilon=-1.0 is not allowed: it must be ≥ 0"),
         (fold_before, dict(epsilon=-1.0), "epsilon=-1.0 is not allowed: it must be ≥ 0"),
         (fold_before, dict(bias=np.ones(4)), r"bias has shape \(4,\).*\(6,\), the outputs"),

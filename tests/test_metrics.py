@@ -51,9 +51,21 @@ def test_large_logits_stay_finite():
     np.testing.assert_allclose(metrics.loss, 1e4, rtol=1e-6)
 
 
-def test_masked_examples_have_no_gradient():
+@pytest.mark.parametrize("filling", [0.0, np.nan, np.inf])
+@pytest.mark.parametrize("label", [0, -1, 99])
+def test_masked_examples_have_no_gradient(filling, label):
+    """Forwards and backwards, whatever stands in their place."""
     keep = np.arange(9) < 5
-    gradient = jax.grad(lambda x: metrics_of(x, LABELS, keep).loss)(LOGITS)
+    dirty = np.where(keep[:, None], LOGITS, np.float32(filling))
+    labels = np.where(keep, LABELS, label)
+
+    def loss(x):
+        return metrics_of(x, labels, keep).loss
+
+    gradient = jax.grad(loss)(dirty)
+    ones = np.ones_like(dirty)
+    slope = jax.jvp(loss, (dirty,), (ones * np.arange(4, dtype=np.float32),))[1]
+    np.testing.assert_allclose(slope, np.sum(gradient * np.arange(4)), rtol=1e-5)
     probability = np.exp(log_softmax(LOGITS.astype(np.float64), 1))
     np.testing.assert_allclose(
         gradient, keep[:, None] * (probability - np.eye(4)[LABELS]), rtol=1e-4, atol=1e-6

@@ -1,11 +1,19 @@
 """Optimizers against steps computed by hand."""
 
+import dataclasses
+from typing import Any, NamedTuple
+
+import flax.core
+import flax.linen as nn
+import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
+from bn_research.layers.linen import BatchNorm
 from bn_research.training.optimizers import create_optimizer, weight_mask
 
 PARAMS = {
@@ -94,6 +102,112 @@ def test_weight_mask():
     assert weight_mask({"layers": [jnp.ones(2), {"bias": jnp.ones(1)}]}) == {
         "layers": [True, {"bias": False}]
     }
+
+
+class Layer(NamedTuple):
+    """A layer as a NamedTuple."""
+
+    kernel: Any
+    scale: Any
+    bias: Any
+
+
+StructLayer = flax.struct.dataclass(
+    type("StructLayer", (), {"__annotations__": dict.fromkeys(Layer._fields, Any)})
+)
+DataLayer = jax.tree_util.register_dataclass(
+    dataclasses.make_dataclass("DataLayer", Layer._fields), list(Layer._fields), []
+)
+
+
+class NnxNetwork(nnx.Module):
+    """BN directly, in a list and in a dict, and parameters of its own in a list."""
+
+    def __init__(self, rngs):
+        self.linear = nnx.Linear(2, 3, rngs=rngs)
+        self.layers = nnx.List([nnx.BatchNorm(3, rngs=rngs), nnx.Linear(3, 3, rngs=rngs)])
+        self.named = nnx.Dict(scale=nnx.Linear(3, 3, rngs=rngs), norm=nnx.BatchNorm(3, rngs=rngs))
+        self.scale = nnx.List([nnx.Param(jnp.ones(3)), nnx.Param(jnp.ones(3))])
+
+
+class LinenNetwork(nn.Module):
+    """A dense layer and BN; `partition` wraps every initializer."""
+
+    partition: Any = staticmethod(lambda init, axes: init)
+
+    @nn.compact
+    def __call__(self, x):
+        zeros, ones = nn.initializers.zeros, nn.initializers.ones
+        x = nn.Dense(
+            3,
+            kernel_init=self.partition(ones, (None, "model")),
+            bias_init=self.partition(zeros, ("model",)),
+        )(x)
+        return BatchNorm(
+            use_running_average=True,
+            scale_init=self.partition(ones, ("model",)),
+            bias_init=self.partition(zeros, ("model",)),
+        )(x)
+
+
+def linen_params(*partition):
+    return LinenNetwork(*partition).init(jax.random.key(0), jnp.ones((1, 2)))["params"]
+
+
+def containers():
+    """Name -> (params, the number of weights among them, and of all parameters)."""
+    state = nnx.state(NnxNetwork(nnx.Rngs(0)), nnx.Param)
+    ones = [jnp.ones(3)] * 3
+    layers = [kind(*ones) for kind in (Layer, StructLayer, DataLayer)]
+    return {
+        "dict": (linen_params(), 1, 4),
+        "frozen": (flax.core.freeze(linen_params()), 1, 4),
+        "partitioned": (linen_params(nn.with_partitioning), 1, 4),
+        "logically partitioned": (linen_params(nn.with_logical_partitioning), 1, 4),
+        "nnx state": (state, 3, 12),
+        "nnx dict": (nnx.to_pure_dict(state), 3, 12),
+        "dataclasses": (layers, 3, 9),
+        "boxed by hand": ({"bn": {"scale": nnx.Param(ones[0])}, "w": nnx.Param(ones[0])}, 1, 2),
+        "lists": ({"scale": ones, "bias": (ones, {"a": [ones]}), "w": ones}, 6, 12),
+        "state dict": (flax.serialization.to_state_dict({"scale": ones, "w": ones}), 3, 6),
+        "no names": (ones, 3, 3),
+    }
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
+@pytest.mark.parametrize("name", containers())
+def test_decay_spares_scale_and_bias_in_any_container(name, optimizer):
+    """Without a gradient a weight θ becomes θ·(1 − η·λ), and the others keep their bits."""
+    params, weights, count = containers()[name]
+    params = jax.tree.map(lambda leaf: jnp.full_like(leaf, 3.0), params)
+    transformation = create_optimizer(optimizer, 0.5, weight_decay=0.25)
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    state = jax.jit(transformation.init)(params)
+    updates, _ = jax.jit(transformation.update)(zeros, state, params)
+    moved = optax.apply_updates(params, updates)
+    assert jax.tree.structure(moved) == jax.tree.structure(params)
+    leaves = jax.tree.leaves(moved)
+    decayed = [leaf for leaf in leaves if np.all(np.abs(leaf - 3 * (1 - 0.5 * 0.25)) < 1e-6)]
+    kept = [leaf for leaf in leaves if np.all(leaf == 3)]
+    assert (len(decayed), len(decayed) + len(kept), len(leaves)) == (weights, count, count)
+
+
+def test_the_weights_are_those_of_two_or_more_axes():
+    """Of Flax's own layers, whatever holds them."""
+    for name in ("dict", "frozen", "partitioned", "logically partitioned", "nnx state", "nnx dict"):
+        params = containers()[name][0]
+        expected = jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+        assert jax.tree.leaves(weight_mask(params)) == jax.tree.leaves(expected), name
+
+
+def test_a_container_without_names_is_refused():
+    """The flat state of nnx, whose keys are numbers alone."""
+    params = nnx.to_flat_state(nnx.state(NnxNetwork(nnx.Rngs(0)), nnx.Param))
+    with pytest.raises(
+        ValueError, match=r"params\[<flat index 0>\].value lies in a cont"
+    ) as raised:
+        create_optimizer("sgd", 0.1, weight_decay=0.1).init(params)
+    assert "\n" not in str(raised.value)
 
 
 @pytest.mark.parametrize(

@@ -265,6 +265,7 @@ def test_bfloat16():
         (dict(stage_sizes=(1, 0)), None, "stage_sizes"),
         (dict(width=0), None, "width=0"),
         (dict(stem="mnist"), None, "stem='mnist' is unknown: allowed are cifar, imagenet"),
+        (dict(padding="VALID"), None, "padding='VALID' is unknown: allowed are SAME, torch"),
         (dict(zero_init_scale=True), None, "zero_init_scale=True needs norm"),
     ],
 )
@@ -288,3 +289,178 @@ def test_norm_is_asked_for_batch_statistics_in_training_alone():
         init = functools.partial(model.init, train=train)
         jax.eval_shape(init, jax.random.key(0), jnp.zeros((2, 4, 4, 3)))
         assert asked == [(name, not train) for name in names]
+
+
+# --- PyTorch's networks ---
+
+
+def torch_resnet(torch, stage_sizes, width, *, bottleneck, imagenet):
+    """A residual network with torchvision's layout and names, random in every number."""
+    functional = torch.nn.functional
+
+    class Block(torch.nn.Module):
+        def __init__(self, inputs, features, stride):
+            super().__init__()
+            outputs = features * (4 if bottleneck else 1)
+            sizes = [(1, 1), (3, stride), (1, 1)] if bottleneck else [(3, stride), (3, 1)]
+            self.count = len(sizes)
+            for n, (size, step) in enumerate(sizes, start=1):
+                after = outputs if n == self.count else features
+                before = inputs if n == 1 else features
+                conv = torch.nn.Conv2d(before, after, size, step, size // 2, bias=False)
+                setattr(self, f"conv{n}", conv)
+                setattr(self, f"bn{n}", torch.nn.BatchNorm2d(after))
+            self.downsample = None
+            if stride != 1 or inputs != outputs:
+                self.downsample = torch.nn.Sequential(
+                    torch.nn.Conv2d(inputs, outputs, 1, stride, bias=False),
+                    torch.nn.BatchNorm2d(outputs),
+                )
+
+        def forward(self, x):
+            y = x
+            for n in range(1, self.count + 1):
+                y = getattr(self, f"bn{n}")(getattr(self, f"conv{n}")(y))
+                y = functional.relu(y) if n < self.count else y
+            return functional.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            if imagenet:
+                self.conv1 = torch.nn.Conv2d(3, width, 7, stride=2, padding=3, bias=False)
+                self.maxpool = torch.nn.MaxPool2d(3, stride=2, padding=1)
+            else:
+                self.conv1 = torch.nn.Conv2d(3, width, 3, padding=1, bias=False)
+                self.maxpool = torch.nn.Identity()
+            self.bn1 = torch.nn.BatchNorm2d(width)
+            inputs = width
+            for stage, blocks in enumerate(stage_sizes):
+                layers = []
+                for block in range(blocks):
+                    features = width * 2**stage
+                    layers.append(Block(inputs, features, 2 if stage and not block else 1))
+                    inputs = features * (4 if bottleneck else 1)
+                setattr(self, f"layer{stage + 1}", torch.nn.Sequential(*layers))
+            self.fc = torch.nn.Linear(inputs, 5)
+
+        def forward(self, x):
+            x = self.maxpool(functional.relu(self.bn1(self.conv1(x))))
+            for stage in range(len(stage_sizes)):
+                x = getattr(self, f"layer{stage + 1}")(x)
+            return self.fc(x.mean((2, 3)))
+
+    network = Network().double()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if name.endswith("num_batches_tracked"):
+                continue
+            drawn = torch.randn(value.shape, generator=generator, dtype=torch.float64)
+            if name.endswith("running_var"):
+                drawn = drawn.abs() + 0.5
+            elif value.ndim > 1:
+                drawn *= (2 / value[0].numel()) ** 0.5
+            value.copy_(drawn)
+    return network
+
+
+def from_torchvision(state_dict):
+    """Variables of a `ResNet` from the names and layouts of torchvision."""
+    params, batch_stats = {}, {}
+    for name, tensor in state_dict.items():
+        *path, leaf = name.split(".")
+        if leaf == "num_batches_tracked":
+            continue
+        value = tensor.detach().numpy().copy()
+        if path[0].startswith("layer"):
+            block = f"stage{path[0][5:]}_block{int(path[1]) + 1}"
+            layer = path[2].replace("bn", "norm")
+            if layer == "downsample":
+                layer = ("shortcut_conv", "shortcut_norm")[int(path[3])]
+            path = (block, layer)
+        else:
+            path = ({"conv1": "stem_conv", "bn1": "stem_norm", "fc": "head"}[path[0]],)
+        kinds = {"running_mean": "mean", "running_var": "var", "bias": "bias", "weight": "scale"}
+        ours = kinds[leaf]
+        if value.ndim > 1:
+            value, ours = np.moveaxis(value, (0, 1), (-1, -2)), "kernel"
+        target = batch_stats if leaf.startswith("running") else params
+        for step in path:
+            target = target.setdefault(step, {})
+        target[ours] = value
+    return {"params": params, "batch_stats": batch_stats}
+
+
+@pytest.mark.parametrize(
+    ("stage_sizes", "bottleneck", "imagenet", "size"),
+    [
+        ((2, 1, 1), False, False, (32, 32)),
+        ((1, 1, 1), False, False, (33, 27)),
+        ((1, 2), True, False, (32, 18)),
+        ((1, 1, 1, 1), False, True, (64, 64)),
+        ((1, 1), False, True, (65, 51)),
+        ((1, 1), True, True, (62, 37)),
+        ((1, 1), True, True, (224, 224)),
+    ],
+)
+def test_a_network_of_pytorch(stage_sizes, bottleneck, imagenet, size):
+    """Evaluation, and a step of gradient descent: logits, gradients and running statistics.
+
+    In float64, and evaluation in float32 too. "SAME" is the control: it differs where a height or
+    width is even where it is halved, and gives the same shapes.
+    """
+    torch = pytest.importorskip("torch")
+    theirs = torch_resnet(torch, stage_sizes, 4, bottleneck=bottleneck, imagenet=imagenet)
+    variables = from_torchvision(theirs.state_dict())
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((3, *size, 3)) - 1  # zeros would be the largest in a max-pooling
+    labels = np.array([0, 4, 2])
+    images = torch.tensor(x.transpose(0, 3, 1, 2))
+    with torch.no_grad():
+        expected = theirs.eval()(images).numpy()
+    loss = torch.nn.functional.cross_entropy(theirs.train()(images), torch.tensor(labels))
+    loss.backward()
+    gradient = from_torchvision({name: p.grad for name, p in theirs.named_parameters()})["params"]
+    stats = from_torchvision(theirs.state_dict())["batch_stats"]
+
+    norm = functools.partial(BatchNorm, momentum=0.9)
+    model = ResNet(
+        stage_sizes,
+        5,
+        4,
+        norm,
+        bottleneck,
+        stem="imagenet" if imagenet else "cifar",
+        padding="torch",
+    )
+    evaluate = jax.jit(functools.partial(model.apply, train=False))
+    largest = np.abs(expected).max()
+    np.testing.assert_allclose(evaluate(variables, np.float32(x)), expected, atol=1e-5 * largest)
+    same = jax.jit(functools.partial(model.clone(padding="SAME").apply, train=False))
+    error = np.abs(same(variables, np.float32(x)) - expected).max() / largest
+    assert error > 1e-2 or size in {(33, 27), (65, 51)}, error
+
+    def loss_fn(params):
+        logits, new = model.apply(
+            variables | {"params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        losses = -jax.nn.log_softmax(logits)[jnp.arange(3), labels]
+        return jnp.mean(losses), new["batch_stats"]
+
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(evaluate(variables, x), expected, atol=1e-11 * largest)
+        (value, new), grads = jax.jit(jax.value_and_grad(loss_fn, has_aux=True))(
+            variables["params"]
+        )
+        np.testing.assert_allclose(value, loss.item(), rtol=1e-10)
+        assert jax.tree.structure(grads) == jax.tree.structure(gradient)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, atol=1e-9 * max(1, np.abs(b).max())),
+            grads,
+            gradient,
+        )
+        for path, mean in flatten_dict(new).items():
+            # Of the unbiased variance there, which is n/(n − 1) of ours; the means are equal.
+            if path[-1] == "mean":
+                np.testing.assert_allclose(mean, flatten_dict(stats)[path], rtol=1e-9, atol=1e-10)

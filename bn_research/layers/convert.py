@@ -11,7 +11,9 @@
 
 Ours are Flax's, so a layer of Flax needs no conversion. None of the three libraries is imported:
 what crosses is arrays. Every vector belongs to the one feature axis, so images need no transposing
-here; for PyTorch's layout use `BatchNorm(axis=1)`.
+here; for PyTorch's layout use `BatchNorm(axis=1)`. PyTorch's convolutions and pooling pad both
+ends, (k − 1)/2 each, which Flax's "SAME" at stride 2 does not: convert a residual network to
+`bn_research.models.resnet.ResNet(padding="torch")`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -82,7 +84,8 @@ def from_torch(
         that share statistics; ≥ 2.
 
     Raises:
-      ValueError: a missing entry, a bad shape, momentum, eps or elements.
+      ValueError: a missing entry, a bad shape, momentum, eps or elements, numbers that are not
+        finite, or a negative variance.
     """
     if momentum is None:
         raise ValueError(
@@ -126,7 +129,8 @@ def to_torch(
       num_batches_tracked: PyTorch's counter of steps, which matters to its momentum=None only.
 
     Raises:
-      ValueError: a missing variable, a bad shape, momentum, epsilon or elements.
+      ValueError: a missing variable, a bad shape, momentum, epsilon or elements, numbers that are
+        not finite, or a negative variance.
     """
     layer = _portable(*layer)
     _check_elements(elements)
@@ -168,7 +172,7 @@ def from_haiku(
 
     Raises:
       ValueError: a missing entry, a bad shape, more than one feature axis, a bad decay_rate or
-        eps.
+        eps, numbers that are not finite, or a negative variance.
     """
     _check_decay_rate(decay_rate)
     _check_within("eps", eps, 0)
@@ -209,7 +213,8 @@ def to_haiku(
       name: of the module.
 
     Raises:
-      ValueError: a missing variable, a bad shape, momentum, epsilon, axis or counter.
+      ValueError: a missing variable, a bad shape, momentum, epsilon, axis or counter, numbers that
+        are not finite, or a negative variance.
     """
     layer = _portable(*layer)
     _check_decay_rate(layer.momentum, "momentum")
@@ -260,7 +265,8 @@ def from_keras(
       scale: whether there is a gamma.
 
     Raises:
-      ValueError: another number of weights, a bad shape, momentum or epsilon.
+      ValueError: another number of weights, a bad shape, momentum or epsilon, numbers that are not
+        finite, or a negative variance.
     """
     names = ["scale"] * scale + ["bias"] * center + ["mean", "var"]
     if len(weights) != len(names):
@@ -282,7 +288,8 @@ def to_keras(layer: PortableBatchNorm) -> tuple[list[np.ndarray], dict[str, Any]
       layer: one feature axis.
 
     Raises:
-      ValueError: a missing variable, a bad shape, momentum or epsilon.
+      ValueError: a missing variable, a bad shape, momentum or epsilon, numbers that are not finite,
+        or a negative variance.
     """
     layer = _portable(*layer)
     named = {**layer.params, **layer.batch_stats}
@@ -317,6 +324,7 @@ def _portable(params, batch_stats, momentum: float, epsilon: float) -> PortableB
                 f"{name} has shape {value.shape}: all must have the same, (features,), and mean "
                 f"has {expected}"
             )
+        _check_numbers(name, value)
     return PortableBatchNorm(params, batch_stats, momentum, epsilon)
 
 
@@ -331,6 +339,17 @@ def _array(name: str, value) -> Array:
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise ValueError(f"{name} has dtype {value.dtype}: allowed are floating-point types")
     return value.astype(accumulator_dtype(value.dtype))
+
+
+def _check_numbers(name: str, value: Array) -> None:
+    numbers = np.asarray(value)
+    negative = (name == "var") & (numbers < 0)
+    bad = np.flatnonzero(~np.isfinite(numbers) | negative)
+    if bad.size:
+        raise ValueError(
+            f"{name}[{bad[0]}] is {numbers[bad[0]]}: allowed are finite numbers, and variances "
+            "≥ 0; take a checkpoint from before the training diverged"
+        )
 
 
 def _vector(name: str, value) -> Array | None:

@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 import flax.linen as nn
 import jax
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from bn_research.layers.conv import Conv as ConvLayer
 from bn_research.layers.dropout import check_rate, dropout, never_drops
 from bn_research.layers.max_pool import max_pool
+from bn_research.models.masked_norm import masked_norm
 from bn_research.models.spec import Conv, Dense, Pool, parse_spec
 
 NormPlacement = Literal["none", "last", "hidden", "all"] | int
@@ -65,6 +66,7 @@ class CNN(nn.Module):
         *,
         train: bool,
         keys: Key[Array, "batch"] | None = None,
+        where: Bool[Array, "batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits of x.
 
@@ -73,6 +75,7 @@ class CNN(nn.Module):
           train: normalize by the batch and drop out.
           keys: a PRNG key for each example, for dropout in training; each layer folds its number
             into them. See `bn_research.layers.dropout`.
+          where: False marks examples that are padding, which norm layers are given as `mask`.
 
         Raises:
           ValueError: a bad spec, placement or rate of dropout, placement without norm, dropout in
@@ -83,6 +86,7 @@ class CNN(nn.Module):
         count = len(names)
         check_placement(self.placement, self.norm, count)
         self._check_dropout(train, keys)
+        norm = masked_norm(self.norm, where)
         number = 0
 
         def drop(x: Array, *placements: str) -> Array:
@@ -117,8 +121,8 @@ class CNN(nn.Module):
                 x = drop(x, "before")
             part = "last" if number == count else "hidden"
             placed = self.placement in ("all", part, number)
-            if self.norm is not None and placed:
-                x = self.norm(name=f"batch_norm{number}", use_running_average=not train)(x)
+            if norm is not None and placed:
+                x = norm(name=f"batch_norm{number}", use_running_average=not train)(x)
             if number < count:
                 x = self.activation(x)
                 x = drop(x, "after", *(["last"] if number == count - 1 else []))

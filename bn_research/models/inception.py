@@ -24,13 +24,14 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Key
+from jaxtyping import Array, Bool, Float, Key
 
 from bn_research.layers.conv import Implementation, conv2d
 from bn_research.layers.dropout import check_rate, dropout, never_drops
 from bn_research.layers.local_response import local_response_normalization
 from bn_research.layers.max_pool import max_pool
 from bn_research.models.inception_modules import MODULES, Widths, scaled
+from bn_research.models.masked_norm import masked_norm
 
 SMALLEST = 32  # allowed height and width, with the defaults
 
@@ -182,6 +183,7 @@ class Inception(nn.Module):
         *,
         train: bool,
         keys: Key[Array, "batch"] | None = None,
+        where: Bool[Array, "batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits of x.
 
@@ -192,6 +194,7 @@ class Inception(nn.Module):
           train: normalize by the batch and drop out.
           keys: a PRNG key for each example, for dropout in training; see
             `bn_research.layers.dropout`.
+          where: False marks examples that are padding, which norm layers are given as `mask`.
 
         Raises:
           ValueError: images of a bad shape or dtype, a bad width, stem or rate of dropout, dropout
@@ -214,7 +217,7 @@ class Inception(nn.Module):
             return ConvBlock(
                 scaled(features, self.width),
                 kernel_size,
-                norm and functools.partial(norm, use_running_average=not train),
+                masked_norm(norm and functools.partial(norm, use_running_average=not train), where),
                 self.activation,
                 self.kernel_init,
                 dtype=self.dtype,

@@ -9,8 +9,9 @@ A block adds its branch to its input, which a 1×1 convolution projects where th
 (option B). With preactivation the projection sees what the branch's first convolution sees, and the
 first norm is that of the first block.
 
-Padding is "SAME" throughout: at stride 2 an even height or width is padded at its far end alone,
-where PyTorch's networks pad both ends. Sizes and numbers of parameters are the same.
+Padding is "SAME" by default: at stride 2 an even height or width is padded at its far end alone.
+PyTorch's networks pad both ends, `padding="torch"`: weights that were trained with the one are
+silently wrong with the other. Sizes and numbers of parameters are the same.
 """
 
 import functools
@@ -20,12 +21,15 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from bn_research.layers.max_pool import max_pool
+from bn_research.models.masked_norm import masked_norm
 
 Stem = Literal["cifar", "imagenet"]
 STEMS = ("cifar", "imagenet")
+Padding = Literal["SAME", "torch"]
+PADDINGS = ("SAME", "torch")
 _EXPANSION = 4  # of a bottleneck's channels at its end
 
 
@@ -115,6 +119,8 @@ class ResNet(nn.Module):
       kernel_init: initializer of every kernel.
       dtype: of the computation; None promotes the dtypes of images and parameters. Parameters, norm
         statistics, the pooled features and the logits are float32.
+      padding: "SAME", or "torch", (k − 1)/2 at both ends of a window of k. Takes the weights of
+        PyTorch's networks, torchvision's among them, with the numbers that they have there.
     """
 
     stage_sizes: tuple[int, ...] = (3, 3, 3)
@@ -128,21 +134,40 @@ class ResNet(nn.Module):
     activation: Callable[[Array], Array] = jax.nn.relu
     kernel_init: Callable[..., Any] = nn.initializers.he_normal()
     dtype: Any = None
+    padding: Padding = "SAME"
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "batch height width channels"], *, train: bool
+        self,
+        x: Float[Array, "batch height width channels"],
+        *,
+        train: bool,
+        where: Bool[Array, "batch"] | None = None,
     ) -> Float[Array, "batch classes"]:
         """Logits of x.
+
+        Args:
+          x: images.
+          train: normalize by the batch.
+          where: False marks examples that are padding, which norm layers are given as `mask`.
 
         Raises:
           ValueError: images of a bad shape or dtype, or a bad field.
         """
         self._check(x)
-        norm = self.norm and functools.partial(self.norm, use_running_average=not train)
-        conv = functools.partial(
+        norm = masked_norm(
+            self.norm and functools.partial(self.norm, use_running_average=not train), where
+        )
+        unpadded = functools.partial(
             nn.Conv, use_bias=norm is None, kernel_init=self.kernel_init, dtype=self.dtype
         )
+
+        def padding(size: int) -> Any:
+            return "SAME" if self.padding == "SAME" else [(size // 2, size // 2)] * 2
+
+        def conv(features: int, window: Any, strides: Any = 1, **options: Any) -> nn.Conv:
+            return unpadded(features, window, strides, padding=padding(window[0]), **options)
+
         if self.stem == "cifar":
             x = conv(self.width, (3, 3), name="stem_conv")(x)
         else:
@@ -150,7 +175,7 @@ class ResNet(nn.Module):
         if not self.preactivation:
             x = self.activation(normalized(norm, x, name="stem_norm"))
         if self.stem == "imagenet":
-            x = max_pool(x, (3, 3), (2, 2), "SAME")
+            x = max_pool(x, (3, 3), (2, 2), padding(3))
         for stage, blocks in enumerate(self.stage_sizes):
             for block in range(blocks):
                 x = ResNetBlock(
@@ -183,6 +208,10 @@ class ResNet(nn.Module):
             raise ValueError(f"width={self.width!r} is not allowed: it must be at least 1")
         if self.stem not in STEMS:
             raise ValueError(f"stem={self.stem!r} is unknown: allowed are {', '.join(STEMS)}")
+        if self.padding not in PADDINGS:
+            raise ValueError(
+                f"padding={self.padding!r} is unknown: allowed are {', '.join(PADDINGS)}"
+            )
         if self.zero_init_scale and self.norm is None:
             raise ValueError("zero_init_scale=True needs norm: a factory of normalization layers")
 

@@ -29,19 +29,23 @@ def fold_after(
     offset: Float[Array, "outputs"] | None = None,
     *,
     epsilon: float | Float[Array, ""] = 1e-5,
+    transpose_kernel: bool = False,
 ) -> tuple[Float[Array, "*window inputs outputs"], Float[Array, "outputs"]]:
     """Kernel and bias of the linear map that equals `normalize` after a linear map.
 
-    Exact up to rounding for dense layers and convolutions of any stride, dilation, padding and
-    number of feature groups. Where var + epsilon is 0, the result is `offset`, as in `normalize`.
+    Exact up to rounding for dense layers and convolutions, transposed ones too, of any stride,
+    dilation, padding and number of feature groups. Where var + epsilon is 0, the result is
+    `offset`, as in `normalize`.
 
     Args:
-      kernel: in Flax's layout, of `Dense` or `Conv`.
+      kernel: in Flax's layout, of `Dense`, `Conv` or `ConvTranspose`.
       bias: of the linear map; None is 0.
       stats: running or population statistics of the linear map's result, shape=(outputs,).
       scale: γ; None is 1.
       offset: β, the `bias` of `normalize`; None is 0.
       epsilon: added to the variance; ≥ 0.
+      transpose_kernel: of the `ConvTranspose`. True is a kernel of shape (*window, outputs,
+        inputs), which cannot be told from the other where the two are equal.
 
     Returns:
       The new kernel and bias, computed in float32 or wider. The kernel keeps its dtype and the
@@ -51,14 +55,21 @@ def fold_after(
       ValueError: a bad shape, dtype or epsilon.
     """
     kernel = _check_kernel(kernel)
-    outputs = kernel.shape[-1]
-    bias = _check_bias(bias, kernel)
+    axis = -2 if transpose_kernel else -1
+    outputs = kernel.shape[axis]
+    bias = _check_bias(bias, kernel, outputs)
     stats, scale, offset = _check_transform(stats, scale, offset, outputs, "outputs", kernel)
     zero = jnp.zeros_like(stats.mean)
-    return (
-        normalize(kernel, zero, stats.var, scale, epsilon=epsilon, dtype=kernel.dtype),
-        normalize(bias, *stats, scale, offset, epsilon=epsilon, dtype=bias.dtype),
+    new_kernel = normalize(
+        kernel,
+        zero,
+        stats.var,
+        scale,
+        feature_axes=axis,
+        epsilon=epsilon,
+        dtype=kernel.dtype,
     )
+    return new_kernel, normalize(bias, *stats, scale, offset, epsilon=epsilon, dtype=bias.dtype)
 
 
 def fold_before(
@@ -105,7 +116,7 @@ def fold_before(
             f"feature_group_count={groups!r} must be a divisor of the {outputs} outputs of the "
             f"kernel, whose shape is {kernel.shape}"
         )
-    bias = _check_bias(bias, kernel)
+    bias = _check_bias(bias, kernel, outputs)
     stats, scale, offset = _check_transform(
         stats, scale, offset, inputs * groups, "inputs·groups", kernel
     )
@@ -182,8 +193,7 @@ def _check_kernel(kernel) -> Array:
     return _check_floating("kernel", kernel)
 
 
-def _check_bias(bias, kernel: Array) -> Array:
-    outputs = kernel.shape[-1]
+def _check_bias(bias, kernel: Array, outputs: int) -> Array:
     if bias is None:
         return jnp.zeros(outputs, kernel.dtype)
     return _check_vector("bias", bias, outputs, "outputs", kernel)

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
@@ -20,7 +21,12 @@ def cross_entropy_metrics(
     labels: Int[Array, "batch"],
     where: Bool[Array, "batch"] | None = None,
 ) -> Metrics:
-    """Metrics of a batch; examples where the mask is False count as if they were not there."""
+    """Metrics of a batch; examples where the mask is False count as if they were not there.
+
+    What stands in their place reaches neither values nor gradients, NaN included.
+    """
+    if where is not None:  # a gradient of zero times NaN would be NaN; the values stay as they are
+        logits = jnp.where(where[:, None], logits, jax.lax.stop_gradient(logits))
     logits = logits.astype(jnp.promote_types(logits.dtype, jnp.float32))
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     correct = jnp.argmax(logits, axis=-1) == labels

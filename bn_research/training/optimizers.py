@@ -27,10 +27,12 @@ def create_optimizer(
       momentum: of "momentum".
       weight_decay: λ. Added to the gradient, g + λ·θ (L2), for "sgd" and "momentum"; decoupled,
         θ ← θ − η·λ·θ, for "adam" (AdamW).
-      decay_scale_and_bias: let the decay reach parameters named `scale` or `bias` too.
+      decay_scale_and_bias: let the decay reach parameters named `scale` or `bias` too, see
+        `weight_mask`.
 
     Raises:
-      ValueError: an unknown name, a negative rate or decay, or momentum outside [0, 1).
+      ValueError: an unknown name, a negative rate or decay, or momentum outside [0, 1); of
+        `weight_mask`, once there are parameters.
     """
     if name not in NAMES:
         raise ValueError(f"optimizer={name!r} is unknown: allowed are {', '.join(NAMES)}")
@@ -53,10 +55,30 @@ def create_optimizer(
 
 
 def weight_mask(params: Any) -> Any:
-    """True for weights, False for leaves named `scale` or `bias`; a pytree like params."""
+    """True for weights, False for parameters named `scale` or `bias`; a pytree like params.
 
-    def is_weight(path, _):
-        last = path[-1]
-        return getattr(last, "key", getattr(last, "name", None)) not in ("scale", "bias")
+    A parameter's name is the last on the way to it, whatever containers it lies in: dicts,
+    dataclasses, `nnx.State`. A place in a list is no name, nor is the `value` of a box, such as
+    `nnx.Param` or `nn.Partitioned`.
 
-    return jax.tree_util.tree_map_with_path(is_weight, params)
+    Raises:
+      ValueError: a container that does not tell its names.
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _name(path) not in ("scale", "bias"), params
+    )
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """The last name on a path; "" where there is none."""
+    for key in reversed(path):
+        if isinstance(key, jax.tree_util.FlattenedIndexKey):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} lies in a container that does not tell its "
+                "names, so a scale or bias cannot be told from a weight: allowed are pytrees "
+                "registered with keys; convert it to a dict"
+            )
+        name = str(getattr(key, "key", getattr(key, "name", "")))  # a place in a list has neither
+        if name not in ("", "value") and not name.isdigit():  # nnx numbers what lies in a list
+            return name
+    return ""

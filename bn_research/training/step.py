@@ -1,5 +1,6 @@
 """The train and eval step: pure, per replica, for any apply function."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -8,10 +9,11 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Bool, Float, Int
 
+from bn_research.normalization.moments import accumulator_dtype
 from bn_research.training.metrics import Metrics, cross_entropy_metrics
 from bn_research.training.state import TrainState
 
-# (variables, images, train) -> (logits, new batch_stats)
+# (variables, images, train[, keys][, where]) -> (logits, new batch_stats)
 ApplyFn = Callable[..., tuple[Array, Any]]
 
 AccumulatedStatistics = Literal["microbatch", "batch"]
@@ -49,19 +51,31 @@ def make_train_step(
     opt_state and batch_stats as they were; it counts as a step. Gradient, loss and batch_stats
     are averaged over devices by one collective.
 
+    Every example weighs the same, wherever it lies: loss, gradient and the change of batch_stats
+    are means over the examples of all microbatches and devices. Sums run in float32 or wider, and
+    cross between devices so: the gradient of half-precision parameters takes twice their bytes, but
+    its error does not grow with the number of parts. What no part changes in batch_stats keeps its
+    bits; integers move by the mean change, rounded.
+
+    Padding, where the batch's mask is False, reaches nothing, even as NaN: apply_fn sees zeros in
+    its place and is given the mask, for whatever looks at more than one example. A part that is
+    padding alone weighs nothing. A batch of padding alone has a loss and a gradient of 0.
+
     With accumulation the batch comes as microbatches, leaves [microbatches, examples, ...], and
     the update is that of the whole batch. What BN then normalizes by has to be said:
 
       - "microbatch": each microbatch by its own statistics, one after the other, in the memory of
         one. The same numbers as a whole batch whose layers have the microbatch as `group_size`;
-        the running statistics move once, by the mean over microbatches.
+        the running statistics move once.
       - "batch": all by the statistics of the whole batch. A layer's statistics need every example
         to have passed the layers below, so the microbatches go together; to save memory the
         backward pass recomputes all but the convolutions and dense products. For layers
         without `group_size`.
 
     Args:
-      apply_fn: (variables, images, train=bool) -> (logits, batch_stats).
+      apply_fn: (variables, images, train=bool) -> (logits, batch_stats). For batches with a mask it
+        takes `where` too, shape=(examples,), which BN layers want as their `mask`, with axes of
+        length 1 behind; the networks of `bn_research.models` take it as `where`.
       optimizer: an optax transformation.
       axis_name: axis of devices over which loss and gradient are averaged; None on one device.
         Mapped by `bn_research.training.parallel`.
@@ -72,7 +86,8 @@ def make_train_step(
         the step; on several devices the same on each.
 
     Raises:
-      ValueError: other accumulated statistics.
+      ValueError: other accumulated statistics; in the step, a batch with a mask where apply_fn
+        takes none.
     """
     if accumulated_statistics not in (None, "microbatch", "batch"):
         raise ValueError(
@@ -81,12 +96,33 @@ def make_train_step(
         )
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        if batch.where is not None:
+            if not _takes_mask(apply_fn):
+                raise ValueError(
+                    "batch.where is given, but apply_fn takes no argument `where`, so that padding "
+                    "would move batch statistics: let it take one and give it to the BN layers as "
+                    "`mask`, or leave padding out of training"
+                )
+            # A gradient of zero times NaN would be NaN.
+            kept = batch.where.reshape(
+                batch.where.shape + (1,) * (batch.image.ndim - batch.where.ndim)
+            )
+            batch = batch._replace(image=jnp.where(kept, batch.image, 0))
+        microbatches = batch.label.shape[0] if accumulated_statistics == "microbatch" else 1
+        devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+        in_parts = microbatches * devices > 1
+
         def sums_and_gradient(batch, keys):
-            """Sums over this device's examples, the gradient of their loss, new batch_stats."""
+            """Of these examples: sums, the gradient of their loss, and batch_stats.
+
+            Of a part of the batch, batch_stats is their change times the number of examples.
+            """
 
             def loss_fn(params):
                 variables = {"params": params, "batch_stats": state.batch_stats}
                 options = {"keys": keys} if stochastic else {}
+                if batch.where is not None:
+                    options["where"] = batch.where
                 logits, batch_stats = apply_fn(variables, batch.image, train=True, **options)
                 sums = cross_entropy_metrics(logits, batch.label, batch.where)
                 return sums.loss, (sums, batch_stats)
@@ -94,11 +130,19 @@ def make_train_step(
             if accumulated_statistics == "batch":
                 loss_fn = jax.checkpoint(loss_fn, policy=_is_product)
             grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+            grads = jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), grads)
+            if in_parts:
+                batch_stats = jax.tree.map(
+                    lambda new, old: sums.count * _change(new, old), batch_stats, state.batch_stats
+                )
+                if batch.where is not None:  # layers may make NaN of no example at all
+                    grads, batch_stats = jax.tree.map(
+                        lambda leaf: jnp.where(sums.count > 0, leaf, 0), (grads, batch_stats)
+                    )
             return sums, grads, batch_stats
 
         keys = _example_keys(state, batch.label.shape, axis_name) if stochastic else None
         if accumulated_statistics == "microbatch":
-            count = batch.label.shape[0]
             first = jax.tree.map(lambda leaf: leaf[0], (batch, keys))
             zero = jax.tree.map(
                 lambda leaf: jnp.zeros(leaf.shape, leaf.dtype),
@@ -110,7 +154,6 @@ def make_train_step(
 
             (sums, grads, batch_stats), _ = jax.lax.scan(accumulate, zero, (batch, keys))
         else:
-            count = 1
             if accumulated_statistics == "batch":
                 # Examples first, the axis that is cut over devices, so that it stays cut.
                 batch, keys = jax.tree.map(
@@ -119,14 +162,17 @@ def make_train_step(
             sums, grads, batch_stats = sums_and_gradient(batch, keys)
 
         if axis_name is not None:
-            count *= jax.lax.axis_size(axis_name)
             sums, grads, batch_stats = jax.lax.psum((sums, grads, batch_stats), axis_name)
-        # Devices may hold unequal numbers of valid examples; each example weighs the same.
+        # Parts may hold unequal numbers of valid examples; each example weighs the same.
         examples = jnp.maximum(sums.count, 1)
         loss, accuracy = sums.loss / examples, sums.correct / examples
-        grads = jax.tree.map(lambda leaf: leaf / examples.astype(leaf.dtype), grads)
-        if count > 1:
-            batch_stats = jax.tree.map(lambda leaf: (leaf / count).astype(leaf.dtype), batch_stats)
+        grads = jax.tree.map(
+            lambda leaf, param: (leaf / examples).astype(param.dtype), grads, state.params
+        )
+        if in_parts:
+            batch_stats = jax.tree.map(
+                lambda old, change: _moved(old, change / examples), state.batch_stats, batch_stats
+            )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss) & _all_finite(grads) & _all_finite(params)
@@ -154,17 +200,40 @@ def make_eval_step(
     """Metrics of a batch by the state's batch_stats, as sums over its unmasked examples.
 
     Args:
-      apply_fn: (variables, images, train=bool) -> (logits, batch_stats).
+      apply_fn: (variables, images, train=bool) -> (logits, batch_stats); given the batch's mask
+        where it takes `where`.
       axis_name: axis of devices over which the sums run; None on one device.
     """
 
     def eval_step(state: TrainState, batch: Batch) -> Metrics:
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        logits, _ = apply_fn(variables, batch.image, train=False)
+        masked = batch.where is not None and _takes_mask(apply_fn)
+        options = {"where": batch.where} if masked else {}
+        logits, _ = apply_fn(variables, batch.image, train=False, **options)
         metrics = cross_entropy_metrics(logits, batch.label, batch.where)
         return metrics if axis_name is None else jax.lax.psum(metrics, axis_name)
 
     return eval_step
+
+
+def _takes_mask(apply_fn: ApplyFn) -> bool:
+    return "where" in inspect.signature(apply_fn).parameters
+
+
+def _change(new: Array, old: Array) -> Array:
+    """The change from old, in float32 or wider; new itself where old is not finite."""
+    if not jnp.issubdtype(old.dtype, jnp.inexact):
+        return (new.astype(int) - old.astype(int)).astype(jnp.float32)
+    wide = accumulator_dtype(old.dtype)
+    return new.astype(wide) - jnp.where(jnp.isfinite(old), old, 0).astype(wide)
+
+
+def _moved(old: Array, change: Array) -> Array:
+    """Undoes `_change`; where nothing changes, the bits of old."""
+    if not jnp.issubdtype(old.dtype, jnp.inexact):
+        return (old.astype(int) + jnp.round(change).astype(int)).astype(old.dtype)
+    moved = jnp.where(jnp.isfinite(old), old, 0) + change
+    return jnp.where(change == 0, old, moved.astype(old.dtype))
 
 
 def _example_keys(state: TrainState, shape: tuple[int, ...], axis_name: str | None) -> Array:
