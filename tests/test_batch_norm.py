@@ -1,7 +1,10 @@
 """The transform and its gradient against closed forms in float64."""
 
+import collections
 import functools
+import logging
 import re
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +16,8 @@ from jax.test_util import check_grads
 from bn_research.normalization import (
     BatchStats,
     batch_norm,
+    batch_renorm,
+    merge_moments,
     normalize,
     update_batch_stats,
 )
@@ -21,6 +26,7 @@ pytestmark = pytest.mark.usefixtures("strict_arrays")
 
 RATIOS = (0.0, 1e2, 1e3, 1e4)  # mean/std, one per feature
 BATCH = 16
+MODULE = sys.modules["bn_research.normalization.batch_norm"]  # its name is a function's too
 
 
 def normal(shape, *, std=1.0, seed=0, ratios=RATIOS):
@@ -172,18 +178,49 @@ def test_constant_feature_with_epsilon():
         ((0, 3), {}),
         ((0, 2, 3), {}),
         ((4, 3), dict(group_size=1)),
-        ((1, 3), dict(where=True)),
+        ((1, 3), dict(where=np.ones((1, 1), bool))),
     ],
 )
-def test_fewer_than_two_values_warn(shape, options):
+def test_fewer_than_two_values(shape, options, caplog, monkeypatch):
+    """Give bias and no gradient, and the log says so."""
+    monkeypatch.setattr(MODULE, "_warned", set())
     x, bias = np.ones(shape, np.float32), weights(3)
-    with pytest.warns(UserWarning, match=f"batch_norm of {min(shape[0], 1)} value"):
-        y, moments = batch_norm(x, None, bias, **options)
+    y, moments = batch_norm(x, None, bias, **options)
     np.testing.assert_array_equal(y, np.broadcast_to(bias, shape))
-    np.testing.assert_array_equal(moments.count, np.full(3, shape[0]))
-    with pytest.warns(UserWarning):
-        dx = jax.grad(lambda x: jnp.sum(batch_norm(x, **options)[0] ** 2))(x)
+    np.testing.assert_array_equal(moments.count, np.full(3, shape[0], np.float32))
+    dx = jax.grad(lambda x: jnp.sum(jnp.square(batch_norm(x, **options)[0])))(x)
     np.testing.assert_array_equal(dx, np.zeros(shape))
+    jax.effects_barrier()
+    assert f"batch_norm of {min(shape[0], 1)} value" in caplog.text and __file__ in caplog.text
+
+
+def traced(x):
+    return batch_norm(x)[0]
+
+
+@pytest.mark.parametrize(
+    ("times", "run"),
+    [
+        (0, lambda x: jax.eval_shape(traced, x)),
+        (0, lambda x: jax.make_jaxpr(jax.grad(lambda x: jnp.sum(traced(x))))(x)),
+        (0, lambda x: jax.jit(traced).lower(x).compile()),
+        (1, lambda x: [traced(x) for _ in range(3)]),
+        (1, lambda x: [jax.jit(traced)(x) for _ in range(3)]),
+        (1, lambda x: jax.jit(jax.grad(lambda x: jnp.sum(traced(x))))(x)),
+        (1, lambda x: jax.lax.scan(lambda x, _: (traced(x), None), x, None, length=5)),
+        (1, lambda x: jax.pmap(traced)(jnp.stack([x] * 8))),
+        (1, lambda x: jax.vmap(traced)(jnp.stack([x] * 3))),
+        (0, lambda x: traced(jnp.concatenate([x, x]))),
+    ],
+)
+def test_a_single_value_is_told_once_and_where_numbers_are_computed(
+    times, run, caplog, monkeypatch
+):
+    monkeypatch.setattr(MODULE, "_warned", set())
+    with caplog.at_level(logging.WARNING, "bn_research"):
+        run(jnp.ones((1, 3)))
+        jax.effects_barrier()
+    assert len(caplog.records) == times
 
 
 @pytest.mark.parametrize("options", [{}, dict(epsilon=0.0)])
@@ -419,12 +456,73 @@ def test_traced_epsilon_equals_a_static_one_and_carries_no_gradient():
     assert jax.jit(jax.grad(lambda e: jnp.sum(x * f(x, e))))(0.3) == 0
 
 
-def test_moments_carry_no_gradient():
-    x = weights((8, 2))
-    for options in (dict(), dict(group_size=4)):
-        total = jax.jit(lambda x, o=options: sum(map(jnp.sum, batch_norm(x, **o)[1])))
-        gradient = jax.grad(total)(x)
-        np.testing.assert_array_equal(gradient, np.zeros(x.shape))
+@pytest.mark.parametrize("std", [1.0, 1e-15, 1e12])
+@pytest.mark.parametrize("options", [{}, dict(epsilon=0.0), dict(group_size=4), dict(masked=True)])
+def test_moments_carry_the_gradient_of_the_batch(options, std):
+    """∂μ/∂x = 1/n and ∂m2/∂x = 2(x − μ), each about its own group's mean; a loss on both."""
+    x, g = normal((8,), std=std, ratios=(0.0, 3.0)), weights((2, 2), 1)
+    options = dict(options)
+    where = np.arange(8)[:, None] < np.array([5, 8]) if options.pop("masked", False) else None
+
+    def loss(x):
+        _, moments = batch_norm(x, where=where, **options)
+        return jnp.sum(g[0] * moments.mean) + jnp.sum(g[1] * moments.m2)
+
+    keep = np.ones(x.shape, bool) if where is None else where
+    size = options.get("group_size", 8)
+    grouped, kept = (v.reshape(-1, size, 2).astype(np.float64) for v in (x, keep))
+    mean = (grouped * kept).sum(1, keepdims=True) / kept.sum(1, keepdims=True)
+    expected = kept * (g[0] / keep.sum(0) + 2 * g[1] * (grouped - mean))
+    found = jax.jit(jax.grad(loss))(x)
+    close_per_feature(found, expected.reshape(x.shape), 1e-4)
+
+
+def test_a_loss_on_statistics_trains_its_input():
+    """BN matching: images whose statistics approach given ones, by their gradient alone."""
+    target = BatchStats(np.array([0.5, -1], np.float32), np.array([2.0, 0.3], np.float32))
+    old = BatchStats(jnp.zeros(2), jnp.ones(2))
+
+    def loss(x):
+        new = update_batch_stats(old, batch_norm(x)[1], momentum=0.0)
+        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(new, target, strict=True))
+
+    x = jnp.asarray(weights((32, 2)))
+    first = loss(x)
+    x, _ = jax.lax.scan(lambda x, _: (x - jax.grad(loss)(x), None), x, None, length=200)
+    assert loss(x) < 1e-4 * first
+    np.testing.assert_allclose(jnp.mean(x, 0), target.mean, atol=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["jit", "pmap", "shard_map"])
+def test_a_gradient_that_is_not_used_costs_nothing(kind):
+    """A training step compiles to the same operations, collectives among them, when it is cut."""
+
+    def step(stop_gradient):
+        options = {} if kind == "jit" else dict(axis_name="batch")
+
+        def run(x, scale, bias, g):
+            def loss(x, scale, bias):
+                y, moments = batch_norm(x, scale, bias, **options)
+                old = BatchStats(jnp.zeros(3), jnp.ones(3))
+                return jnp.sum(g * y), update_batch_stats(old, moments, stop_gradient=stop_gradient)
+
+            (_, stats), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
+            return grads, stats
+
+        return run
+
+    x, p = np.ones((4, 4, 3), np.float32), np.ones((4, 3), np.float32)
+    args = (x[0], p[0], p[0], x[0]) if kind == "jit" else (x, p, p, x)
+
+    def operations(stop_gradient):
+        run = step(stop_gradient)
+        mapped = jax.jit(run) if kind == "jit" else spread(kind, run, 4)
+        text = mapped.lower(*args).compile().as_text()
+        return collections.Counter(re.findall(r"^ +(?:ROOT )?%\S+ = \S+ ([\w-]+)\(", text, re.M))
+
+    carried, cut = operations(False), operations(True)
+    assert carried == cut and sum(carried.values()) > 20
+    assert carried["all-reduce"] <= 2
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -505,7 +603,7 @@ X = np.ones((6, 3), np.float32)
 @pytest.mark.parametrize(
     ("kwargs", "message"),
     [
-        (dict(x=np.ones((6, 3), np.int32)), "x has dtype int32: allowed are floating"),
+        (dict(x=jax.random.key(0)), "x has dtype key<fry>: allowed are numbers"),
         (dict(feature_axes=2), "feature_axes=2 is out of range.*-2 to 1"),
         (dict(feature_axes=-5), "feature_axes=-5 is out of range.*-2 to 1"),
         (dict(feature_axes=(1, -1)), r"feature_axes=\(1, -1\) names an axis twice"),
@@ -553,7 +651,7 @@ def test_bad_arguments_over_devices(kwargs, message):
         (dict(mean=np.zeros(2, np.float32)), r"mean has shape \(2,\).*\(3,\)"),
         (dict(var=np.ones((3, 1), np.float32)), r"var has shape \(3, 1\).*\(3,\)"),
         (dict(scale=np.ones(6, np.float32)), r"scale has shape \(6,\).*\(3,\)"),
-        (dict(x=np.ones((6, 3), np.int8)), "x has dtype int8"),
+        (dict(where=np.ones((5, 1), bool)), r"where has shape \(5, 1\).*\(6, 3\)"),
         (dict(epsilon=-1.0), "epsilon=-1.0 is not allowed"),
         (dict(feature_axes=7), "feature_axes=7 is out of range"),
     ],
@@ -596,3 +694,262 @@ def test_constant_features_on_devices_with_unequal_counts(devices):
     np.testing.assert_array_equal(y, np.ones(x.shape))
     np.testing.assert_array_equal(moments.mean, x[:, 0])
     np.testing.assert_array_equal(moments.m2, np.zeros((devices, 3)))
+
+
+def spelled_out(x, g):
+    """Loss of BN, of its running statistics and of y, as anyone would write it."""
+    flat = x.reshape(-1, x.shape[-1])
+    mean = flat.mean(0)
+    var = jnp.square(flat - mean).mean(0)
+    y = (x - mean) / jnp.sqrt(var + 1e-5)
+    return jnp.sum(g * jnp.square(y)) + len(x) * jnp.sum(
+        jnp.sin(0.1 * mean) + (0.9 + 0.1 * var) ** 2
+    )
+
+
+def on_a_device(x, g):
+    """The part of that loss that one place of the axis "batch" sees."""
+    y, moments = batch_norm(x, axis_name="batch")
+    old = BatchStats(jnp.zeros(x.shape[-1], x.dtype), jnp.ones(x.shape[-1], x.dtype))
+    new = update_batch_stats(old, moments, momentum=0.9)
+    return jnp.sum(g * jnp.square(y)) + jnp.sum(jnp.sin(new.mean) + jnp.square(new.var))
+
+
+def renormed(x, g):
+    """Without bounds r and d are constants, so this is BN but for constants to the gradient."""
+    stats = BatchStats(jnp.zeros(x.shape[-1], x.dtype), jnp.ones(x.shape[-1], x.dtype))
+    y, moments = batch_renorm(x, stats, r_max=1.0, d_max=0.0, axis_name="batch")
+    new = update_batch_stats(stats, moments, momentum=0.9)
+    return jnp.sum(g * jnp.square(y)) + jnp.sum(jnp.sin(new.mean) + jnp.square(new.var))
+
+
+def in_shard_map(mapped, x, g):
+    """Two devices, each with all of it."""
+    mesh = Mesh(np.array(jax.devices()[:2]), ("device",))
+
+    def local(x, g):
+        return jax.lax.psum(jnp.sum(mapped(x[0], g[0])), "device") / 2
+
+    run = jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=PartitionSpec("device"),
+        out_specs=PartitionSpec(),
+        check_vma=False,  # with it JAX itself sums over no vmapped axis
+    )
+    return run(jnp.stack([x, x]), jnp.stack([g, g]))
+
+
+WRAPPERS = {
+    "plain": lambda f, x, g: f(x, g),
+    "jit": lambda f, x, g: jax.jit(f)(x, g),
+    "checkpoint": lambda f, x, g: jax.checkpoint(f)(x, g),
+    "scan": lambda f, x, g: jax.lax.scan(lambda c, _: (c + f(x, g), None), 0 * g[:, 0, 0], None, 1)[
+        0
+    ],
+    "cond": lambda f, x, g: jax.lax.cond(x[0, 0, 0] < 9, f, lambda x, g: 0 * g[:, 0, 0], x, g),
+    "jit of jit": lambda f, x, g: jax.jit(jax.jit(f))(x, g),
+    "vmap of jit": lambda f, x, g: jax.vmap(jax.jit(f))(x[None], g[None]),
+}
+
+
+OUTSIDE = [("vmap", wrapper, on_a_device) for wrapper in WRAPPERS]
+OUTSIDE += [(kind, "scan", on_a_device) for kind in ("pmap", "shard_map", "vmap in shard_map")]
+OUTSIDE += [("vmap", "jit", renormed), ("vmap in shard_map", "jit", renormed)]
+
+
+@pytest.mark.parametrize(("kind", "wrapper", "layer"), OUTSIDE)
+def test_derivatives_from_outside_of_a_mapped_axis(kind, wrapper, layer):
+    """The axis is bound inside; forward, reverse and forward over reverse are taken outside."""
+    wrap = WRAPPERS[wrapper]
+    with jax.enable_x64(True):
+        x, g, v = (jnp.asarray(weights((4, 6, 3), seed), float) for seed in (1, 2, 3))
+        if kind == "vmap in shard_map":
+            mapped = jax.vmap(layer, axis_name="batch")
+
+            def f(x):
+                return in_shard_map(functools.partial(wrap, mapped), x, g)
+        else:
+            mapped = (
+                jax.vmap(layer, axis_name="batch") if kind == "vmap" else spread(kind, layer, 4)
+            )
+
+            def f(x):
+                return jnp.sum(wrap(mapped, x, g))
+
+        def exact(x):
+            return spelled_out(x, g)
+
+        def derivatives(f):
+            reverse = jax.grad(f)
+            return f(x), reverse(x), jax.jvp(f, (x,), (v,))[1], jax.jvp(reverse, (x,), (v,))[1]
+
+        both = jax.jit(lambda: (derivatives(f), derivatives(exact)))()
+        for found, expected in zip(*both, strict=True):
+            np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_under_vmap_at_extreme_spreads():
+    """Every sum is differentiated by JAX itself there; nothing overflows all the same."""
+    for std in (1e-18, 1e15):
+        x, g = normal((4, 16), std=std, seed=29, ratios=(0.0, 3.0)), weights((4, 16, 2))
+        copies = [np.full((4, 2), v, np.float32) for v in (1, 0)]
+        run = spread("vmap", with_gradients(axis_name="batch", epsilon=0.0), 4)
+        y, dx, _, _ = run(x, *copies, g)
+        expected = closed_form(x.reshape(-1, 2), np.ones(2), np.zeros(2), g.reshape(-1, 2), 0.0)
+        close_per_feature(np.asarray(y).reshape(-1, 2), expected[0], 1e-5)
+        close_per_feature(np.asarray(dx).reshape(-1, 2), expected[1], 1e-4)
+
+
+def complex_normal(shape, seed=0):
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(shape) + 2j * rng.standard_normal(shape) + 3 - 1j
+
+
+def complex_batch_norm(x, scale, bias, where):
+    mean = jnp.mean(x, (0, 1), where=where)
+    var = jnp.mean(jnp.square(jnp.abs(x - mean[None, None])), (0, 1), where=where)
+    y = (x - mean[None, None]) / jnp.sqrt(var + 1e-5)[None, None] * scale[None, None]
+    return jnp.where(where, y + bias[None, None], bias[None, None])
+
+
+@pytest.mark.parametrize("kind", ["alone", "vmap", "pmap"])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("given", ["x", "x and bias", "scale"])
+def test_complex_numbers(kind, masked, given):
+    """Divided by the root of the mean of |x − μ|²; values and gradients, in float64."""
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        x, g = complex_normal((4, 6, 3)), weights((4, 6, 3))
+        scale, bias = np.array([1.5, -2.0, 0.3]), np.array([0.1, 2.0, -1.0])
+        if given == "scale":
+            x, scale = x.real, scale + 1j * bias
+        if given == "x and bias":
+            bias = bias + 2j
+        where = np.random.default_rng(3).random(x.shape) < (0.6 if masked else 2.0)
+
+        def own(x, scale, bias):
+            if kind == "alone":
+                return batch_norm(x, scale, bias, where=where)[0]
+
+            def local(x, where):
+                return batch_norm(x, scale, bias, where=where, axis_name="batch")[0]
+
+            return spread(kind, local, 4)(x, where)
+
+        def loss(f):
+            def of(x, scale, bias):
+                y = f(x, scale, bias)
+                return jnp.sum(g * jnp.square(jnp.abs(y - 0.3j))) + jnp.sum(g * y.real), y
+
+            return jax.value_and_grad(of, (0, 1, 2), has_aux=True)
+
+        found = loss(own)(x, scale, bias)
+        expected = loss(lambda *v: complex_batch_norm(*v, where))(x, scale, bias)
+        for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("dtype", [bool, np.uint8, np.int16, np.int32])
+def test_integers_are_taken_as_float32(dtype):
+    x = np.random.default_rng(4).integers(0, 2 if dtype is bool else 100, (64, 3)).astype(dtype)
+    scale = np.array([1.0, 2.0, 3.0], np.float32)
+    x64 = x.astype(float)
+    expected = scale * (x64 - x64.mean(0)) / np.sqrt(x64.var(0) + 1e-5)
+    inference = normalize(x, x64.mean(0).astype("f4"), x64.var(0).astype("f4"), scale)
+    for y in (batch_norm(x, scale)[0], inference):
+        assert y.dtype == jnp.float32
+        np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)
+    gradient = jax.grad(lambda scale: jnp.sum(jnp.square(batch_norm(x, scale)[0])))(scale)
+    x_hat = expected / scale
+    np.testing.assert_allclose(gradient, 2 * scale * np.square(x_hat).sum(0), rtol=1e-4)
+
+
+SIZES = {"batch": 9, "4*n": 16}
+
+
+@pytest.mark.parametrize(
+    ("batch", "options"),
+    [("batch", {}), ("batch", dict(epsilon=0.0)), ("4*n", dict(group_size=4)), ("batch", "mask")],
+)
+@pytest.mark.parametrize("inner", ["", "5, ", "20, "])
+def test_exported_with_a_symbolic_batch(batch, options, inner):
+    """Forward and backward, with the numbers of the same shape known."""
+
+    def run(x, g):
+        where = x < 1 if options == "mask" else None
+        more = {} if options == "mask" else options
+
+        def loss(x):
+            y, moments = batch_norm(x, where=where, **more)
+            old = BatchStats(jnp.zeros(3), jnp.ones(3))
+            return jnp.sum(g * y), (y, update_batch_stats(old, moments))
+
+        return jax.value_and_grad(loss, has_aux=True)(x)
+
+    shape = jax.export.symbolic_shape(f"{batch}, {inner}3")
+    spec = jax.ShapeDtypeStruct(shape, jnp.float32)
+    exported = jax.export.export(jax.jit(run))(spec, spec)
+    known = (SIZES[batch], *map(int, inner.split(",")[:-1]), 3)
+    args = weights(known, 1), weights(known, 2)
+    pairs = zip(jax.tree.leaves(exported.call(*args)), jax.tree.leaves(run(*args)), strict=True)
+    for found, expected in pairs:
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_symbolic_batch_that_no_group_is_known_to_divide():
+    spec = jax.ShapeDtypeStruct(jax.export.symbolic_shape("n, 3"), jnp.float32)
+    with pytest.raises(ValueError, match=r"group_size=4 does not divide.*call a symbolic.*'4\*n'"):
+        jax.export.export(jax.jit(functools.partial(batch_norm, group_size=4)))(spec)
+
+
+def test_normalize_with_a_mask():
+    """Masked elements come out as bias and have no gradient, whatever they hold."""
+    x, where = weights((6, 3)), np.arange(6)[:, None] < np.array([6, 4, 0])
+    bias, mean, var = weights(3, 1), weights(3, 2), np.ones(3, np.float32)
+    dirty = np.where(where, x, np.float32(np.nan))
+
+    def loss(x):
+        y = normalize(x, mean, var, None, bias, where=where)
+        return jnp.sum(y), y
+
+    (_, y), gradient = jax.value_and_grad(loss, has_aux=True)(dirty)
+    expected = np.where(where, (x - mean) / np.sqrt(1 + 1e-5), 0) + bias
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(gradient, where / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["Explicit", "Auto"])
+@pytest.mark.parametrize("spec", [("data",), ("data", None, "model"), (None, None, "model")])
+@pytest.mark.parametrize("held", [(), ("model",)])
+def test_statistics_of_sharded_features(kind, spec, held):
+    """Running statistics keep their layout, so that a loop can carry them; numbers as in numpy."""
+    mesh = jax.make_mesh(
+        (4, 2), ("data", "model"), axis_types=(getattr(jax.sharding.AxisType, kind),) * 2
+    )
+    x = weights((16, 4, 6)) + 3
+    scale = weights(6, 1)
+
+    def step(stats, _, x, scale):
+        y, moments = batch_norm(x, scale)
+        _, grouped = batch_norm(x, scale, group_size=4)
+        both = merge_moments(moments, grouped)
+        return update_batch_stats(stats, both, momentum=0.5), jnp.sum(jnp.square(y))
+
+    @jax.jit
+    def run(stats, x, scale):
+        body = functools.partial(step, x=x, scale=scale)
+        return jax.lax.scan(body, stats, None, length=2)[0]
+
+    with jax.set_mesh(mesh):
+        x_sharding, held = (
+            jax.sharding.NamedSharding(mesh, PartitionSpec(*names)) for names in (spec, held)
+        )
+        stats = jax.device_put(BatchStats(jnp.zeros(6), jnp.ones(6)), held)
+        new = run(stats, *jax.device_put((x, scale), (x_sharding, held)))
+        if kind == "Explicit":
+            assert all(jax.typeof(leaf).sharding.spec == held.spec for leaf in new)
+    x = x.astype(float)
+    inside = x.reshape(4, 4, 4, 6).var((1, 2)).mean(0)
+    np.testing.assert_allclose(new.mean, 0.75 * x.mean((0, 1)), rtol=1e-5)
+    np.testing.assert_allclose(new.var, 0.25 + 0.375 * (x.var((0, 1)) + inside), rtol=1e-5)

@@ -24,9 +24,9 @@ internal covariate shift", ICML 2015, arXiv 1502.03167, algorithm 1 and section 
 import contextlib
 import contextvars
 import functools
+import logging
 import math
 import sys
-import warnings
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -53,6 +53,8 @@ from bn_research.normalization.normalize import (
     scale_and_bias,
 )
 
+_logger = logging.getLogger("bn_research")
+_warned: set[tuple[int, str, int]] = set()  # places that were told
 _warnings_wanted = contextvars.ContextVar("_warnings_wanted", default=True)
 _LIBRARIES = ("bn_research", "jax", "flax", "contextlib", "functools")
 
@@ -86,9 +88,9 @@ def batch_norm(
 
     What has no spread to divide by:
       - one value per feature (a batch of one example without other axes), or none: y is `bias`,
-        the gradient of x is 0, and where the shapes alone tell, a UserWarning says so when the
-        program runs; moments have that count, and a count of 0 leaves running statistics as they
-        are;
+        the gradient of x is 0, and where the shapes alone tell, the logger "bn_research" says so
+        when the program runs, once for each place that calls; moments have that count, and a count
+        of 0 leaves running statistics as they are;
       - a feature masked everywhere: likewise, without a warning, since masks are data;
       - a constant feature: y is `bias`; the gradient of x is that of a spread of √epsilon, and 0
         with epsilon=0;
@@ -207,7 +209,7 @@ def _apply_to_groups(apply, x, where, axes, reduced, group_size, axis_name, grou
 
 
 def _warn_of_too_few_values(x, sharing):
-    """Has the program warn when it runs; one that is traced for its shapes alone never does."""
+    """Has the program say so when it runs; one that is traced for its shapes alone never does."""
     if not _warnings_wanted.get():
         return
     values = math.prod(x.shape[axis] for axis in sharing.axes)
@@ -219,22 +221,25 @@ def _warn_of_too_few_values(x, sharing):
         jax.debug.callback(functools.partial(_warn, values, *_caller()))
 
 
-def _warn(values: int, filename: str, line: int, module: str, registry: dict) -> None:
-    message = (
-        f"batch_norm of {values} value(s) per feature: y is bias whatever x is; give at least 2, "
-        "or normalize by running statistics"
-    )
-    warnings.warn_explicit(message, UserWarning, filename, line, module, registry)
+def _warn(values: int, filename: str, line: int) -> None:
+    """Once for each place in the user's code; logged, since a running program can raise nothing."""
+    if (values, filename, line) not in _warned:
+        _warned.add((values, filename, line))
+        _logger.warning(
+            "%s:%d: batch_norm of %d value(s) per feature: y is bias whatever x is; give at least "
+            "2, or normalize by running statistics",
+            filename,
+            line,
+            values,
+        )
 
 
-def _caller() -> tuple[str, int, str, dict]:
-    """Where a user's own code called: file, line, module, and the warnings that it has seen."""
+def _caller() -> tuple[str, int]:
+    """File and line where a user's own code called."""
     frame = sys._getframe(1)
     while frame.f_back and frame.f_globals.get("__name__", "").split(".")[0] in _LIBRARIES:
         frame = frame.f_back
-    found = frame.f_globals
-    registry = found.setdefault("__warningregistry__", {})
-    return frame.f_code.co_filename, frame.f_lineno, found.get("__name__", "?"), registry
+    return frame.f_code.co_filename, frame.f_lineno
 
 
 @contextlib.contextmanager

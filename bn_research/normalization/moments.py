@@ -95,12 +95,13 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
       a: of one set; features in which it has no elements (count 0) take b's moments, bit by bit.
       b: of the other, with leaves of the same shapes.
     """
+    a, b = (v._replace(count=v.count.astype(v.m2.dtype)) for v in (a, b))
     count = a.count + b.count
     share = b.count / jnp.maximum(count, 1)
     # A side without elements has no mean to be far from.
     delta = jnp.where((a.count > 0) & (b.count > 0), b.mean - a.mean, 0)
     roots = [jnp.sqrt(a.count * share) * part for part in _parts(delta)]
-    mean = jnp.where(a.count > 0, a.mean + delta * share, b.mean)
+    mean = jnp.where(a.count > 0, a.mean + delta * share.astype(delta.dtype), b.mean)
     m2 = _add_squares(jnp.stack([a.m2, b.m2]), jnp.stack(roots))
     return Moments(count=count, mean=mean, m2=m2)
 
@@ -143,7 +144,7 @@ def variance(moments: Moments, *, unbiased: bool = False) -> Float[Array, "*feat
     Returns:
       Of the shape and dtype of moments.m2.
     """
-    return moments.m2 / jnp.maximum(moments.count - int(unbiased), 1)
+    return moments.m2 / jnp.maximum(moments.count.astype(moments.m2.dtype) - int(unbiased), 1)
 
 
 def shifted_moments(
@@ -354,7 +355,8 @@ def _add_squares(m2: Array, roots: Array) -> Array:
 
 def _one_row(x: Array, index: Array, size: int) -> Array:
     """Zeros of shape (size, *x.shape) with x at `index`; a NaN in x stays in its row."""
-    row = jnp.arange(size).reshape((-1,) + (1,) * x.ndim) == index
+    index = jnp.asarray(index)
+    row = jnp.arange(size, dtype=index.dtype).reshape((-1,) + (1,) * x.ndim) == index
     return jnp.where(row, x[None], 0)
 
 

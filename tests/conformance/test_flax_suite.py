@@ -327,6 +327,7 @@ def test_float64_input_keeps_the_statistics_float32(step, own):
 
 # Flax's own files. This module runs itself: as a program it is pytest for one checkout.
 
+
 class Recorder:
     """Pytest plugin: only tests that name BatchNorm, and how each of them ends."""
 
