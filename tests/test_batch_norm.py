@@ -700,8 +700,8 @@ def spelled_out(x, g):
     """Loss of BN, of its running statistics and of y, as anyone would write it."""
     flat = x.reshape(-1, x.shape[-1])
     mean = flat.mean(0)
-    var = jnp.square(flat - mean).mean(0)
-    y = (x - mean) / jnp.sqrt(var + 1e-5)
+    var = jnp.square(flat - mean[None]).mean(0)
+    y = (x - mean[None, None]) / jnp.sqrt(var + 1e-5)[None, None]
     return jnp.sum(g * jnp.square(y)) + len(x) * jnp.sum(
         jnp.sin(0.1 * mean) + (0.9 + 0.1 * var) ** 2
     )
