@@ -158,11 +158,11 @@ def audit(
     above those of ε = 1e-5 and below those of leaves that are not invariant, about 1/√(elements).
     Where the loss rounds more coarsely, as in bfloat16, both are raised to five times its rounding,
     which is measured between points and their neighbours at a relative distance of 1e-3: that of
-    the loss is what the gradients do not explain of its change, that of ⟨w, g⟩ is its change, leaf
-    by leaf. For ε = 1e-3 give tolerance=1e-2.
+    the loss is what the gradients do not explain of its change, that of ⟨w, g⟩ its second
+    difference, leaf by leaf. For ε = 1e-3 give tolerance=1e-2.
 
     Cost: for each leaf one forward pass a scale and one more, twice that at most when there are
-    groups, and one backward pass, and four for rounding; one after the other in two compiled
+    groups, and one backward pass, and eight for rounding; one after the other in two compiled
     programs, in the memory of one training step.
 
     Args:
@@ -195,25 +195,28 @@ def audit(
     except (TypeError, ValueError, NotImplementedError) as error:
         raise _not_differentiable(loss_of, leaves, paths, error) from error
     _check_finite(here, paths)
-    twins: list[tuple[_Slopes, _Slopes]] = []
+    twins: list[tuple[_Slopes, _Slopes, _Slopes]] = []
     around = []
     for i in range(1, max(len(leaves), 1 if tolerance else 1 + _TWINS)):
         point = _point(jax.random.fold_in(key, i), tested)
+        step = _step(jax.random.fold_in(key, len(leaves) + _TWINS + i), point)
+        around.append(jax.device_get(slopes(point, step)))
         if tolerance is None and i <= _TWINS:
-            beside, step = _neighbour(jax.random.fold_in(key, len(leaves) + _TWINS + i), point)
-            twins.append(jax.device_get((slopes(point, step), slopes(beside, step))))
-            around.append(twins[-1][0])
-        else:
-            around.append(jax.device_get(slopes(point, point)))
+            beside = [[w + sign * d for w, d in zip(point, step, strict=True)] for sign in (1, -1)]
+            ahead, behind = jax.device_get([slopes(at, step) for at in beside])
+            if all(map(_is_finite, (around[-1], ahead, behind))):
+                twins.append((around[-1], ahead, behind))
     points = [point for point in [here, *around] if _is_finite(point)]
     reference = max(abs(float(here.loss)), float(np.median([abs(p.loss) for p in points]))) or 1.0
-    twins = [(a, b) for a, b in twins if _is_finite(a) and _is_finite(b)]
     deviation_limit = tolerance or max(
-        [_DEVIATION, *(_ROUNDING * _loss_rounding(a, b) / reference for a, b in twins)]
+        [_DEVIATION, *(_ROUNDING * _loss_rounding(a, b) / reference for a, b, _ in twins)]
     )
 
     def rounding(group: Sequence[int]) -> float:
-        changes = [a._replace(share=(a.share - b.share) / 2**0.5) for a, b in twins]
+        # Second differences: what changes steadily is no rounding.
+        changes = [
+            a._replace(share=(b.share + c.share - 2 * a.share) / 6**0.5) for a, b, c in twins
+        ]
         return _ROUNDING * _pooled_share(changes, group) if changes else 0.0
 
     def pooled_limit(group: Sequence[int]) -> float:
@@ -383,11 +386,10 @@ def _point(key: Array, leaves: Sequence[Array]) -> list[Array]:
 
 
 @jax.jit
-def _neighbour(key: Array, leaves: Sequence[Array]) -> tuple[list[Array], list[Array]]:
-    """A point next to leaves, and the step to it."""
+def _step(key: Array, leaves: Sequence[Array]) -> list[Array]:
+    """A small random step from leaves."""
     noise = _noise_like(key, leaves)
-    beside = [w + (_NEXT * w * n).astype(w.dtype) for w, n in zip(leaves, noise, strict=True)]
-    return beside, [b - w for b, w in zip(beside, leaves, strict=True)]
+    return [(_NEXT * w * n).astype(w.dtype) for w, n in zip(leaves, noise, strict=True)]
 
 
 def _scaled_losses(
