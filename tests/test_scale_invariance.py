@@ -436,7 +436,7 @@ def test_nothing_is_invariant_by_rounding(dtype):
 
 
 def test_the_number_that_decides_is_shown_with_a_limit_of_its_own():
-    found = audited(Network(nn.BatchNorm, (8,), True, jnp.bfloat16), (128, 16, 16, 3))
+    found = audited(Network(nn.BatchNorm, (8, 16), True, jnp.bfloat16), (32, 8, 8, 3))
     table = found.table()
     lines = {line.split()[0]: line for line in table.splitlines()}
     for path, row in found.items():
@@ -450,7 +450,7 @@ def test_the_number_that_decides_is_shown_with_a_limit_of_its_own():
 def test_a_tolerance_that_is_given_is_the_limit_of_both():
     found = audit(network, PARAMS, tolerance=1e-9)
     assert (found.tolerance, found.pooled_limit) == (1e-9, 1e-9)
-    assert invariant(found) == set()  # rounding alone is more
+    assert not found[W].scale_invariant  # rounding alone is more
 
 
 # --- what is shown ---

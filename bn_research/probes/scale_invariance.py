@@ -34,7 +34,7 @@ LossFn = Callable[[Any], Float[Array, ""]]
 _ROWS = 16  # scaled losses of one compiled call, one after the other
 _NEARLY = 10  # times the tolerance: what is left out of groups
 _DEVIATION, _SHARE = 1e-4, 2e-3  # default limits; rounding raises them where it is coarse,
-_ROUNDING = 5  # times what is measured
+_ROUNDING = 2  # times what is measured of the share; scales of two leave less of the loss's
 _TWINS = 4  # points that are measured again next to themselves,
 _NEXT = 1e-3  # relative: far enough for bfloat16 to round in another way
 _SPREAD = 0.5  # of the random points, relative to a leaf's root mean square
@@ -156,10 +156,10 @@ def audit(
     shares that are larger by as much as ‖w‖·‖g‖ is small beside what the scale of BN's output
     moves: tenfold, where a mean over many positions follows. By default δ = 1e-4 and s = 2e-3,
     above those of ε = 1e-5 and below those of leaves that are not invariant, about 1/√(elements).
-    Where the loss rounds more coarsely, as in bfloat16, both are raised to five times its rounding,
-    which is measured between points and their neighbours at a relative distance of 1e-3: that of
-    the loss is what the gradients do not explain of its change, that of ⟨w, g⟩ its second
-    difference, leaf by leaf. For ε = 1e-3 give tolerance=1e-2.
+    Where the loss rounds more coarsely, as in bfloat16, δ is raised to its rounding and s to twice
+    that of the share, which are measured between points and their neighbours at a relative distance
+    of 1e-3: that of the loss is what the gradients do not explain of its change, that of ⟨w, g⟩ its
+    second difference, leaf by leaf. For ε = 1e-3 give tolerance=1e-2.
 
     Cost: for each leaf one forward pass a scale and one more, twice that at most when there are
     groups, and one backward pass, and eight for rounding; one after the other in two compiled
@@ -209,7 +209,7 @@ def audit(
     points = [point for point in [here, *around] if _is_finite(point)]
     reference = max(abs(float(here.loss)), float(np.median([abs(p.loss) for p in points]))) or 1.0
     deviation_limit = tolerance or max(
-        [_DEVIATION, *(_ROUNDING * _loss_rounding(a, b) / reference for a, b, _ in twins)]
+        [_DEVIATION, *(_loss_rounding(a, b) / reference for a, b, _ in twins)]
     )
 
     def rounding(group: Sequence[int]) -> float:

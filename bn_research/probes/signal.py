@@ -431,7 +431,7 @@ def _with_branches(
         if jnp.issubdtype(w.dtype, jnp.floating) and not jnp.any(w):
             noise = jax.random.normal(jax.random.fold_in(key, i), w.shape, w.dtype)
             args[i] = _WAKING * noise
-    (_, gradient, batch), (woken, woken_gradient, _) = jax.device_get(
+    (value, gradient, batch), (woken, woken_gradient, _) = jax.device_get(
         [alive(program.args), alive(args)]
     )
     needs = [program.needs(i) for i in range(len(layers))]
@@ -441,10 +441,12 @@ def _with_branches(
         calls = [j for j, layer in enumerate(layers) if layer.name.split("#")[0] == name]
         return i not in zero or bool(woken.get(i)) or any(j not in zero for j in calls)
 
+    # What is 0 itself may have its gradient through the layer in question.
+    healthy = [j for j in range(len(layers)) if value[j] and gradient.get(j)]
     found = []
     for i, layer in enumerate(layers):
         bypassed = i in silent | empty and (
-            any(gradient.get(j) and i not in needs[j][0] for j in range(len(layers)) if j != i)
+            any(i not in needs[j][0] for j in healthy if j != i)
             or any(batch.get(j) for j in needs[i][1])
         )
         starts_at_zero = bypassed and starts(i, silent, woken_gradient) and starts(i, empty, woken)

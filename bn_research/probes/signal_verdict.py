@@ -117,11 +117,13 @@ def _gradient(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
         if layer.log10_gradient_norm is not None
         and not (layer.bypassed and layer.log10_gradient_norm == -math.inf)
     ]
-    if not known:
+    if all(layer.log10_gradient_norm is None for layer in layers):
         return [
             "no gradient: the output does not depend on any layer; return the arrays that the "
             "network goes on with, not others of the same values"
         ]
+    if not known:  # all lie in branches around which the gradient goes
+        return _stuck(signal, layers)
     broken = [number for number, size in known if math.isnan(size) or size == math.inf]
     if broken:
         return [
@@ -139,17 +141,7 @@ def _gradient(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
             f"gradient lost: 0 at layer {_named(signal, layers[zero[-1]])} and from there to the "
             "input; use residual connections, or rescale the weights"
         ]
-    lines = []
-    stuck = [
-        layer
-        for layer in layers
-        if layer.bypassed and not layer.starts_at_zero and layer.log10_gradient_rms == -math.inf
-    ]
-    if stuck:
-        lines.append(
-            f"gradient 0 at layer {_named(signal, stuck[-1])}, in a branch, while the rest learns: "
-            "look for dead units after it, a stop_gradient or a factor of 0 that is no parameter"
-        )
+    lines = _stuck(signal, layers)
     (first, at_first), (last, at_last) = known[0], known[-1]
     total = at_first - at_last
     if abs(total) < math.log10(GRADIENT_RATIO):
@@ -163,6 +155,20 @@ def _gradient(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
         *lines,
         f"gradient {verb} {_factor(growth)} per layer towards the input: {10**total:.0e} over "
         f"{count} layers; {advice}",
+    ]
+
+
+def _stuck(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+    stuck = [
+        layer
+        for layer in layers
+        if layer.bypassed and not layer.starts_at_zero and layer.log10_gradient_rms == -math.inf
+    ]
+    if not stuck:
+        return []
+    return [
+        f"gradient 0 at layer {_named(signal, stuck[-1])}, in a branch, while the rest learns: "
+        "look for dead units after it, a stop_gradient or a factor of 0 that is no parameter"
     ]
 
 
