@@ -182,7 +182,7 @@ def test_the_probes_print_what_their_page_shows(number, capsys):
 
 
 def test_the_page_of_the_probes_shows_what_each_prints():
-    assert len(_SHOWN) == 6
+    assert len(_SHOWN) == 7
 
 
 @pytest.mark.parametrize("page", ["README.md", "docs/scaling.md"])

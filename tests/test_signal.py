@@ -1030,4 +1030,5 @@ def test_an_nnx_model_has_the_verdict_of_its_linen_twin(norm):
     same_signal(probe_nnx(synced, x, axis_name="batch"), expected)
     fails("give axis_name='batch'", probe_nnx, synced, x)
     assert nnx_layers(model, x)["first"].shape == (16, 8)
-    fails("goes to probe_linen", probe_nnx, twin, x)
+    fails("one of linen takes probe_linen", probe_nnx, twin, x)
+    fails("one of nnx takes probe_nnx", probe_linen, model, {"params": {}}, x)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -15,6 +15,21 @@ from bn_research.probes.perturbation import check_returned, is_layer, marked
 Path = tuple[str, ...]
 
 _numbers = itertools.count()
+
+
+def library_of(model: Any, library: str, otherwise: str) -> Any:
+    """The library of Flax that a model is a module of: who has one has loaded it.
+
+    Raises:
+      ValueError: it is no module of it.
+    """
+    loaded = sys.modules.get(library)
+    if loaded is None or not isinstance(model, loaded.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}: allowed are modules of {library}; {otherwise}, "
+            "and a function probe_signal"
+        )
+    return loaded
 
 
 class ApplyError(Exception):
@@ -32,9 +47,10 @@ class LinenForward:
         """Looks for the modules that own a kernel.
 
         Raises:
-          ValueError: variables without params or without a kernel; apply options that the probe
-            sets.
+          ValueError: no linen module; variables without params or without a kernel; apply options
+            that the probe sets.
         """
+        self._linen = library_of(model, "flax.linen", "one of nnx takes probe_nnx")
         for name in ("mutable", "capture_intermediates"):
             if name in options:
                 raise ValueError(f"{name} is not allowed: the probe sets it")
@@ -79,7 +95,7 @@ class LinenForward:
         # A function that nn.jit compiled for the same collections before would not be called.
         collections = [*self._collections, f"probe{next(_numbers)}"]
         try:
-            with nn.intercept_methods(mark):
+            with self._linen.intercept_methods(mark):
                 output, _ = self._model.apply(kept, batch, mutable=collections, **self._options)
         except Exception as error:  # Flax's own are no ValueErrors
             raise ApplyError(_first(error)) from error

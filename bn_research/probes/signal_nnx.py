@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
-from flax import nnx
 
 from bn_research.probes.perturbation import check_returned, is_layer, marked
+from bn_research.probes.signal_linen import library_of
 
 Path = tuple[Any, ...]
 
@@ -20,21 +20,19 @@ class NnxForward:
       left_out: after a call, the kernels that no layer stands for, in words.
     """
 
-    def __init__(self, model: nnx.Module, options: Mapping[str, Any]):
+    def __init__(self, model: Any, options: Mapping[str, Any]):
         """Looks for the modules that own a kernel.
 
         Raises:
           ValueError: no nnx module, or one without a kernel.
         """
-        if not isinstance(model, nnx.Module):
-            raise ValueError(
-                f"model is a {type(model).__name__}: allowed are nnx modules; a linen module goes "
-                "to probe_linen, a function to probe_signal"
-            )
+        nnx = self._nnx = library_of(model, "flax.nnx", "one of linen takes probe_linen")
         self._graph, self.state = nnx.split(model)
         self._options = options
         owners = {
-            path: name for path, module in nnx.iter_modules(model) for name in _kernels(module)[:1]
+            path: name
+            for path, module in nnx.iter_modules(model)
+            for name in self._kernels(module)[:1]
         }
         if not owners:
             raise ValueError(
@@ -53,9 +51,9 @@ class NnxForward:
         Raises:
           ValueError: a layer returns something else than an array.
         """
-        model = nnx.merge(self._graph, state)
+        model = self._nnx.merge(self._graph, state)
         returned: dict[Path, bool] = {}  # whether it is an array
-        for path, module in nnx.iter_modules(model):
+        for path, module in self._nnx.iter_modules(model):
             if path in self._owners:
                 name = _joined(path) or type(model).__name__
                 object.__setattr__(
@@ -67,10 +65,16 @@ class NnxForward:
         self.left_out = (*self._beside, *idle)
         return output, {}
 
+    def _kernels(self, module: Any) -> list[str]:
+        """Names of the parameters that make it a layer."""
+        return [
+            name
+            for name, value in vars(module).items()
+            if isinstance(value, self._nnx.Param) and (name == "kernel" or jnp.ndim(value[...]) > 1)
+        ]
 
-def _marking(
-    module: nnx.Module, path: Path, name: str, kernel: str, returned: dict[Path, bool]
-) -> type:
+
+def _marking(module: Any, path: Path, name: str, kernel: str, returned: dict[Path, bool]) -> type:
     """A class like the module's, of that module alone, whose call marks what it returns."""
     cls = type(module)
 
@@ -80,15 +84,6 @@ def _marking(
         return marked(result, getattr(self, kernel)[...], name) if returned[path] else result
 
     return types.new_class(cls.__name__, (cls,), exec_body=lambda body: body.update(__call__=call))
-
-
-def _kernels(module: nnx.Module) -> list[str]:
-    """Names of the parameters that make it a layer."""
-    return [
-        name
-        for name, value in vars(module).items()
-        if isinstance(value, nnx.Param) and (name == "kernel" or jnp.ndim(value[...]) > 1)
-    ]
 
 
 def _joined(path: Path) -> str:
