@@ -435,14 +435,14 @@ def test_nothing_is_invariant_by_rounding(dtype):
     assert invariant(found) == set(), found
 
 
-@pytest.mark.parametrize("size", [8, 1000, 20000])
+@pytest.mark.parametrize("size", [100, 1000, 20000])
 def test_a_leaf_that_hardly_moves_the_loss_is_not_invariant(size):
     """Its gradient points along it as any two directions do, by 1/√size."""
     slope = normal(size, seed=3) / size**0.5
     params = {**PARAMS, "small": 1e-7 * normal(size, seed=4)}
     row = audit(lambda p: network(p) + p["small"] @ slope, params)["['small']"]
     assert row.deviation < 1e-6 and row.kind == "none"
-    assert row.pooled_share == pytest.approx(size**-0.5, rel=0.9)
+    assert row.pooled_share == pytest.approx(size**-0.5, rel=0.7)
 
 
 def test_the_number_that_decides_is_shown_with_a_limit_of_its_own():
