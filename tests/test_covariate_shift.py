@@ -2,19 +2,29 @@
 
 import math
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
+from bn_research.layers.linen import BatchNorm as LinenBatchNorm
+from bn_research.layers.nnx import BatchNorm as NnxBatchNorm
 from bn_research.normalization.batch_norm import batch_norm
+from bn_research.probes.angular_updates import angular_update
 from bn_research.probes.covariate_shift import (
     distribution_drift,
     gradient_noise,
     gradient_shift,
+    layers_of,
     percentile_distance,
     percentiles,
 )
+from bn_research.probes.curvature import hessian_top_eigenvalues
+from bn_research.probes.one_device import on_one_device
+from bn_research.probes.scale_invariance import audit
+from bn_research.probes.step_direction import loss_along_step
 
 LEVELS = (15, 50, 85)
 
@@ -421,3 +431,111 @@ BOTH = ["['a']", "['b']"]
 def test_layers_and_params_that_are_not_allowed(params, new_params, layers, message):
     with pytest.raises(ValueError, match=message):
         gradient_shift(lambda params: jnp.zeros(()), params, new_params, layers)
+
+
+# --- layers by use, and on one device ---
+
+
+class Synced(nn.Module):
+    norm: type
+    axis_name: str | None = "batch"
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="z_first")(x)
+        x = self.norm(use_running_average=False, axis_name=self.axis_name, name="norm")(x)
+        return nn.Dense(3, name="a_head")(nn.relu(x))
+
+
+class SyncedNnx(nnx.Module):
+    def __init__(self, norm, axis_name, rngs):
+        self.z_first = nnx.Linear(5, 8, rngs=rngs)
+        self.norm = norm(8, axis_name=axis_name, rngs=rngs)
+        self.a_head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.a_head(nnx.relu(self.norm(self.z_first(x))))
+
+
+BATCH = jax.random.normal(jax.random.key(5), (16, 5))
+ORDER = ["['z_first']", "['norm']", "['a_head']"]
+
+
+def linen_loss(norm, axis_name):
+    model = Synced(norm, axis_name)
+    variables = Synced(norm, None).init(jax.random.key(0), BATCH)
+
+    def loss(params):
+        out, _ = model.apply({**variables, "params": params}, BATCH, mutable=["batch_stats"])
+        return jnp.mean(out**2)
+
+    return loss, variables["params"]
+
+
+def nnx_loss(norm, axis_name):
+    graph, params, rest = nnx.split(SyncedNnx(norm, axis_name, nnx.Rngs(0)), nnx.Param, ...)
+
+    def loss(params):
+        return jnp.mean(nnx.merge(graph, params, rest, copy=True)(BATCH) ** 2)
+
+    return loss, params
+
+
+@pytest.mark.parametrize(
+    ("make", "norm"),
+    [
+        (linen_loss, nn.BatchNorm),
+        (linen_loss, LinenBatchNorm),
+        (nnx_loss, nnx.BatchNorm),
+        (nnx_loss, NnxBatchNorm),
+    ],
+)
+def test_every_probe_of_a_loss_takes_a_model_with_an_axis(make, norm):
+    """On one device, with the numbers of the model without an axis; and all layers by use."""
+    synced, params = make(norm, "batch")
+    alone, _ = make(norm, None)
+    loss = on_one_device(synced, "batch")
+    stepped = jax.tree.map(lambda p, g: p - 0.1 * g, params, jax.grad(alone)(params))
+    step = jax.tree.map(jnp.subtract, stepped, params)
+    assert layers_of(loss, params) == layers_of(alone, params) == ORDER
+    key = jax.random.key(1)
+    probes = {
+        "shift": lambda loss: gradient_shift(loss, params, stepped).relative,
+        "given": lambda loss: gradient_shift(loss, params, stepped, ORDER).relative,
+        "noise": lambda loss: gradient_noise(loss, loss, params).norm,
+        "surface": lambda loss: loss_along_step(loss, params, step).loss,
+        "top": lambda loss: (
+            hessian_top_eigenvalues(loss, params, num_iterations=4, key=key).largest
+        ),
+        "audit": lambda loss: [row.radial_share for row in audit(loss, params).values()],
+    }
+    values = {}
+    for name, probe in probes.items():
+        values[name] = np.asarray(probe(loss))
+        np.testing.assert_allclose(values[name], probe(alone), rtol=2e-3, atol=1e-5, err_msg=name)
+        with pytest.raises(ValueError, match=r"^loss_fn names the axis 'batch', which") as error:
+            probe(synced)
+        told = str(error.value)
+        assert "\n" not in told and "on_one_device(loss_fn, 'batch')" in told
+    np.testing.assert_array_equal(values["shift"], values["given"])
+    kernels = [f"{p}['kernel']" + (".value" if make is nnx_loss else "") for p in ORDER[::2]]
+    angles = angular_update(params, None, stepped, groups=kernels).angle
+    assert np.all((angles > 0) & (angles < 1))
+    assert audit(loss, params)[kernels[0]].kind == "invariant"
+
+
+def test_layers_come_in_the_order_of_use_whatever_comes_before():
+    """A cast of all leaves is no use of them; inside jit, scan and checkpoint they are found."""
+    params = {name: {"w": jnp.eye(3) + i} for i, name in enumerate("dcab")}
+    params["unused"] = jnp.ones(2)
+
+    @jax.jit
+    def loss(params):
+        cast = jax.tree.map(lambda w: w.astype(jnp.bfloat16), params)
+        x = jnp.ones((2, 3), jnp.bfloat16)
+        for name in "bdac":
+            x = jax.checkpoint(lambda x, w: jnp.tanh(x @ w.T))(x, cast[name]["w"])
+        return x.sum().astype(jnp.float32)
+
+    assert layers_of(loss, params) == ["['b']", "['d']", "['a']", "['c']", "['unused']"]
+    assert layers_of(lambda w: jnp.sum(w**2), jnp.ones(3)) == [""]

@@ -166,6 +166,25 @@ def test_the_probe_prints_what_it_shows(capsys):
         assert re.search(r"^signal lost from layer 2 \(conv2\) on.*weights by \d+× per", text, re.M)
 
 
+_SHOWN = re.findall(r"```python\n((?:(?!```).)*?)```\n\n```\n(.*?)```", PROBES, re.DOTALL)
+
+
+@pytest.mark.parametrize("number", range(len(_SHOWN)))
+def test_the_probes_print_what_their_page_shows(number, capsys):
+    """In all but digits, which are the machine's, and limits that rounding raises."""
+    block, shown = _SHOWN[number]
+    exec(compile(block, "docs/probes.md", "exec"), {})
+    texts = [
+        " ".join(re.sub(r"\(≤ [^)]*\)|[-+]?\b\d[\d.]*(e[-+]?\d+)?%?|\binf\b", " ", text).split())
+        for text in (shown, capsys.readouterr().out)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_the_page_of_the_probes_shows_what_each_prints():
+    assert len(_SHOWN) == 7
+
+
 @pytest.mark.parametrize("page", ["README.md", "docs/scaling.md"])
 def test_flags_of_the_imagenet_job_exist(page, capsys):
     """Every flag that a launch of it gives stands in its --help."""

@@ -2,7 +2,9 @@
 
 import functools
 import math
+from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -329,6 +331,136 @@ def test_inception(monkeypatch):
     found = audit(*loss_of(Inception(3, NORM, width=1 / 16), 32, examples=8))
     kernels = {path for path in found if path.endswith("['kernel']")}
     assert len(kernels) == 11 and invariant(found) == kernels - {"['head']['kernel']"}
+
+
+# --- limits that suit the loss ---
+
+
+class Network(nn.Module):
+    """Convolutions or dense layers with a norm after each, and a head."""
+
+    norm: type
+    features: tuple[int, ...]
+    convolutions: bool
+    dtype: Any = None
+    epsilon: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x, train):
+        for i, features in enumerate(self.features):
+            layer = (
+                nn.Conv(features, (3, 3), use_bias=False, dtype=self.dtype, name=f"hidden{i}")
+                if self.convolutions
+                else nn.Dense(features, use_bias=False, dtype=self.dtype, name=f"hidden{i}")
+            )
+            norm = self.norm(use_running_average=not train, epsilon=self.epsilon, dtype=self.dtype)
+            x = nn.relu(norm(layer(x)))
+        x = x.mean((1, 2)) if self.convolutions else x
+        return nn.Dense(10, dtype=self.dtype, name="head")(x).astype(jnp.float32)
+
+
+def audited(model, shape, *, scale=1.0, fitted=0):
+    x = jax.random.normal(jax.random.key(1), shape) * scale
+    y = jax.random.randint(jax.random.key(2), (shape[0],), 0, 10)
+    variables = jax.jit(functools.partial(model.init, train=True))(jax.random.key(0), x)
+
+    def loss(params):
+        logits, _ = model.apply(
+            {**variables, "params": params}, x, train=True, mutable=["batch_stats"]
+        )
+        return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
+
+    params = variables["params"]
+    optimizer = optax.adam(0.01)
+    state = optimizer.init(params)
+    for _ in range(fitted):
+        params, state = jax.jit(descend, static_argnums=(0, 1))(loss, optimizer, params, state)
+    return audit(loss, params)
+
+
+def descend(loss, optimizer, params, state):
+    updates, state = optimizer.update(jax.grad(loss)(params), state)
+    return optax.apply_updates(params, updates), state
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+@pytest.mark.parametrize(
+    ("convolutions", "features", "shape"),
+    [(True, (8,), (128, 16, 16, 3)), (True, (8, 16), (32, 8, 8, 3)), (False, (32, 32), (64, 20))],
+)
+def test_kernels_before_bn_and_they_alone(norm, dtype, convolutions, features, shape):
+    """At the default limits, in float32 and bfloat16."""
+    found = audited(Network(norm, features, convolutions, dtype), shape)
+    kernels = {f"['hidden{i}']['kernel']" for i in range(len(features))}
+    assert invariant(found) == kernels, found
+    for path, row in found.items():
+        decided = row.deviation <= found.tolerance and row.pooled_share <= row.pooled_limit
+        assert decided == (path in kernels)
+    assert all(found[path].kind == "invariant" for path in kernels)
+
+
+def test_a_share_above_the_deviation_s_limit_that_epsilon_explains():
+    """ε/σ² = 1e-4: a loss that it moves by 1e-5, and a share of some 1e-4 that decides nothing."""
+    found = audited(Network(BatchNorm, (8,), True), (256, 16, 16, 3), scale=0.3)
+    row = found["['hidden0']['kernel']"]
+    assert row.deviation < 1e-4 < row.pooled_share < row.pooled_limit and row.kind == "invariant"
+    exact = audited(Network(BatchNorm, (8,), True, epsilon=0.0), (256, 16, 16, 3), scale=0.3)
+    assert exact["['hidden0']['kernel']"].pooled_share < 1e-5
+    large = audited(Network(BatchNorm, (8,), True, epsilon=0.1), (256, 16, 16, 3), scale=0.3)
+    assert not large["['hidden0']['kernel']"].scale_invariant
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_a_network_that_is_fitted(dtype):
+    found = audited(Network(nn.BatchNorm, (8, 8), True, dtype), (16, 8, 8, 3), fitted=100)
+    assert found.loss < 0.05
+    assert invariant(found) == {f"['hidden{i}']['kernel']" for i in range(2)}, found
+
+
+@pytest.mark.parametrize("dtype", [None, jnp.bfloat16])
+def test_nothing_is_invariant_by_rounding(dtype):
+    """Layer norm in the place of BN, which divides each example, and no norm at all."""
+
+    class Identity(nn.Module):
+        use_running_average: bool
+        epsilon: float
+        dtype: Any
+
+        @nn.compact
+        def __call__(self, x):
+            return x * self.param("scale", nn.initializers.ones, x.shape[-1:]).astype(x.dtype)
+
+    found = audited(Network(Identity, (32, 32), False, dtype), (64, 20))
+    assert invariant(found) == set(), found
+
+
+@pytest.mark.parametrize("size", [100, 1000, 20000])
+def test_a_leaf_that_hardly_moves_the_loss_is_not_invariant(size):
+    """Its gradient points along it as any two directions do, by 1/√size."""
+    slope = normal(size, seed=3) / size**0.5
+    params = {**PARAMS, "small": 1e-7 * normal(size, seed=4)}
+    row = audit(lambda p: network(p) + p["small"] @ slope, params)["['small']"]
+    assert row.deviation < 1e-6 and row.kind == "none"
+    assert row.pooled_limit == 2e-3 < row.pooled_share < 4 / size**0.5
+
+
+def test_the_number_that_decides_is_shown_with_a_limit_of_its_own():
+    found = audited(Network(nn.BatchNorm, (8, 16), True, jnp.bfloat16), (32, 8, 8, 3))
+    table = found.table()
+    lines = {line.split()[0]: line for line in table.splitlines()}
+    for path, row in found.items():
+        assert f"{row.pooled_share:.1e}" in lines[path]
+        own = row.pooled_limit > found.pooled_limit
+        assert own == (f"(≤ {row.pooled_limit:.0e})" in lines[path])
+    assert any(row.pooled_limit > found.pooled_limit for row in found.values())
+    assert "invariant: deviation ≤ " in table and f"≤ {found.pooled_limit:.0e}" in table
+
+
+def test_a_tolerance_that_is_given_is_the_limit_of_both():
+    found = audit(network, PARAMS, tolerance=1e-9)
+    assert (found.tolerance, found.pooled_limit) == (1e-9, 1e-9)
+    assert not found[W].scale_invariant  # rounding alone is more
 
 
 # --- what is shown ---

@@ -10,12 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from bn_research.layers.linen import BatchNorm
+from bn_research.layers.nnx import BatchNorm as NnxBatchNorm
 from bn_research.models.cnn import CNN
 from bn_research.models.mlp import MLP
 from bn_research.models.resnet import ResNet
-from bn_research.probes.signal import LayerSignal, Signal, log10_rms, probe_linen, probe_signal
+from bn_research.probes.signal import (
+    LayerSignal,
+    Signal,
+    linen_layers,
+    log10_rms,
+    nnx_layers,
+    probe_linen,
+    probe_nnx,
+    probe_signal,
+)
 from bn_research.probes.signal_jacobian import singular_values
 
 rng = np.random.default_rng(0)
@@ -612,3 +623,416 @@ def test_bad_linen_models():
     fails("mutable is not allowed", probe_linen, model, variables, x, mutable=True)
     norm = BatchNorm(use_running_average=False)
     fails("BatchNorm has no layer to probe", probe_linen, norm, init(norm, x), x)
+
+
+# --- layers that a lifted transform computes ---
+
+
+class Body(nn.Module):
+    features: int
+
+    @nn.compact
+    def __call__(self, x, _):
+        return nn.relu(nn.Dense(self.features, name="dense")(x)), None
+
+
+class Scanned(nn.Module):
+    depth: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.features, name="stem")(x)
+        scan = nn.scan(
+            Body, variable_axes={"params": 0}, split_rngs={"params": True}, length=self.depth
+        )
+        return nn.Dense(3, name="head")(scan(self.features, name="body")(x, None)[0])
+
+
+class Unrolled(nn.Module):
+    depth: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(self.features, name="stem")(x)
+        for i in range(self.depth):
+            x, _ = Body(self.features, name=f"body{i}")(x, None)
+        return nn.Dense(3, name="head")(x)
+
+
+def same_signal(found, expected):
+    """The numbers of two probes, layer by layer, whatever the names."""
+    assert len(found) == len(expected)
+    for a, b in zip(found.values(), expected.values(), strict=True):
+        numbers = ("mean", "std", "dead_fraction", "soft_rank", "gradient_std", "log10_rms")
+        for name in numbers:
+            assert getattr(a, name) == pytest.approx(getattr(b, name), rel=1e-4, abs=1e-6), name
+        assert (a.jacobian is None) == (b.jacobian is None) and a.shape == b.shape
+        if a.jacobian is not None:
+            assert a.jacobian == pytest.approx(b.jacobian, rel=1e-3, abs=1e-5)
+    healthy = [probe.verdict.startswith("healthy") for probe in (found, expected)]
+    assert healthy[0] == healthy[1]
+
+
+@pytest.mark.parametrize(("depth", "features"), [(1, 5), (3, 5), (4, 8)])
+def test_a_scanned_model_has_the_verdict_of_the_unrolled_one(depth, features):
+    x = normal(7, 5)
+    model = Scanned(depth, features)
+    variables = init(model, x)
+    params = dict(variables["params"])
+    stacked = params.pop("body")
+    for i in range(depth):
+        params[f"body{i}"] = jax.tree.map(lambda leaf, i=i: leaf[i], stacked)
+    found = probe_linen(model, variables, x)
+    assert list(found)[1:-1] == ["body/dense", *(f"body/dense#{i}" for i in range(2, depth + 1))]
+    same_signal(found, probe_linen(Unrolled(depth, features), {"params": params}, x))
+
+
+class Heads(nn.Module):
+    """`members` dense layers on one input, by nn.vmap or one by one, weighted by number."""
+
+    members: int
+    mapped: bool
+
+    @nn.compact
+    def __call__(self, x):
+        if self.mapped:
+            dense = nn.vmap(
+                nn.Dense,
+                variable_axes={"params": 0},
+                split_rngs={"params": True},
+                in_axes=None,
+                axis_size=self.members,
+                out_axes=1,
+            )
+            h = jnp.tanh(dense(4, name="heads")(x))
+            return jnp.einsum("bmf,m->bf", h, jnp.arange(1.0, self.members + 1))
+        heads = [nn.Dense(4, name=f"head{i}") for i in range(self.members)]
+        return sum((i + 1) * jnp.tanh(head(x)) for i, head in enumerate(heads))
+
+
+@pytest.mark.parametrize("members", [2, 3, 7])
+def test_stacked_layers_are_taken_apart(members):
+    """Also as many as there are examples."""
+    x = normal(7, 5)
+    variables = init(Heads(members, True), x)
+    stacked = variables["params"]["heads"]
+    params = {f"head{i}": jax.tree.map(lambda leaf, i=i: leaf[i], stacked) for i in range(members)}
+    found = probe_linen(Heads(members, True), variables, x)
+    assert list(found) == [f"heads[{i}]" for i in range(members)]
+    same_signal(found, probe_linen(Heads(members, False), {"params": params}, x))
+
+
+class OverTime(nn.Module):
+    """One dense layer at every position: by nn.vmap over an axis, or on the whole array."""
+
+    axis: int | None
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense
+        if self.axis is not None:
+            dense = nn.vmap(
+                dense,
+                variable_axes={"params": None},
+                split_rngs={"params": False},
+                in_axes=self.axis,
+                out_axes=self.axis,
+            )
+        return dense(4, name="dense")(x)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_layer_that_is_mapped_over_examples_or_positions(axis):
+    x = normal(7, 6, 5)
+    variables = init(OverTime(None), x)
+    same_signal(
+        probe_linen(OverTime(axis), variables, x), probe_linen(OverTime(None), variables, x)
+    )
+    square = normal(6, 6, 5)
+    fails("give a batch of another size", probe_linen, OverTime(1), variables, square)
+
+
+class Recurrent(nn.Module):
+    rolled: bool
+
+    @nn.compact
+    def __call__(self, x):
+        cell = nn.SimpleCell(6, name="cell")
+        if self.rolled:
+            return nn.Dense(3, name="head")(nn.RNN(cell)(x)[:, -1])
+        carry = jnp.zeros((len(x), 6))
+        for t in range(x.shape[1]):
+            carry, _ = cell(carry, x[:, t])
+        return nn.Dense(3, name="head")(carry)
+
+
+@pytest.mark.parametrize("length", [1, 4])
+def test_an_rnn_has_the_verdict_of_its_turns(length):
+    x = normal(7, length, 5)
+    variables = init(Recurrent(True), x)
+    found = probe_linen(Recurrent(True), variables, x)
+    assert {"cell/i", "cell/h", "head"} <= set(found) and len(found) == 2 * length + 1
+    same_signal(found, probe_linen(Recurrent(False), variables, x))
+
+
+class Normalized(nn.Module):
+    weights: str
+
+    @nn.compact
+    def __call__(self, x):
+        dense = nn.Dense(6, name="dense")
+        if self.weights == "weight norm":
+            x = nn.WeightNorm(dense, name="norm")(x)
+        elif self.weights == "spectral norm":
+            x = nn.SpectralNorm(dense, name="norm")(x, update_stats=False)
+        else:
+            x = dense(x)
+        return nn.Dense(3, name="head")(nn.relu(x))
+
+
+@pytest.mark.parametrize("weights", ["weight norm", "spectral norm"])
+def test_normalized_weights_are_those_of_a_plain_layer(weights):
+    x = normal(8, 5)
+    model = Normalized(weights)
+    variables = model.init(jax.random.key(0), x)
+    params = dict(variables["params"])
+    kernel = np.asarray(params["dense"]["kernel"], np.float64)
+    if weights == "weight norm":
+        effective = kernel / np.linalg.norm(kernel, axis=0)  # its scale starts as 1
+    else:
+        stats = variables["batch_stats"]["norm"]
+        effective = kernel / np.asarray(stats["dense/kernel/sigma"], np.float64)
+    plain = {
+        "dense": {**params["dense"], "kernel": jnp.asarray(effective, jnp.float32)},
+        "head": params["head"],
+    }
+    found = probe_linen(model, variables, x)
+    assert list(found) == ["dense", "head"] and found.left_out == ()
+    expected = probe_linen(Normalized("none"), {"params": plain}, x)
+    assert found["dense"].std == pytest.approx(expected["dense"].std, rel=1e-3)
+    same_signal(found, expected)
+
+
+def test_a_jitted_module_that_was_called_before():
+    model, x = nn.jit(nn.Dense)(3), normal(8, 5)
+    variables = model.init(jax.random.key(0), x)
+    model.apply(variables, x, mutable=[])  # its trace is kept, and has no marks
+    for _ in range(2):
+        signal = probe_linen(model, variables, x)
+        assert len(signal) == 1 and signal.left_out == ()
+
+
+class Hidden(nn.Module):
+    """A layer in a branch, in a loop without end, or one that returns its kernel alone."""
+
+    where: str
+
+    @nn.compact
+    def __call__(self, x):
+        if self.where == "cell":
+            return nn.RNN(nn.OptimizedLSTMCell(4, name="cell"))(x[:, None])[:, 0]
+        dense = nn.Dense(5, name="dense")
+        if self.where == "branch":
+            x = nn.cond(x.sum() > 0, lambda m, x: dense(x), lambda m, x: x, self, x)
+        elif self.where == "loop":
+            if self.is_initializing():
+                dense(x)
+            x = nn.while_loop(
+                lambda m, x: jnp.sum(x) > 1e9, lambda m, x: dense(x), self, x,
+                broadcast_variables="params",
+            )  # fmt: skip
+        return nn.Dense(3, name="head")(x)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"), [("branch", "dense"), ("loop", "dense"), ("cell", "cell/hi")]
+)
+def test_a_layer_that_cannot_be_seen_is_named(where, name):
+    model, x = Hidden(where), normal(8, 5)
+    fails(name, probe_linen, model, model.init(jax.random.key(0), x), x)
+
+
+class Idle(nn.Module):
+    @nn.compact
+    def __call__(self, x, auxiliary):
+        weights = self.param("weights", nn.initializers.normal(1.0), (5, 5))
+        x = nn.Dense(4, name="first")(x @ weights)
+        extra = nn.Dense(2, name="extra")
+        return (nn.Dense(3, name="head")(x), extra(x)) if auxiliary else nn.Dense(3, name="head")(x)
+
+
+def test_kernels_that_no_layer_stands_for_are_named():
+    model, x = Idle(), normal(8, 5)
+    variables = init(model, x, auxiliary=True)
+    signal = probe_linen(model, variables, x, auxiliary=False)
+    assert signal.left_out == ("weights (beside layers)", "extra (not called)")
+    assert signal.verdict.splitlines()[-1] == f"not looked at: {', '.join(signal.left_out)}"
+    both = probe_linen(model, variables, x, auxiliary=True)
+    assert "extra" in both and both.left_out == ("weights (beside layers)",)
+
+
+# --- branches that start at zero ---
+
+
+class Residual(nn.Module):
+    """Blocks x + γ·dense(relu(dense(x))), γ from zero or one, on the input itself or behind a stem.
+
+    kernel: the last kernel is zero and there is no γ. skip: whether x is added.
+    """
+
+    gamma: float = 0.0
+    stem: bool = True
+    kernel: bool = False
+    skip: bool = True
+    head: bool = True
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(8, name="stem")(x) if self.stem else x
+        for i in range(2):
+            y = nn.relu(nn.Dense(8, name=f"in{i}")(x))
+            zeros = {"kernel_init": nn.initializers.zeros} if self.kernel else {}
+            y = nn.Dense(8, name=f"out{i}", **zeros)(y)
+            if not self.kernel:
+                y = y * self.param(f"gamma{i}", nn.initializers.constant(self.gamma), (8,))
+            x = x + y if self.skip else y
+        return nn.Dense(3, name="head")(x) if self.head else {"features": x}
+
+
+@pytest.mark.parametrize("stem", [True, False])
+@pytest.mark.parametrize("head", [True, False])
+@pytest.mark.parametrize("kernel", [True, False])
+def test_a_branch_that_starts_at_zero_is_no_fault(stem, head, kernel):
+    model, x = Residual(stem=stem, head=head, kernel=kernel), normal(16, 8)
+    signal = probe_linen(model, init(model, x), x, jacobians=False)
+    first, second = signal.verdict.splitlines()
+    assert first.startswith("healthy") and second.startswith("by design: layers ")
+    zero = {"in0", "in1", "out0", "out1"}
+    assert {name for name, layer in signal.items() if layer.starts_at_zero} == zero
+    # The gradient of what it is a branch of, from the closed form: the blocks pass x on.
+    if stem and head:
+        z = jax.random.normal(jax.random.fold_in(jax.random.key(0), 0), (16, 3))
+        w = np.asarray(init(model, x)["params"]["head"]["kernel"], np.float64)
+        exact = np.asarray(z, np.float64) @ w.T / 16
+        assert signal["stem"].gradient_std == pytest.approx(exact.std(), rel=1e-4)
+        norms = np.linalg.norm(exact), np.linalg.norm(np.asarray(z, np.float64) / 16)
+        if not kernel:  # stem and head alone have a gradient, five layers apart
+            growth = (norms[0] / norms[1]) ** (1 / 5)
+            assert signal.backward_growth == pytest.approx(growth, rel=1e-4)
+
+
+@pytest.mark.parametrize("norm", [BatchNorm, nn.BatchNorm])
+@pytest.mark.parametrize("preactivation", [False, True])
+def test_a_resnet_of_zero_initialized_branches_is_healthy(norm, preactivation):
+    images = normal(8, 8, 8, 3)
+    model = ResNet((1, 1), 10, 8, norm, zero_init_scale=True, preactivation=preactivation)
+    signal = probe_linen(model, init(model, images, train=True), images, train=True,
+                         jacobians=False)  # fmt: skip
+    assert signal.verdict.startswith("healthy"), signal.verdict
+    assert [name for name, layer in signal.items() if layer.starts_at_zero] == [
+        f"stage{stage}_block1/conv{i}" for stage in (1, 2) for i in (1, 2)
+    ]
+    assert "stage1_block1/conv1" in signal.verdict.splitlines()[1]
+
+
+@pytest.mark.parametrize("kernel", [True, False])
+def test_without_another_path_the_gradient_is_lost(kernel):
+    model, x = Residual(skip=False, kernel=kernel), normal(16, 8)
+    signal = probe_linen(model, init(model, x), x, jacobians=False)
+    last = 4 if kernel else 5
+    assert f"gradient lost: 0 at layer {last} (" in signal.verdict
+    assert "by design" not in signal.verdict
+
+
+def test_every_path_of_zeros_is_lost():
+    def forward(params, x):
+        h = x @ params["w"]
+        a, b = h @ params["a"], h @ params["b"]
+        out = (params["gamma"] * a + params["gamma"] * b) @ params["w"]
+        return out, {"h": h, "a": a, "b": b, "out": out}
+
+    params = {
+        "w": normal(6, 6),
+        "a": normal(6, 6) * 2,
+        "b": normal(6, 6) * 3,
+        "gamma": jnp.zeros(6),
+    }
+    verdict = probe_signal(forward, params, normal(8, 6), jacobians=False).verdict
+    assert "gradient lost: 0 at layer 3 (b)" in verdict and "by design" not in verdict
+
+
+def test_a_dead_branch_is_not_one_that_starts_at_zero():
+    def forward(params, x):
+        h = x @ params["w"]
+        a = jax.nn.relu(h) @ params["w"] - 1e3
+        out = h + jax.nn.relu(a) @ params["w"]
+        stopped = jax.lax.stop_gradient(h @ params["w"])
+        return out + stopped, {"h": h, "a": a, "out": out}
+
+    signal = probe_signal(forward, {"w": normal(6, 6)}, normal(8, 6), jacobians=False)
+    assert signal["a"].bypassed and not signal["a"].starts_at_zero
+    assert "gradient 0 at layer 2 (a), in a branch" in signal.verdict
+    assert "100% of the units of layer 2 (a) are dead" in signal.verdict
+
+
+# --- an axis of devices, and nnx ---
+
+
+class Synced(nn.Module):
+    norm: type
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x, train):
+        h = nn.Dense(8, name="first")(x)
+        h = self.norm(use_running_average=not train, axis_name=self.axis_name, name="norm")(h)
+        return nn.Dense(3, name="head")(nn.relu(h))
+
+
+class SyncedNnx(nnx.Module):
+    def __init__(self, norm, axis_name, rngs):
+        self.first = nnx.Linear(5, 8, rngs=rngs)
+        self.norm = norm(8, axis_name=axis_name, rngs=rngs)
+        self.head = nnx.Linear(8, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.norm(self.first(x))))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm, BatchNorm])
+def test_synced_statistics_on_one_device_are_those_of_the_batch(norm):
+    x = normal(16, 5)
+    model, alone = Synced(norm, "batch"), Synced(norm, None)
+    variables = init(model, x, train=True)
+    found = probe_linen(model, variables, x, train=True, axis_name="batch")
+    same_signal(found, probe_linen(alone, variables, x, train=True))
+    fails("give axis_name='batch'", probe_linen, model, variables, x, train=True)
+    layers = linen_layers(model, variables, x, train=True, axis_name="batch")
+    exact = np.asarray(x, np.float64) @ np.asarray(variables["params"]["first"]["kernel"])
+    np.testing.assert_allclose(layers["first"], exact, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", [nnx.BatchNorm, NnxBatchNorm])
+def test_an_nnx_model_has_the_verdict_of_its_linen_twin(norm):
+    x = normal(16, 5)
+    model = SyncedNnx(norm, None, nnx.Rngs(0))
+    params = {
+        name: {leaf: getattr(getattr(model, name), leaf)[...] for leaf in leaves}
+        for name, leaves in {
+            "first": ("kernel", "bias"), "norm": ("scale", "bias"), "head": ("kernel", "bias"),
+        }.items()
+    }  # fmt: skip
+    twin = Synced(nn.BatchNorm, None)
+    variables = {**init(twin, x, train=True), "params": params}
+    expected = probe_linen(twin, variables, x, train=True)
+    found = probe_nnx(model, x)
+    assert list(found) == ["first", "head"] and not np.any(model.norm.mean[...])
+    same_signal(found, expected)
+    synced = SyncedNnx(norm, "batch", nnx.Rngs(0))
+    same_signal(probe_nnx(synced, x, axis_name="batch"), expected)
+    fails("give axis_name='batch'", probe_nnx, synced, x)
+    assert nnx_layers(model, x)["first"].shape == (16, 8)
+    fails("one of linen takes probe_linen", probe_nnx, twin, x)
+    fails("one of nnx takes probe_nnx", probe_linen, model, {"params": {}}, x)

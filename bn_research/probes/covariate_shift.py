@@ -28,6 +28,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float
 
+from bn_research.probes.one_device import with_axis_told
+from bn_research.probes.perturbation import first_uses
+
 LossFn = Callable[[Any], Float[Array, ""]]
 Layers = Sequence[str | Sequence[str]]
 
@@ -159,9 +162,12 @@ class GradientShift(NamedTuple):
     norm: Float[Array, "layers"]  # ‖G‖
 
 
-def gradient_shift(loss_fn: LossFn, params: Any, new_params: Any, layers: Layers) -> GradientShift:
+def gradient_shift(
+    loss_fn: LossFn, params: Any, new_params: Any, layers: Layers | None = None
+) -> GradientShift:
     """Gradient-based ICS of a step: definition 2.1 of Santurkar et al. (2018), by layer.
 
+        gradient_shift(loss_fn, params, new_params)  # every layer, in the order of use
         layers = ["['dense1']", ("['dense2']", "['batch_norm2']"), "['dense3']"]
         jax.jit(lambda old, new: gradient_shift(loss_fn, old, new, layers))
 
@@ -177,11 +183,14 @@ def gradient_shift(loss_fn: LossFn, params: Any, new_params: Any, layers: Layers
       layers: bottom to top, each a path or several, as `jax.tree_util.keystr` prints them, of a
         leaf or of all leaves below it: "['dense1']" holds "['dense1']['kernel']". BN's scale and
         bias belong to their layer. Every leaf is in one layer: one left out would never move.
+        None for `layers_of(loss_fn, params)`, where a BN is a layer of its own.
 
     Raises:
       ValueError: no layers, an empty one, a path that params do not have, a leaf in two layers or
         in none; params that are not floating-point, or new_params that are not like them.
     """
+    loss_fn = with_axis_told(loss_fn)
+    layers = layers_of(loss_fn, params) if layers is None else layers
     level, leaves, treedef = _checked(params, layers)
     new = _like(new_params, params)
     gradient = jax.grad(lambda leaves: loss_fn(jax.tree.unflatten(treedef, leaves)))
@@ -199,7 +208,30 @@ def gradient_shift(loss_fn: LossFn, params: Any, new_params: Any, layers: Layers
     return jax.lax.scan(shift, start, jnp.arange(len(layers)))[1]
 
 
-def gradient_noise(loss_a: LossFn, loss_b: LossFn, params: Any, layers: Layers) -> GradientShift:
+def layers_of(loss_fn: LossFn, params: Any) -> list[str]:
+    """Paths of the layers of params, in the order in which loss_fn uses them: bottom to top.
+
+    A layer is what holds leaves, such as a Flax module: "['dense1']" of "['dense1']['kernel']", and
+    a leaf that nothing but the whole tree holds is one by itself. Those that are not used at all
+    come last.
+
+    Raises:
+      ValueError: as `gradient_shift`.
+    """
+    named = jax.tree_util.tree_leaves_with_path(params)
+    order = sorted(enumerate(first_uses(loss_fn, params)), key=lambda pair: pair[1])
+    names = []
+    for i, _ in order:
+        path = named[i][0]
+        # nnx.State ends its paths in the attribute that holds a variable's array.
+        path = path[:-1] if str(path[-1:]) == str((jax.tree_util.GetAttrKey("value"),)) else path
+        names.append(jax.tree_util.keystr(path[:-1] or path))
+    return list(dict.fromkeys(names))
+
+
+def gradient_noise(
+    loss_a: LossFn, loss_b: LossFn, params: Any, layers: Layers | None = None
+) -> GradientShift:
     """The noise floor of `gradient_shift`: gradients of two disjoint batches at the same params.
 
     SGD follows gradients that sampling moves by this much from step to step: a shift well below it
@@ -215,6 +247,8 @@ def gradient_noise(loss_a: LossFn, loss_b: LossFn, params: Any, layers: Layers) 
     Raises:
       ValueError: as `gradient_shift`.
     """
+    loss_a, loss_b = with_axis_told(loss_a), with_axis_told(loss_b)
+    layers = layers_of(loss_a, params) if layers is None else layers
     level, leaves, treedef = _checked(params, layers)
     a, b = (
         jax.grad(lambda leaves, loss=loss: loss(jax.tree.unflatten(treedef, leaves)))(leaves)

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Key
 
+from bn_research.probes.one_device import with_axis_told
+
 LossFn = Callable[[Any], Float[Array, ""]]
 
 _BREAKDOWN = 8  # times the machine epsilon and the matrix's norm: what is rounding alone
@@ -208,7 +210,7 @@ def check_loss(loss_fn: LossFn, params: Any) -> Any:
             )
         leaves.append(jnp.asarray(leaf))
     params = jax.tree.unflatten(tree, leaves)
-    found = jax.tree.leaves(jax.eval_shape(loss_fn, params))
+    found = jax.tree.leaves(jax.eval_shape(with_axis_told(loss_fn), params))
     if [leaf.shape for leaf in found] != [()]:
         what = f"an array of shape {found[0].shape}" if len(found) == 1 else f"{len(found)} arrays"
         raise ValueError(f"loss_fn returns {what}: it must return one scalar, the loss")

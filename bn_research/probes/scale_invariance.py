@@ -13,6 +13,7 @@ scale and bias of one BN in front of the next, all that is written to a residual
 """
 
 import functools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,12 +26,17 @@ from jaxtyping import Array, Bool, Float
 
 from bn_research.claims.figures import Figure
 from bn_research.probes import scale_invariance_report
+from bn_research.probes.one_device import with_axis_told
 from bn_research.probes.scale_groups import smallest_groups
 
 LossFn = Callable[[Any], Float[Array, ""]]
 
 _ROWS = 16  # scaled losses of one compiled call, one after the other
 _NEARLY = 10  # times the tolerance: what is left out of groups
+_DEVIATION, _SHARE = 1e-4, 2e-3  # default limits; rounding raises them where it is coarse,
+_ROUNDING = 2  # times what is measured of the share; scales of two leave less of the loss's
+_TWINS = 4  # points that are measured again next to themselves,
+_NEXT = 1e-3  # relative: far enough for bfloat16 to round in another way
 _SPREAD = 0.5  # of the random points, relative to a leaf's root mean square
 _SUBSTITUTE = 0.1  # standard deviation of what stands in for a leaf of zeros
 
@@ -49,6 +55,9 @@ class Row:
       norm: ‖w‖.
       gradient_norm: ‖g‖.
       size: number of elements.
+      pooled_share: ⟨w, g⟩/(‖w‖·‖g‖) over random points, in root mean square, weighted by ‖w‖·‖g‖:
+        with deviation what decides.
+      pooled_limit: what pooled_share may be of an invariant leaf.
     """
 
     path: str
@@ -59,6 +68,8 @@ class Row:
     norm: float
     gradient_norm: float
     size: int
+    pooled_share: float = math.nan  # of audits that were kept before there was one
+    pooled_limit: float = math.nan
 
     @property
     def scale_invariant(self) -> bool:
@@ -76,7 +87,8 @@ class Audit(Mapping[str, Row]):
     Attributes:
       loss: at params.
       scales: that leaves were multiplied by.
-      tolerance: of the verdicts.
+      tolerance: what a deviation may be of an invariant leaf.
+      pooled_limit: what a pooled share may be, where rounding does not raise it for a leaf.
       groups: paths of leaves that are invariant only together, all scaled by one factor: each
         group as small as it can be. A leaf can be in several.
     """
@@ -89,11 +101,13 @@ class Audit(Mapping[str, Row]):
         loss: float,
         scales: Sequence[float],
         tolerance: float,
+        pooled_limit: float | None = None,
     ):
         """Keeps what `audit` found."""
         self._rows = {row.path: row for row in rows}
         self.groups = tuple(groups)
-        self.loss, self.scales, self.tolerance = loss, tuple(scales), tolerance
+        self.loss, self.scales = loss, tuple(scales)
+        self.tolerance, self.pooled_limit = tolerance, pooled_limit or tolerance
 
     def __getitem__(self, path: str) -> Row:
         return self._rows[path]
@@ -126,24 +140,30 @@ def audit(
     params: Any,
     *,
     scales: Sequence[float] = (0.5, 2.0),
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
 ) -> Audit:
     """Finds out to which of its leaves' scales a loss is invariant.
 
-    A leaf is invariant where |L(a·w) − L(w)| ≤ tolerance·|L| for every scale a, and where
-    |⟨w, g⟩| ≤ tolerance·‖w‖·‖g‖ over random points around params, in root mean square: a leaf that
+    A leaf is invariant where |L(a·w) − L(w)| ≤ δ·|L| for every scale a, and where
+    |⟨w, g⟩| ≤ s·‖w‖·‖g‖ over random points around params, in root mean square: a leaf that
     hardly moves this loss, such as a small bias, passes the first test and not the second. The loss
     that counts is the larger of that at params and the median over those points, because one
     fitted to 1e-6 consists of rounding. Leaves of zeros, which no factor changes, are given small
     random values for all these tests; norms and radial share are those at params. Groups are
     proposed by the null space of ⟨w, g⟩ over the points, and kept when both tests hold for them.
 
-    In float32 rounding stays below 1e-6, and an ε in BN gives deviations of the order of ε/σ², σ²
-    the variance of what is normalized: raise tolerance to 1e-2 for ε = 1e-3.
+    An ε in BN gives deviations of the order of ε/σ², σ² the variance of what is normalized, and
+    shares that are larger by as much as ‖w‖·‖g‖ is small beside what the scale of BN's output
+    moves: tenfold, where a mean over many positions follows. By default δ = 1e-4 and s = 2e-3,
+    above those of ε = 1e-5 and below those of leaves that are not invariant, about 1/√(elements).
+    Where the loss rounds more coarsely, as in bfloat16, δ is raised to its rounding and s to twice
+    that of the share, which are measured between points and their neighbours at a relative distance
+    of 1e-3: that of the loss is what the gradients do not explain of its change, that of ⟨w, g⟩ its
+    second difference, leaf by leaf. For ε = 1e-3 give tolerance=1e-2.
 
     Cost: for each leaf one forward pass a scale and one more, twice that at most when there are
-    groups, and one backward pass; one after the other in two compiled programs, in the memory of
-    one training step.
+    groups, and one backward pass, and eight for rounding; one after the other in two compiled
+    programs, in the memory of one training step.
 
     Args:
       loss_fn: params -> scalar loss, traceable and deterministic. A network with BN in training
@@ -151,7 +171,7 @@ def audit(
       params: a pytree of floating-point arrays.
       scales: positive factors other than 1. Powers of two are exact in floating point, so that what
         is left of the loss is the network's.
-      tolerance: relative, in (0, 1).
+      tolerance: δ and s, in (0, 1); None for those above.
 
     Raises:
       ValueError: no leaves, or one that is not floating-point or not finite; a loss that is not a
@@ -159,6 +179,7 @@ def audit(
         or tolerance.
     """
     _check_options(scales, tolerance)
+    loss_fn = with_axis_told(loss_fn)
     paths, leaves, treedef = _checked_leaves(params)
 
     def loss_of(leaves: Sequence[Array]) -> Array:
@@ -170,13 +191,36 @@ def audit(
 
     slopes = jax.jit(functools.partial(_slopes, loss_of))
     try:
-        here = jax.device_get(slopes(leaves))
+        here = jax.device_get(slopes(leaves, leaves))
     except (TypeError, ValueError, NotImplementedError) as error:
         raise _not_differentiable(loss_of, leaves, paths, error) from error
     _check_finite(here, paths)
-    around = [slopes(_point(jax.random.fold_in(key, i), tested)) for i in range(1, len(leaves))]
-    points = [point for point in jax.device_get([here, *around]) if _is_finite(point)]
+    twins: list[tuple[_Slopes, _Slopes, _Slopes]] = []
+    around = []
+    for i in range(1, max(len(leaves), 1 if tolerance else 1 + _TWINS)):
+        point = _point(jax.random.fold_in(key, i), tested)
+        step = _step(jax.random.fold_in(key, len(leaves) + _TWINS + i), point)
+        around.append(jax.device_get(slopes(point, step)))
+        if tolerance is None and i <= _TWINS:
+            beside = [[w + sign * d for w, d in zip(point, step, strict=True)] for sign in (1, -1)]
+            ahead, behind = jax.device_get([slopes(at, step) for at in beside])
+            if all(map(_is_finite, (around[-1], ahead, behind))):
+                twins.append((around[-1], ahead, behind))
+    points = [point for point in [here, *around] if _is_finite(point)]
     reference = max(abs(float(here.loss)), float(np.median([abs(p.loss) for p in points]))) or 1.0
+    deviation_limit = tolerance or max(
+        [_DEVIATION, *(_loss_rounding(a, b) / reference for a, b, _ in twins)]
+    )
+
+    def rounding(group: Sequence[int]) -> float:
+        # Second differences: what changes steadily is no rounding.
+        changes = [
+            a._replace(share=(b.share + c.share - 2 * a.share) / 6**0.5) for a, b, c in twins
+        ]
+        return _ROUNDING * _pooled_share(changes, group) if changes else 0.0
+
+    def pooled_limit(group: Sequence[int]) -> float:
+        return tolerance or max(_SHARE, rounding(group))
 
     scaled = jax.jit(functools.partial(_scaled_losses, loss_of))
     count = len(leaves)
@@ -194,10 +238,17 @@ def audit(
     effect = np.maximum(np.abs(table[:, -1] - base), influence) / reference
 
     shares = [_pooled_share(points, [i]) for i in range(count)]
+    limits = [pooled_limit([i]) for i in range(count)]
     rows = []
     for i, path in enumerate(paths):
         kind, degree = _classify(
-            base, table[i, :-1], scales, tolerance, scaling[i], effect[i], shares[i]
+            base,
+            table[i, :-1],
+            scales,
+            deviation_limit,
+            scaling[i],
+            effect[i],
+            radial=shares[i] > limits[i],
         )
         rows.append(
             Row(
@@ -206,13 +257,27 @@ def audit(
                 degree=degree,
                 deviation=float(scaling[i]),
                 radial_share=float(here.share[i]),
+                pooled_share=shares[i],
                 norm=float(here.norm[i]),
                 gradient_norm=float(here.gradient_norm[i]),
                 size=leaves[i].size,
+                pooled_limit=limits[i],
             )
         )
 
-    groups = _groups(points, rows, shares, tolerance)
+    # A leaf that BN's ε alone keeps from being invariant would hide the groups below it.
+    nearly = _NEARLY * deviation_limit
+    rest = [
+        i
+        for i, row in enumerate(rows)
+        if not row.scale_invariant
+        and (row.deviation > nearly or row.pooled_share > max(nearly, rounding([i])))
+    ]
+    groups = [
+        group
+        for group in _proposed_groups(points, rest)
+        if _pooled_share(points, group) <= pooled_limit(group)
+    ]
     if groups:
         factors = np.ones((len(groups), len(scales), count))
         for i, group in enumerate(groups):
@@ -221,10 +286,17 @@ def audit(
         losses = _in_chunks(scaled, tested, random, factors, np.full(len(factors), -1))
         off = np.abs(losses - base).reshape(len(groups), -1).max(axis=1) / reference
         groups = _smallest(
-            [group for group, at in zip(groups, off, strict=True) if at <= tolerance]
+            [group for group, at in zip(groups, off, strict=True) if at <= deviation_limit]
         )
     together = [tuple(paths[i] for i in group) for group in groups]
-    return Audit(rows, together, loss=float(here.loss), scales=scales, tolerance=tolerance)
+    return Audit(
+        rows,
+        together,
+        loss=float(here.loss),
+        scales=scales,
+        tolerance=deviation_limit,
+        pooled_limit=tolerance or _SHARE,
+    )
 
 
 class _Slopes(NamedTuple):
@@ -235,6 +307,7 @@ class _Slopes(NamedTuple):
     norm: Array
     gradient_norm: Array
     finite: Bool[Array, "leaves"]
+    along: Array  # Σ ⟨d, g⟩ along a step d
 
     @property
     def influence(self) -> np.ndarray:
@@ -242,7 +315,9 @@ class _Slopes(NamedTuple):
         return np.asarray(self.norm, np.float64) * np.asarray(self.gradient_norm, np.float64)
 
 
-def _slopes(loss_of: Callable[..., Array], leaves: Sequence[Array]) -> _Slopes:
+def _slopes(
+    loss_of: Callable[..., Array], leaves: Sequence[Array], step: Sequence[Array]
+) -> _Slopes:
     loss, gradient = jax.value_and_grad(loss_of)(leaves)
     share, norm, gradient_norm = [], [], []
     for w, g in zip(leaves, gradient, strict=True):
@@ -253,7 +328,18 @@ def _slopes(loss_of: Callable[..., Array], leaves: Sequence[Array]) -> _Slopes:
         norm.append(w_max * w_norm)
         gradient_norm.append(g_max * g_norm)
     finite = jnp.stack([jnp.all(jnp.isfinite(g)) for g in gradient])
-    return _Slopes(loss, jnp.stack(share), jnp.stack(norm), jnp.stack(gradient_norm), finite)
+    wide = jnp.promote_types(loss.dtype, jnp.float32)
+    products = [
+        jnp.vdot(d.astype(wide), g.astype(wide)) for d, g in zip(step, gradient, strict=True)
+    ]
+    along = jnp.sum(jnp.stack(products))
+    return _Slopes(loss, jnp.stack(share), jnp.stack(norm), jnp.stack(gradient_norm), finite, along)
+
+
+def _loss_rounding(a: _Slopes, b: _Slopes) -> float:
+    """What is left of a small change of the loss that the slopes at both ends do not explain."""
+    change = np.float64(b.loss) - np.float64(a.loss)
+    return float(abs(change - (np.float64(a.along) + np.float64(b.along)) / 2))
 
 
 def _normalized(x: Array) -> tuple[Array, Array]:
@@ -299,6 +385,13 @@ def _point(key: Array, leaves: Sequence[Array]) -> list[Array]:
     ]
 
 
+@jax.jit
+def _step(key: Array, leaves: Sequence[Array]) -> list[Array]:
+    """A small random step from leaves."""
+    noise = _noise_like(key, leaves)
+    return [(_NEXT * w * n).astype(w.dtype) for w, n in zip(leaves, noise, strict=True)]
+
+
 def _scaled_losses(
     loss_of: Callable[..., Array],
     leaves: Sequence[Array],
@@ -342,19 +435,10 @@ def _pooled_share(points: Sequence[_Slopes], leaves: Sequence[int]) -> float:
     return float(np.linalg.norm(radial.sum(axis=1)) / size) if size else 0.0
 
 
-def _groups(
-    points: Sequence[_Slopes], rows: Sequence[Row], shares: Sequence[float], tolerance: float
-) -> list[list[int]]:
-    """Leaves that may be invariant only together, by their slopes at the points."""
-    # A leaf that BN's ε alone keeps from being invariant would hide the groups below it.
-    rest = [
-        i
-        for i, (row, share) in enumerate(zip(rows, shares, strict=True))
-        if not row.scale_invariant and max(row.deviation, share) > _NEARLY * tolerance
-    ]
+def _proposed_groups(points: Sequence[_Slopes], rest: Sequence[int]) -> list[list[int]]:
+    """Of the leaves that are left those that may be invariant only together, by their slopes."""
     slopes = np.stack([point.share[rest] * point.influence[rest] for point in points])
-    proposed = [[rest[i] for i in group] for group in smallest_groups(slopes)]
-    return [group for group in proposed if _pooled_share(points, group) <= tolerance]
+    return [[rest[i] for i in group] for group in smallest_groups(slopes)]
 
 
 def _smallest(groups: Sequence[list[int]]) -> list[list[int]]:
@@ -362,11 +446,11 @@ def _smallest(groups: Sequence[list[int]]) -> list[list[int]]:
     return [group for group in groups if not any(set(other) < set(group) for other in groups)]
 
 
-def _classify(base, losses, scales, tolerance, scaling, effect, share):
-    """Kind and degree of a leaf."""
+def _classify(base, losses, scales, tolerance, scaling, effect, *, radial):
+    """Kind and degree of a leaf; radial: whether its gradient has a part along it."""
     if effect <= tolerance:  # its gradient is rounding, without a direction
         return "no effect", 0.0
-    if scaling <= tolerance and share <= tolerance:
+    if scaling <= tolerance and not radial:
         return "invariant", 0.0
     with np.errstate(divide="ignore", invalid="ignore"):
         degrees = np.log(losses / base) / np.log(scales)
@@ -376,13 +460,13 @@ def _classify(base, losses, scales, tolerance, scaling, effect, share):
     return "none", float("nan")
 
 
-def _check_options(scales: Sequence[float], tolerance: float) -> None:
+def _check_options(scales: Sequence[float], tolerance: float | None) -> None:
     if not len(scales) or not all(0 < a < float("inf") and a != 1 for a in scales):
         raise ValueError(
             f"scales={tuple(scales)} is not allowed: give at least one positive factor, none of "
             "them 1"
         )
-    if not 0 < tolerance < 1:
+    if tolerance is not None and not 0 < tolerance < 1:
         raise ValueError(f"tolerance={tolerance!r} is not allowed: it must lie between 0 and 1")
 
 

@@ -36,13 +36,14 @@ def verdict(audit: Audit, row: Row) -> str:
 
 def table(audit: Audit, learning_rate: float) -> str:
     """See `Audit.table`."""
-    head = ("parameter", "scale", "degree", "deviation", "radial", "‖w‖", "‖g‖", "η/‖w‖²")
+    head = ("parameter", "scale", "degree", "deviation", "pooled", "radial", "‖w‖", "‖g‖", "η/‖w‖²")
     cells = [
         (
             row.path or "params",
             verdict(audit, row),
             "–" if np.isnan(row.degree) else f"{row.degree:.3g}",
             f"{row.deviation:.1e}",
+            _pooled(audit, row),
             f"{row.radial_share:+.1e}",
             f"{row.norm:.3g}",
             f"{row.gradient_norm:.3g}",
@@ -51,6 +52,10 @@ def table(audit: Audit, learning_rate: float) -> str:
         for row in audit.values()
     ]
     lines = aligned([head, *cells], left=2)
+    lines.append(
+        f"invariant: deviation ≤ {audit.tolerance:.0e} and pooled ⟨w, g⟩/(‖w‖‖g‖) ≤ "
+        f"{audit.pooled_limit:.0e}, or what stands beside it"
+    )
     for group in audit.groups:
         lines.append(f"invariant only together: {', '.join(group)}")
     decayed = audit.decay_sets_only_the_rate
@@ -58,6 +63,12 @@ def table(audit: Audit, learning_rate: float) -> str:
         f"weight decay only sets the learning rate of: {', '.join(decayed) if decayed else 'none'}"
     )
     return "\n".join(lines)
+
+
+def _pooled(audit: Audit, row: Row) -> str:
+    own = row.pooled_limit > audit.pooled_limit
+    limit = f" (≤ {row.pooled_limit:.0e})" if own else ""
+    return f"{row.pooled_share:.1e}{limit}"
 
 
 def draw(audit: Audit, path: str | Path, learning_rate: float) -> Figure:
@@ -78,7 +89,7 @@ def draw(audit: Audit, path: str | Path, learning_rate: float) -> Figure:
         for axis, values in zip(axes, (shares, rates), strict=True):
             shown = chosen & np.isfinite(values)
             axis.plot(values[shown], places[shown], marker, color=color, markersize=5, label=kind)
-    axes[0].axvline(audit.tolerance, color="#777777", linestyle=":")
+    axes[0].axvline(audit.pooled_limit, color="#777777", linestyle=":")
     for axis, label in zip(axes, ("|⟨w, g⟩| / (‖w‖‖g‖)", "η/‖w‖²"), strict=True):
         axis.set_xscale("log")
         axis.set_xlabel(label)
@@ -103,7 +114,7 @@ def draw(audit: Audit, path: str | Path, learning_rate: float) -> Figure:
         alt=f"Radial share of the gradient and effective learning rate of {len(rows)} parameters: "
         + _counts(kinds),
         caption="Left: share of the gradient that points along the parameter; that of an "
-        "invariant one is rounding (dotted: the tolerance of the verdict; zero is drawn at "
+        "invariant one is rounding (dotted: the limit of its pooled share; zero is drawn at "
         f"{_FLOOR:g}), and the gradient of one without effect is nothing but rounding. Right: the "
         f"effective learning rate at η = {learning_rate:g}. Parameters of norm 0 have neither.",
     )

@@ -1,6 +1,7 @@
 """Does the signal survive the initialization? A probe of any network, before it is trained.
 
     print(probe_linen(model, variables, images, train=True))
+    print(probe_nnx(model, images))
     probe_signal(forward, params, batch).verdict
 
 For every layer: how large its pre-activations are and how they are distributed, how different they
@@ -11,7 +12,7 @@ factors the step from the layer before stretches a change. In words, what is wro
 import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bn_research.claims.figures import Figure
-from bn_research.probes import signal_linen, signal_report, signal_verdict
+from bn_research.probes import signal_linen, signal_nnx, signal_report, signal_verdict
+from bn_research.probes.one_device import unbound_axis
 from bn_research.probes.perturbation import Forward, Program, trace_layers
 from bn_research.probes.signal_jacobian import SingularValues, layer_jacobians
 from bn_research.probes.signal_statistics import Statistics, statistics
 from bn_research.probes.signal_statistics import log10_rms as log10_rms
 
 LossFn = Callable[[Any], Float[Array, ""]]
+
+_WAKING = 1e-3  # standard deviation of what takes the place of parameters that are 0
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,11 @@ class LayerSignal:
         it, over the whole batch; None for the first layer, where there is no path between the two
         (parallel branches), and where they were not asked for. The smallest is an upper bound and
         the largest a lower bound of the true one, see `probe_signal`.
+      bypassed: the layer, or its gradient, is 0 throughout, and gradient reaches what comes before
+        it, or the batch, on another path: the layer lies in a branch.
+      starts_at_zero: the layer is bypassed, and small numbers in the place of the parameters that
+        are 0 wake it, or it is not 0 in another of its calls: a branch that starts at zero, such as
+        a residual branch whose last scale does.
     """
 
     name: str
@@ -78,6 +87,8 @@ class LayerSignal:
     gradient_std: float | None
     log10_gradient_rms: float | None
     jacobian: SingularValues | None
+    bypassed: bool = False
+    starts_at_zero: bool = False
 
     @property
     def log10_gradient_norm(self) -> float | None:
@@ -95,6 +106,7 @@ class Signal(Mapping[str, LayerSignal]):
       output_std: standard deviation of the output's elements; NaN for an output that is not one
         floating-point array.
       output_soft_rank: soft rank of the output; NaN likewise, or unless it is [batch, ...].
+      left_out: kernels of the model that no layer stands for, in words.
     """
 
     def __init__(
@@ -104,11 +116,13 @@ class Signal(Mapping[str, LayerSignal]):
         loss: float,
         output_std: float = math.nan,
         output_soft_rank: float = math.nan,
+        left_out: Sequence[str] = (),
     ):
         """Keeps what the probe found."""
         self._layers = {layer.name: layer for layer in layers}
         self.loss = loss
         self.output_std, self.output_soft_rank = output_std, output_soft_rank
+        self.left_out = tuple(left_out)
 
     def __getitem__(self, name: str) -> LayerSignal:
         return self._layers[name]
@@ -146,8 +160,12 @@ class Signal(Mapping[str, LayerSignal]):
 
     @property
     def verdict(self) -> str:
-        """What is wrong, a line each, and what to do; or "healthy", and the two growths."""
-        return "\n".join(signal_verdict.findings(self))
+        """What is wrong, a line each, and what to do; or "healthy", and the two growths.
+
+        After it what is not wrong, but has to be known: branches that start at zero, and kernels
+        that were left out.
+        """
+        return "\n".join([*signal_verdict.findings(self), *signal_verdict.notes(self)])
 
     def table(self) -> str:
         """All layers, the growths and the verdict, as text for a terminal."""
@@ -171,6 +189,7 @@ def probe_signal(
     jacobians: bool = True,
     iterations: int = 12,
     key: Array | None = None,
+    axis_name: str | None = None,
 ) -> Signal:
     """Follows the signal through a network, forward and backward.
 
@@ -183,9 +202,10 @@ def probe_signal(
     largest is accurate after few iterations, the smallest is only bounded from above, closely where
     few are close to 0. Its rms is √(‖J‖_F²/min(rows, columns)), ‖J‖_F by 4 random vectors.
 
-    Cost: one training step without Jacobians. With them 2·iterations + 4 passes more, each at most
-    a training step whatever the number of layers, one more for small Jacobians, and in host memory
-    iterations vectors of each layer's size; two or three programs more to compile.
+    Cost: one training step without Jacobians, three where a layer or its gradient is 0. With them
+    2·iterations + 4 passes more, each at most a training step whatever the number of layers, one
+    more for small Jacobians, and in host memory iterations vectors of each layer's size; two or
+    three programs more to compile.
     jacobians=False leaves that out. All of it is deterministic.
 
     Args:
@@ -199,6 +219,7 @@ def probe_signal(
       jacobians: whether to measure their singular values.
       iterations: of the bidiagonalization, at least 1.
       key: of z and of the random vectors; jax.random.key(0) by default.
+      axis_name: of the axis of devices over which forward shares statistics; it is run on one.
 
     Raises:
       ValueError: an empty batch, or one with values that are not finite or that forward does not
@@ -211,12 +232,12 @@ def probe_signal(
         raise ValueError(f"iterations={iterations!r} is not allowed: it must be at least 1")
     key = jax.random.key(0) if key is None else key
     try:
-        program = trace_layers(forward, params, batch)
-    except (TypeError, ValueError) as error:
+        program = trace_layers(forward, params, batch, axis_name=axis_name)
+    except (TypeError, ValueError, NameError) as error:
         raise _one_line(error, batch) from error
     loss_of = loss_fn or _random_functional(program.output, key, examples)
     _check_loss(loss_of, program.output)
-    measure = jax.jit(functools.partial(_measure, program, loss_of))
+    measure = program.compiled(functools.partial(_measure, program, loss_of))
     try:
         loss, values, gradients, output = jax.device_get(measure(program.args))
     except (TypeError, ValueError, NotImplementedError) as error:
@@ -231,13 +252,13 @@ def probe_signal(
         _layer(name, layer.shape, values[i], gradients.get(i), ranges[i])
         for i, (name, layer) in enumerate(zip(program.names, program.layers, strict=True))
     ]
-    if output is None:
-        return Signal(layers, loss=float(loss))
+    layers = _with_branches(layers, program, loss_of, key)
     return Signal(
         layers,
         loss=float(loss),
-        output_std=float(output.largest) * float(output.std),
-        output_soft_rank=float(output.soft_rank),
+        output_std=math.nan if output is None else float(output.largest) * float(output.std),
+        output_soft_rank=math.nan if output is None else float(output.soft_rank),
+        left_out=getattr(forward, "left_out", ()),
     )
 
 
@@ -250,13 +271,16 @@ def probe_linen(
     jacobians: bool = True,
     iterations: int = 12,
     key: Array | None = None,
+    axis_name: str | None = None,
     **apply_options: Any,
 ) -> Signal:
-    """`probe_signal` of a Flax linen model, through the outputs that its modules capture.
+    """`probe_signal` of a Flax linen model, whose layers are found where they are called.
 
     The layers are what the modules return that own a kernel: a parameter of that name, or any of
     two or more axes, unless a module inside them owns one too. They are named by their path, such
-    as "stage1_block1/conv1"; a module called again gives another layer, "dense#2".
+    as "stage1_block1/conv1"; a module called again gives another layer, "dense#2", and so does
+    each turn of `nn.scan` and `nn.RNN`, which are unrolled. Layers that `nn.vmap` stacks are named
+    "heads[0]", "heads[1]". Kernels that no layer stands for are named in the verdict.
 
     Args:
       model: a linen module.
@@ -266,16 +290,18 @@ def probe_linen(
       jacobians: likewise.
       iterations: likewise.
       key: likewise.
+      axis_name: likewise.
       **apply_options: for `model.apply`, such as `train=True` for BN in training mode and
         `rngs={"dropout": key}`. Every collection of variables but params may change on the way;
         what it changes to is dropped.
 
     Raises:
-      ValueError: as `probe_signal`; variables without params, or without any kernel; a batch that
-        the parameters do not fit, with the shapes of both.
+      ValueError: as `probe_signal`; variables without params, or without any kernel; a layer that
+        cannot be seen, inside a branch or a loop without end; a batch that the parameters do not
+        fit, with the shapes of both.
     """
     _check_batch(batch)
-    forward = signal_linen.forward_of(model, variables, apply_options)
+    forward = signal_linen.LinenForward(model, variables, apply_options)
     try:
         return probe_signal(
             forward,
@@ -285,31 +311,100 @@ def probe_linen(
             jacobians=jacobians,
             iterations=iterations,
             key=key,
+            axis_name=axis_name,
         )
     except signal_linen.ApplyError as error:
+        if unbound_axis(error):
+            raise _one_line(error, batch) from error
         mismatch = signal_linen.mismatch(model, variables, batch, apply_options)
         if mismatch is None:
             raise _one_line(error, batch) from error
         raise ValueError(f"batch of {_shapes(batch)} does not fit variables: {mismatch}") from error
 
 
+def probe_nnx(
+    model: Any,
+    batch: Any,
+    *,
+    loss_fn: LossFn | None = None,
+    jacobians: bool = True,
+    iterations: int = 12,
+    key: Array | None = None,
+    axis_name: str | None = None,
+    **call_options: Any,
+) -> Signal:
+    """`probe_linen` of a Flax nnx model, which stays as it is.
+
+    Args:
+      model: an nnx module, in the mode that it is in: `model.train()` for BN in training mode.
+      batch: as for `probe_signal`.
+      loss_fn: likewise.
+      jacobians: likewise.
+      iterations: likewise.
+      key: likewise.
+      axis_name: likewise.
+      **call_options: for the call of the model.
+
+    Raises:
+      ValueError: as `probe_linen`.
+    """
+    forward = signal_nnx.NnxForward(model, call_options)
+    return probe_signal(
+        forward,
+        forward.state,
+        batch,
+        loss_fn=loss_fn,
+        jacobians=jacobians,
+        iterations=iterations,
+        key=key,
+        axis_name=axis_name,
+    )
+
+
+def linen_layers(
+    model: Any, variables: Any, batch: Any, *, axis_name: str | None = None, **apply_options: Any
+) -> dict[str, Array]:
+    """The pre-activations that `probe_linen` looks at, by the names of the layers.
+
+    Raises:
+      ValueError: as `probe_linen`.
+    """
+    forward = signal_linen.LinenForward(model, variables, apply_options)
+    return _values(forward, variables, batch, axis_name)
+
+
+def nnx_layers(
+    model: Any, batch: Any, *, axis_name: str | None = None, **call_options: Any
+) -> dict[str, Array]:
+    """The pre-activations that `probe_nnx` looks at, by the names of the layers.
+
+    Raises:
+      ValueError: as `probe_nnx`.
+    """
+    forward = signal_nnx.NnxForward(model, call_options)
+    return _values(forward, forward.state, batch, axis_name)
+
+
+def _values(forward: Forward, params: Any, batch: Any, axis_name: str | None) -> dict[str, Array]:
+    _check_batch(batch)
+    try:
+        program = trace_layers(forward, params, batch, axis_name=axis_name)
+    except (TypeError, ValueError, NameError, signal_linen.ApplyError) as error:
+        raise _one_line(error, batch) from error
+    layers = program.compiled(lambda args: program.run(args, {})[1])(program.args)
+    return dict(zip(program.names, layers, strict=True))
+
+
 def _measure(
     program: Program, loss_of: LossFn, args: Sequence[Any]
 ) -> tuple[Array, list[Statistics], dict[int, Statistics], Statistics | None]:
     """Loss, statistics of the layers, of their gradients by number, and of the output."""
-    zeros = {
-        i: jnp.zeros(layer.shape, layer.dtype)
-        for i, (layer, reaches) in enumerate(
-            zip(program.layers, program.reaches_output, strict=True)
-        )
-        if reaches
-    }
 
     def loss(deltas: Mapping[int, Array]) -> tuple[Array, tuple[Any, list[Array]]]:
         output, layers, _ = program.run(args, deltas)
         return loss_of(output), (output, layers)
 
-    (value, (output, layers)), gradients = jax.value_and_grad(loss, has_aux=True)(zeros)
+    (value, (output, layers)), gradients = jax.value_and_grad(loss, has_aux=True)(_zeros(program))
     leaves = jax.tree.leaves(output)
     one = len(leaves) == 1 and leaves[0].ndim > 1 and leaves[0].size > 0
     one = one and jnp.issubdtype(leaves[0].dtype, jnp.floating)
@@ -319,6 +414,76 @@ def _measure(
         {i: statistics(gradient) for i, gradient in gradients.items()},
         statistics(leaves[0]) if one else None,
     )
+
+
+def _with_branches(
+    layers: Sequence[LayerSignal], program: Program, loss_of: LossFn, key: Array
+) -> list[LayerSignal]:
+    """The layers, with what is known of those that are 0 or have a gradient of 0."""
+    silent = {i for i, layer in enumerate(layers) if layer.log10_gradient_rms == -math.inf}
+    empty = {i for i, layer in enumerate(layers) if layer.log10_rms == -math.inf}
+    if not silent | empty:
+        return list(layers)
+    alive = program.compiled(functools.partial(_alive, program, loss_of))
+    args = list(program.args)
+    for i in program.param_args:
+        w = jnp.asarray(args[i])
+        if jnp.issubdtype(w.dtype, jnp.floating) and not jnp.any(w):
+            noise = jax.random.normal(jax.random.fold_in(key, i), w.shape, w.dtype)
+            args[i] = _WAKING * noise
+    (value, gradient, batch), (woken, woken_gradient, _) = jax.device_get(
+        [alive(program.args), alive(args)]
+    )
+    needs = [program.needs(i) for i in range(len(layers))]
+
+    def starts(i: int, zero: set[int], woken: Mapping[int, Any]) -> bool:
+        name = layers[i].name.split("#")[0]
+        calls = [j for j, layer in enumerate(layers) if layer.name.split("#")[0] == name]
+        return i not in zero or bool(woken.get(i)) or any(j not in zero for j in calls)
+
+    # What is 0 itself may have its gradient through the layer in question.
+    healthy = [j for j in range(len(layers)) if value[j] and gradient.get(j)]
+    found = []
+    for i, layer in enumerate(layers):
+        bypassed = i in silent | empty and (
+            any(i not in needs[j][0] for j in healthy if j != i)
+            or any(batch.get(j) for j in needs[i][1])
+        )
+        starts_at_zero = bypassed and starts(i, silent, woken_gradient) and starts(i, empty, woken)
+        found.append(replace(layer, bypassed=bypassed, starts_at_zero=starts_at_zero))
+    return found
+
+
+def _alive(
+    program: Program, loss_of: LossFn, args: Sequence[Any]
+) -> tuple[dict[int, Array], dict[int, Array], dict[int, Array]]:
+    """Whether layers, their gradients and those by the batch's arrays are not 0, by number."""
+    zeros = _zeros(program)
+    shifts = {
+        i: jnp.zeros_like(args[i])
+        for i in program.batch_args
+        if jnp.issubdtype(jnp.result_type(args[i]), jnp.floating)
+    }
+
+    def loss(deltas: Mapping[int, Array], shifts: Mapping[int, Array]) -> tuple[Array, list[Array]]:
+        moved = [arg + shifts[i] if i in shifts else arg for i, arg in enumerate(args)]
+        output, layers, _ = program.run(moved, deltas)
+        return loss_of(output), layers
+
+    gradients, layers = jax.grad(loss, argnums=(0, 1), has_aux=True)(zeros, shifts)
+    not_zero = jax.tree.map(jnp.any, (dict(enumerate(layers)), *gradients))
+    return not_zero
+
+
+def _zeros(program: Program) -> dict[int, Array]:
+    """δ = 0 for each layer that the output depends on."""
+    return {
+        i: jnp.zeros(layer.shape, layer.dtype)
+        for i, (layer, reaches) in enumerate(
+            zip(program.layers, program.reaches_output, strict=True)
+        )
+        if reaches
+    }
 
 
 def _layer(
@@ -423,7 +588,12 @@ def _first(error: Exception) -> str:
 
 def _one_line(error: Exception, batch: Any) -> ValueError:
     """What a network says of a batch, or of its own, in one line."""
-    message = _first(error)
+    message, axis = _first(error), unbound_axis(error)
+    if axis is not None:
+        return ValueError(
+            f"forward names the axis {axis!r}, which is not bound: give axis_name={axis!r}, and it "
+            "runs on one device"
+        )
     if isinstance(error, signal_linen.ApplyError) or not message.startswith(
         ("forward", "intermediates")
     ):

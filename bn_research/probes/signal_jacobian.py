@@ -79,7 +79,7 @@ def _matrices(program: Program, numbers: Sequence[int]) -> list[Array]:
     if not numbers:
         return []
 
-    @jax.jit
+    @program.compiled
     def matrices(args: Sequence[Any]) -> list[Array]:
         _, layers, env = program.run(args, {})
         found = []
@@ -100,7 +100,7 @@ def _in_turns(
     if not numbers:
         return []
 
-    @jax.jit
+    @program.compiled
     def forward(args: Sequence[Any], tangents: Sequence[Array]) -> list[Array]:
         _, layers, env = program.run(args, {})
         return [
@@ -108,7 +108,7 @@ def _in_turns(
             for i, tangent in zip(numbers, tangents, strict=True)
         ]
 
-    @jax.jit
+    @program.compiled
     def backward(args: Sequence[Any], cotangents: Sequence[Array]) -> list[Array]:
         _, layers, env = program.run(args, {})
         return [

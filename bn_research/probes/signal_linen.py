@@ -1,66 +1,111 @@
-"""A Flax linen model as a function that returns its pre-activations; by its methods alone."""
+"""A Flax linen model as a function whose layers are marked, for the probe of the signal."""
 
 from __future__ import annotations
 
+import itertools
+import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from bn_research.probes.perturbation import Forward
+from bn_research.probes.perturbation import check_returned, is_layer, marked
+
+Path = tuple[str, ...]
+
+_numbers = itertools.count()
+
+
+def library_of(model: Any, library: str, otherwise: str) -> Any:
+    """The library of Flax that a model is a module of: who has one has loaded it.
+
+    Raises:
+      ValueError: it is no module of it.
+    """
+    loaded = sys.modules.get(library)
+    if loaded is None or not isinstance(model, loaded.Module):
+        raise ValueError(
+            f"model is a {type(model).__name__}: allowed are modules of {library}; {otherwise}, "
+            "and a function probe_signal"
+        )
+    return loaded
 
 
 class ApplyError(Exception):
     """`model.apply` failed; not a ValueError, so that nobody takes it for one of the probe's."""
 
 
-def forward_of(model: Any, variables: Any, options: Mapping[str, Any]) -> Forward:
-    """(variables, batch) -> (output, what every layer returned, by name).
+class LinenForward:
+    """(variables, batch) -> (output, no intermediates): layers are marked where they are computed.
 
-    Raises:
-      ValueError: variables without params or without a kernel; apply options that the probe sets.
+    Attributes:
+      left_out: after a call, the kernels that no layer stands for, in words.
     """
-    for name in ("mutable", "capture_intermediates"):
-        if name in options:
-            raise ValueError(f"{name} is not allowed: the probe sets it")
-    if not isinstance(variables, Mapping) or "params" not in variables:
-        raise ValueError("variables has no 'params': give what model.init returned")
-    owners = set(_owners(variables["params"], ()))
-    owners = {path for path in owners if not any(_within(other, path) for other in owners)}
-    if not owners:
-        raise ValueError(
-            f"{type(model).__name__} has no layer to probe: none of its parameters is a kernel, "
-            "named so or of two or more axes"
-        )
-    collections = [name for name in variables if name not in ("params", "intermediates")]
 
-    def is_layer(module: Any, method: str) -> bool:
-        return method == "__call__" and tuple(module.path) in owners
+    def __init__(self, model: Any, variables: Any, options: Mapping[str, Any]):
+        """Looks for the modules that own a kernel.
 
-    def forward(variables: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
-        kept = {name: tree for name, tree in variables.items() if name != "intermediates"}
-        try:
-            output, state = model.apply(
-                kept,
-                batch,
-                capture_intermediates=is_layer,
-                mutable=[*collections, "intermediates"],
-                **options,
+        Raises:
+          ValueError: no linen module; variables without params or without a kernel; apply options
+            that the probe sets.
+        """
+        self._linen = library_of(model, "flax.linen", "one of nnx takes probe_nnx")
+        for name in ("mutable", "capture_intermediates"):
+            if name in options:
+                raise ValueError(f"{name} is not allowed: the probe sets it")
+        if not isinstance(variables, Mapping) or "params" not in variables:
+            raise ValueError("variables has no 'params': give what model.init returned")
+        owners = dict(_owners(variables["params"], ()))
+        if not owners:
+            raise ValueError(
+                f"{type(model).__name__} has no layer to probe: none of its parameters is a kernel,"
+                " named so or of two or more axes"
             )
-        except Exception as error:  # Flax's own are no ValueErrors
-            raise ApplyError(str(error).strip().split("\n")[0]) from error
-        layers = {}
-        for path in sorted(owners):
-            found: Any = state.get("intermediates", {})
-            for part in (*path, "__call__"):
-                found = found.get(part, {}) if isinstance(found, Mapping) else {}
-            name = "/".join(path) or type(model).__name__
-            for number, value in enumerate(found, start=1):
-                layers[name if number == 1 else f"{name}#{number}"] = value
-        return output, layers
+        self._model, self._options = model, options
+        # What a module returns that has layers inside is not what its own kernel makes.
+        around = [path for path in owners if any(_within(other, path) for other in owners)]
+        self._beside = [f"{'/'.join((*path, owners[path]))} (beside layers)" for path in around]
+        self._owners = {path: name for path, name in owners.items() if path not in around}
+        self._collections = [name for name in variables if name not in ("params", "intermediates")]
+        self.left_out: tuple[str, ...] = ()
 
-    return forward
+    def __call__(self, variables: Any, batch: Any) -> tuple[Any, dict[str, Any]]:
+        """Applies the model.
+
+        Raises:
+          ApplyError: the model does.
+          ValueError: a layer returns something else than an array.
+        """
+        kept = {name: tree for name, tree in variables.items() if name != "intermediates"}
+        returned: dict[Path, bool] = {}  # whether it is an array
+
+        def mark(call: Any, args: Any, options: Any, context: Any) -> Any:
+            result = call(*args, **options)
+            scope = context.module.scope
+            path = None if scope is None else tuple(scope.path)
+            if path not in self._owners or context.method_name != "__call__":
+                return result
+            returned[path] = is_layer(result) and returned.get(path, True)
+            if not returned[path]:
+                return result
+            kernel = jax.tree.leaves(context.module.variables["params"][self._owners[path]])[0]
+            return marked(result, kernel, self._name(path))
+
+        # A function that nn.jit compiled for the same collections before would not be called.
+        collections = [*self._collections, f"probe{next(_numbers)}"]
+        try:
+            with self._linen.intercept_methods(mark):
+                output, _ = self._model.apply(kept, batch, mutable=collections, **self._options)
+        except Exception as error:  # Flax's own are no ValueErrors
+            raise ApplyError(_first(error)) from error
+        check_returned([self._name(path) for path, array in returned.items() if not array])
+        idle = [f"{self._name(path)} (not called)" for path in self._owners if path not in returned]
+        self.left_out = (*self._beside, *idle)
+        return output, {}
+
+    def _name(self, path: Path) -> str:
+        return "/".join(path) or type(self._model).__name__
 
 
 def mismatch(model: Any, variables: Any, batch: Any, options: Mapping[str, Any]) -> str | None:
@@ -86,15 +131,18 @@ def _leaves(params: Any) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path), leaf) for path, leaf in named]
 
 
-def _owners(params: Any, path: tuple[str, ...]) -> Iterator[tuple[str, ...]]:
-    """Paths of the modules that own a kernel."""
-    inner = {name: tree for name, tree in params.items() if isinstance(tree, Mapping)}
+def _owners(params: Any, path: Path) -> Iterator[tuple[Path, str]]:
+    """Paths of the modules that own a kernel, and its name."""
     for name, tree in params.items():
-        if name in inner:
+        if isinstance(tree, Mapping):
             yield from _owners(tree, (*path, name))
         elif name == "kernel" or any(jnp.ndim(leaf) > 1 for leaf in jax.tree.leaves(tree)):
-            yield path
+            yield path, name
 
 
-def _within(inner: tuple[str, ...], outer: tuple[str, ...]) -> bool:
+def _first(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
+
+
+def _within(inner: Path, outer: Path) -> bool:
     return len(inner) > len(outer) and inner[: len(outer)] == outer

@@ -17,6 +17,7 @@ GRADIENT_RATIO = 1e3  # of the norms of the first and the last layer's, or the o
 DEAD = 0.5  # share of units
 CONDITIONING = 100.0  # mean²/var
 COLLAPSED, MIN_RANK = 1.5, 4  # soft rank, and what the batch must allow
+_LISTED = 4  # layers of branches that start at zero, and the number of the others
 STEADY = 0.1  # growth per layer around 1 that calls for no rescaling
 
 
@@ -33,21 +34,43 @@ def findings(signal: Signal) -> list[str]:
     The norm of the gradient is compared between the first and the last layer that have one. Units
     are dead where both pre-activation ≤ 0 and gradient 0 hold for the whole batch; the last
     layer's are no units.
+
+    A branch that starts at zero spoils none of it: where its layers are 0 they are not judged as
+    values, and where their gradient is they are not judged by it. A gradient is lost where it is 0
+    on every path; a layer in a branch whose gradient stays 0 is said to be one.
     """
     layers = list(signal.values())
-    broken = _first(layers, lambda layer: not math.isfinite(layer.std))
+    broken = next((layer for layer in layers if not math.isfinite(layer.std)), None)
     if broken is not None:
         return [
-            f"not finite from layer {_named(layers, broken)} on: rescale the weights before it, or "
+            f"not finite from layer {_named(signal, broken)} on: rescale the weights before it, or "
             "look for a division by 0 or a logarithm of 0"
         ]
+    filled = [layer for layer in layers if not (layer.starts_at_zero and layer.std == 0)]
     lines = [
-        *_scale(signal, layers),
+        *_scale(signal, filled),
         *_gradient(signal, layers),
-        *_units(layers),
-        *_examples(signal, layers),
+        *_units(signal, layers),
+        *_examples(signal, filled),
     ]
     return lines or [f"healthy: {growths(signal)}"]
+
+
+def notes(signal: Signal) -> list[str]:
+    """What is no fault: branches that start at zero, and kernels that no layer stands for."""
+    layers = list(signal.values())
+    branches = [_named(signal, layer) for layer in layers if layer.starts_at_zero]
+    lines = []
+    if branches:
+        more = len(branches) - _LISTED
+        listed = ", ".join(branches[:_LISTED]) + (f" and {more} more" if more > 0 else "")
+        lines.append(
+            f"by design: layers {listed} lie in branches that start at zero, and learn once the "
+            "zeros have moved"
+        )
+    if signal.left_out:
+        lines.append(f"not looked at: {', '.join(signal.left_out)}")
+    return lines
 
 
 def growths(signal: Signal) -> str:
@@ -70,7 +93,7 @@ def _scale(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
         variance = layers[-1].std ** 2
         fits = f" with epsilon far below {variance:.0e}" if variance > 0 else ""
         return [
-            f"signal lost from layer {_named(layers, lost)} on: std {std:.1g}"
+            f"signal lost from layer {_named(signal, layers[lost])} on: std {std:.1g}"
             f"{_at_last(layers, lost)}; add BN before the softmax{fits} or {rescale}"
         ]
     exploded = _trailing(layers, lambda layer: layer.std > EXPLODED)
@@ -81,7 +104,7 @@ def _scale(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
         else:
             rescale = f"scale the input or the first weights by {_number(1 / std)}×"
         return [
-            f"signal explodes from layer {_named(layers, exploded)} on: std {std:.1g}"
+            f"signal explodes from layer {_named(signal, layers[exploded])} on: std {std:.1g}"
             f"{_at_last(layers, exploded)}; add BN or {rescale}"
         ]
     return []
@@ -92,62 +115,85 @@ def _gradient(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
         (number, layer.log10_gradient_norm)
         for number, layer in enumerate(layers)
         if layer.log10_gradient_norm is not None
+        and not (layer.bypassed and layer.log10_gradient_norm == -math.inf)
     ]
-    if not known:
+    if all(layer.log10_gradient_norm is None for layer in layers):
         return [
             "no gradient: the output does not depend on any layer; return the arrays that the "
             "network goes on with, not others of the same values"
         ]
+    if not known:  # all lie in branches around which the gradient goes
+        return _stuck(signal, layers)
     broken = [number for number, size in known if math.isnan(size) or size == math.inf]
     if broken:
-        return [f"gradient not finite at layer {_named(layers, broken[-1])}, and what is before it"]
+        return [
+            f"gradient not finite at layer {_named(signal, layers[broken[-1]])}, and what is "
+            "before it"
+        ]
     if known[-1][1] == -math.inf:
         return [
-            f"gradient 0 from the last layer, {_named(layers, known[-1][0])}, on: nothing learns"
+            f"gradient 0 from the last layer, {_named(signal, layers[known[-1][0]])}, on: nothing "
+            "learns"
         ]
     zero = [number for number, size in known if size == -math.inf]
     if zero:
         return [
-            f"gradient lost: 0 at layer {_named(layers, zero[-1])} and from there to the input; "
-            "use residual connections, or rescale the weights"
+            f"gradient lost: 0 at layer {_named(signal, layers[zero[-1]])} and from there to the "
+            "input; use residual connections, or rescale the weights"
         ]
+    lines = _stuck(signal, layers)
     (first, at_first), (last, at_last) = known[0], known[-1]
     total = at_first - at_last
     if abs(total) < math.log10(GRADIENT_RATIO):
-        return []
+        return lines
     count, growth = last - first, signal.backward_growth
     if total > 0:
         verb, advice = "grows", "use residual connections or shorten the network"
     else:
         verb, advice = "vanishes", "use residual connections, or larger weights"
     return [
+        *lines,
         f"gradient {verb} {_factor(growth)} per layer towards the input: {10**total:.0e} over "
-        f"{count} layers; {advice}"
+        f"{count} layers; {advice}",
     ]
 
 
-def _units(layers: Sequence[LayerSignal]) -> list[str]:
+def _stuck(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+    stuck = [
+        layer
+        for layer in layers
+        if layer.bypassed and not layer.starts_at_zero and layer.log10_gradient_rms == -math.inf
+    ]
+    if not stuck:
+        return []
+    return [
+        f"gradient 0 at layer {_named(signal, stuck[-1])}, in a branch, while the rest learns: "
+        "look for dead units after it, a stop_gradient or a factor of 0 that is no parameter"
+    ]
+
+
+def _units(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
     dead = [
         (min(layer.dead_fraction, layer.silent_fraction), number)
         for number, layer in enumerate(layers[:-1])
-        if layer.silent_fraction is not None
+        if layer.silent_fraction is not None and not layer.starts_at_zero
     ]
     worst, number = max(dead, default=(0.0, 0))
     if worst <= DEAD:
         return []
     return [
-        f"{worst:.0%} of the units of layer {_named(layers, number)} are dead on this batch: lower "
-        "the mean of what comes in, raise the biases, or add BN"
+        f"{worst:.0%} of the units of layer {_named(signal, layers[number])} are dead on this "
+        "batch: lower the mean of what comes in, raise the biases, or add BN"
     ]
 
 
 def _examples(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
     lines = []
-    largest = max(range(len(layers)), key=lambda i: layers[i].conditioning)
-    if layers[largest].conditioning > CONDITIONING:
+    largest = max(layers, key=lambda layer: layer.conditioning, default=None)
+    if largest is not None and largest.conditioning > CONDITIONING:
         lines.append(
-            f"the mean dominates at layer {_named(layers, largest)}: mean²/var "
-            f"{_number(layers[largest].conditioning)}; centre the input, or add BN"
+            f"the mean dominates at layer {_named(signal, largest)}: mean²/var "
+            f"{_number(largest.conditioning)}; centre the input, or add BN"
         )
     collapsed = _trailing(
         layers, lambda layer: layer.soft_rank < COLLAPSED and layer.max_rank >= MIN_RANK
@@ -156,15 +202,11 @@ def _examples(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
     if collapsed is not None and not heads_alone and not signal.output_soft_rank >= COLLAPSED:
         layer = layers[collapsed]
         lines.append(
-            f"all examples look alike from layer {_named(layers, collapsed)} on: soft rank "
+            f"all examples look alike from layer {_named(signal, layer)} on: soft rank "
             f"{layer.soft_rank:.2f} of {layer.max_rank}; add BN, use residual connections or "
             "shorten the network"
         )
     return lines
-
-
-def _first(layers: Sequence[LayerSignal], holds: Callable[[LayerSignal], bool]) -> int | None:
-    return next((number for number, layer in enumerate(layers) if holds(layer)), None)
 
 
 def _trailing(layers: Sequence[LayerSignal], holds: Callable[[LayerSignal], bool]) -> int | None:
@@ -177,8 +219,8 @@ def _at_last(layers: Sequence[LayerSignal], number: int) -> str:
     return "" if number == len(layers) - 1 else f", {layers[-1].std:.1g} at the last"
 
 
-def _named(layers: Sequence[LayerSignal], number: int) -> str:
-    return f"{number + 1} ({layers[number].name})"
+def _named(signal: Signal, layer: LayerSignal) -> str:
+    return f"{list(signal).index(layer.name) + 1} ({layer.name})"
 
 
 def _factor(growth: float) -> str:
