@@ -206,7 +206,8 @@ def update_from_batch_moments(
     Layers inside `nn.scan` or `nn.vmap` leave their moments where the transformation is told to
     carry that collection, as it is told to carry the statistics:
     `nn.scan(..., variable_axes={"params": 0, "batch_stats": 0, MOMENTS: 0})`. Iterations that share
-    one layer's statistics, by `variable_carry="batch_stats"`, have their moments merged.
+    one layer's statistics, by `variable_carry="batch_stats"`, have their moments merged. What such
+    a transformation carries it asks for by name: with `mutable=True` too, its layers leave moments.
 
     Args:
       batch_stats: the model's running statistics.

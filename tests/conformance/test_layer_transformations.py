@@ -5,6 +5,8 @@ that they carry is seen, too. Devices are the first axis of x; the reference has
 """
 
 import functools
+import warnings
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -343,3 +345,74 @@ def test_exported_with_a_symbolic_batch(layer):
 
         close((value, gradient), reference(truth, PARAMS, x))
         close((y, new), spelled_out(PARAMS, STATS, x.astype(np.float64)))
+
+
+ONE = np.ones((2, 1, FEATURES), np.float32)  # two devices or steps, one value of each feature
+
+
+def warnings_of(run, action="always"):
+    """Our warnings while it runs, under a filter."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter(action)
+        jax.block_until_ready(run())
+        jax.effects_barrier()
+    assert all(Path(w.filename).name == Path(__file__).name for w in caught)
+    return [w for w in caught if "1 value(s) per feature" in str(w.message)]
+
+
+def on_mesh(f):
+    mesh, spec = Mesh(np.array(jax.devices()[:2]), ("d",)), PartitionSpec("d")
+    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+@each_layer
+@pytest.mark.parametrize(
+    "program",
+    [
+        lambda f: f(ONE[0]),
+        lambda f: jax.jit(f)(ONE[0]),
+        lambda f: jax.grad(lambda x: f(x).sum())(ONE[0]),
+        lambda f: jax.jit(jax.grad(lambda x: f(x).sum()))(ONE[0]),
+        lambda f: jax.grad(jax.checkpoint(lambda x: f(x).sum()))(ONE[0]),
+        lambda f: jax.lax.scan(lambda c, x: (c, f(x)), 0, ONE),
+        lambda f: jax.vmap(f)(ONE),
+        lambda f: jax.pmap(f)(ONE),
+        lambda f: on_mesh(f)(ONE[:, 0]),
+    ],
+)
+def test_a_single_value_warns_where_numbers_are_computed(layer, program):
+    """Once, by Python's own filter, at the line that called; however often the program runs."""
+
+    def f(x):
+        return layer(PARAMS, STATS, x)[0]
+
+    globals().pop("__warningregistry__", None)
+    run = functools.partial(program, f)
+    assert len(warnings_of(lambda: [run(), run()], "default")) == 1
+
+
+@each_layer
+def test_a_single_value_is_no_matter_where_nothing_is_computed(layer):
+    """Nor does a mask warn, which is data, nor inference, nor devices that have two together."""
+
+    def f(x, **options):
+        return layer(PARAMS, STATS, x, **options)[0]
+
+    x = ONE[0]
+    for quiet in (
+        lambda: jax.eval_shape(f, x) and None,
+        lambda: jax.make_jaxpr(f)(x) and None,
+        lambda: jax.jit(f).lower(x).compile() and None,
+        lambda: f(np.ones((4, FEATURES)), mask=np.arange(4)[:, None] < 1),
+        lambda: f(x, train=False),
+        lambda: jax.vmap(functools.partial(f, axis_name="b"), axis_name="b")(ONE),
+        lambda: linen.BatchNorm(use_running_average=False).init(KEY, x),
+        lambda: linen.BatchNorm(use_running_average=False).tabulate(KEY, x) and None,
+        lambda: (
+            nnx.eval_shape(
+                lambda layer, x: layer(x), own_nnx.BatchNorm(FEATURES, rngs=nnx.Rngs(0)), x
+            )
+            and None
+        ),
+    ):
+        assert not warnings_of(quiet)
