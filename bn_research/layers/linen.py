@@ -112,7 +112,9 @@ class BatchNorm(nn.BatchNorm):
             scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        options = dict(feature_axes=axes, epsilon=self.epsilon, where=mask, dtype=self.dtype)
+        options: dict[str, Any] = dict(
+            feature_axes=axes, epsilon=self.epsilon, where=mask, dtype=self.dtype
+        )
 
         alone = self.is_initializing()  # the axis of devices need not exist yet, as in Flax
         frozen = self.frozen(self.path) if callable(self.frozen) else bool(self.frozen)

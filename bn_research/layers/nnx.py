@@ -84,6 +84,8 @@ class BatchNorm(nnx.BatchNorm):
       moments: `BatchMoments`, while they are gathered: see `gather_batch_moments`.
     """
 
+    moments: BatchMoments
+
     def __init__(
         self,
         num_features: int,
@@ -306,8 +308,9 @@ def population_batch_stats(
         found = population_stats(moments_of, batches, method=method, initial=old)
     finally:  # a pass that failed would leave layers that never update their statistics again
         for path, layer in layers.items():
-            if gathered[path] is not None:
-                layer.moments = gathered[path]
+            before = gathered[path]
+            if before is not None:
+                layer.moments = before
             elif hasattr(layer, "moments"):
                 del layer.moments
     if idle:
@@ -319,11 +322,13 @@ def population_batch_stats(
 
 def _layers(model: nnx.Module) -> dict[tuple[Any, ...], BatchNorm]:
     """The layers of this file's class by path, those that are shared once; ValueError if Flax's."""
-    layers = {path: m for path, m in nnx.iter_modules(model) if isinstance(m, nnx.BatchNorm)}
-    for path, layer in layers.items():
-        if not isinstance(layer, BatchNorm):
+    layers: dict[tuple[Any, ...], BatchNorm] = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            layers[path] = module
+        elif isinstance(module, nnx.BatchNorm):
             raise ValueError(
-                f"{_name(path, layer)!r} is a flax.nnx.BatchNorm: only "
+                f"{_name(path, module)!r} is a flax.nnx.BatchNorm: only "
                 "bn_research.layers.nnx.BatchNorm gathers moments"
             )
     return layers
