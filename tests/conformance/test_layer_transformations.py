@@ -251,11 +251,12 @@ def test_strict_promotion(strict, layer, train, masked, dtype):
     """Values, statistics and gradients, in training and inference."""
     x, mask = data((4, 2, FEATURES)), np.array([[1, 0]], bool)[..., None] if masked else None
     x = x.astype(dtype)
+    kept = jax.tree.map(lambda leaf: leaf.astype(dtype), STATS)  # exact in bfloat16
 
     @jax.jit
     def run(params, x):
         def loss(params, x):
-            y, new = layer(params, STATS, x, mask, train=train)
+            y, new = layer(params, kept, x, mask, train=train)
             return jnp.sum(y * y), (y, new)
 
         return jax.grad(loss, (0, 1), has_aux=True)(params, x)
@@ -326,18 +327,20 @@ def test_explicitly_sharded_features_and_examples(layer, spec, masked):
 
 
 @each_layer
-def test_exported_with_a_symbolic_batch(layer):
+@pytest.mark.parametrize("dims", [(), (2,)])
+def test_exported_with_a_symbolic_batch(layer, dims):
     """One program of a training step for every size of batch, gradient included."""
 
     def loss(params, stats, x):
         y, new = layer(params, stats, x)
         return jnp.sum(y**3), (y, new)
 
-    shape = jax.ShapeDtypeStruct(export.symbolic_shape("b, 2, 3"), jnp.float32)
+    size = export.symbolic_shape("b")
+    shape = jax.ShapeDtypeStruct((*size, *dims, FEATURES), jnp.float32)
     step = jax.jit(jax.value_and_grad(loss, (0, 2), has_aux=True))
     program = export.export(step)(PARAMS, STATS, shape)
     for batch in (3, 40):
-        x = data((batch, 2, FEATURES), batch)
+        x = data((batch, *dims, FEATURES), batch)
         (value, (y, new)), gradient = program.call(PARAMS, STATS, x)
 
         def truth(params, x):
