@@ -1,12 +1,17 @@
 """`linen.BatchNorm` against `flax.linen.BatchNorm`, and where Flax is wrong against numpy."""
 
 import dataclasses
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from flax.core import freeze
+from flax.core.scope import DenyList
+from jax.sharding import Mesh, PartitionSpec
 
 from bn_research.layers.linen import (
     MOMENTS,
@@ -246,11 +251,6 @@ def test_bad_fields(options, message, evaluate):
         BatchNorm(use_running_average=evaluate, **options).init(jax.random.key(0), data((4, 2)))
 
 
-def test_integer_input():
-    with pytest.raises(ValueError, match="x has dtype int32"):
-        BatchNorm().init(jax.random.key(0), jnp.ones((4, 2), jnp.int32), False)
-
-
 @pytest.mark.parametrize("method", ["algorithm2", "merged"])
 def test_population_batch_stats(method):
     """Both layers of a net against numpy: each batch is normalized by its own statistics."""
@@ -333,9 +333,433 @@ def test_frozen_by_path():
     assert not np.any(grads["BatchNorm_1"]["scale"]) and not np.any(grads["BatchNorm_1"]["bias"])
     assert np.any(grads["BatchNorm_0"]["scale"]) and np.any(grads["Dense_0"]["kernel"])
     assert np.any(new["batch_stats"]["BatchNorm_0"]["mean"])
-    assert set(new[MOMENTS]) == {"BatchNorm_0"}
+    np.testing.assert_array_equal(new[MOMENTS]["BatchNorm_1"]["moments"].count, np.zeros(5))
     kept = update_from_batch_moments(variables["batch_stats"], new[MOMENTS])
     jax.tree.map(np.testing.assert_array_equal, kept["BatchNorm_1"], stats)
+
+
+def stats_by_hand(batches, momentum):
+    """Of a layer that starts with 0 and 1 and sees the union of batches."""
+    flat = np.concatenate([b.reshape(-1, b.shape[-1]) for b in batches]).astype(np.float64)
+    mean, var = (1 - momentum) * flat.mean(0), momentum + (1 - momentum) * flat.var(0)
+    return {"mean": mean, "var": var}
+
+
+def close(found, expected, tolerance=1e-5):
+    assert jax.tree.structure(found) == jax.tree.structure(expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=tolerance, atol=1e-6), *(found, expected)
+    )
+
+
+@pytest.mark.parametrize(
+    ("mutable", "collections"),
+    [
+        (True, {"params", "batch_stats"}),
+        (DenyList("params"), {"batch_stats"}),
+        (["batch_stats"], {"batch_stats"}),
+        (MOMENTS, {MOMENTS}),
+        ([MOMENTS, "batch_stats"], {MOMENTS, "batch_stats"}),
+        ((MOMENTS,), {MOMENTS}),
+        ({MOMENTS, "batch_stats"}, {MOMENTS, "batch_stats"}),
+    ],
+)
+def test_moments_are_left_where_they_are_asked_for_by_name(mutable, collections):
+    """Nor does `init` leave any, and a carry of all variables keeps its structure."""
+    net, x = Net(BatchNorm), data((8, 3))
+    variables = net.init(jax.random.key(0), x, True)
+    assert set(variables) == {"params", "batch_stats"}
+    _, new = jax.jit(lambda x: net.apply(variables, x, True, mutable=mutable))(x)
+    assert set(new) == collections
+    asked = net.init(jax.random.key(0), x, True, mutable=["params", "batch_stats", MOMENTS])
+    assert set(asked) == {"params", "batch_stats"}
+
+
+def test_all_variables_are_a_scan_carry():
+    net, x = Net(BatchNorm), data((3, 8, 3))
+    variables = net.init(jax.random.key(0), x[0], True)
+
+    def step(variables, x):
+        y, variables = net.apply(variables, x, True, mutable=True)
+        return variables, y
+
+    variables, _ = jax.jit(lambda v, x: jax.lax.scan(step, v, x))(variables, x)
+    hidden = x @ np.asarray(variables["params"]["Dense_0"]["kernel"])
+    mean = 0.01 * (hidden.mean(1).T @ [0.99**2, 0.99, 1])
+    np.testing.assert_allclose(variables["batch_stats"]["BatchNorm_0"]["mean"], mean, rtol=1e-4)
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, nn.BatchNorm])
+def test_bridge_to_nnx_gains_no_attribute(layer):
+    x = data((8, 3))
+    net = nnx.bridge.ToNNX(Net(layer), rngs=nnx.Rngs(0)).lazy_init(x, True)
+    before = set(vars(net))
+    net(x, True, mutable=True)
+    assert set(vars(net)) == before and "batch_moments" not in before
+    assert np.any(net.BatchNorm_0["mean"][...])
+
+
+@pytest.mark.parametrize("synced", [None, "vmap", "shard_map"])
+def test_a_loss_on_new_statistics_trains_the_input(synced):
+    """As in DeepInversion: x is found whose statistics are those of a layer, as by Flax's."""
+    x, target = data((16, 3)), np.float32([1, -2, 0.5])
+
+    def run(layer):
+        layer = layer(use_running_average=False, axis_name="b" if synced else None)
+        variables = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), x)
+
+        def statistics(x):
+            return layer.apply(variables, x, mutable=["batch_stats"])[1]["batch_stats"]
+
+        if synced == "vmap":
+            mapped = jax.vmap(statistics, axis_name="b")
+        elif synced == "shard_map":
+            mesh, spec = Mesh(np.array(jax.devices()[:2]), ("b",)), PartitionSpec("b")
+            mapped = jax.shard_map(
+                lambda x: jax.tree.map(lambda leaf: leaf[None], statistics(x[0])),
+                mesh=mesh,
+                in_specs=spec,
+                out_specs=spec,
+            )
+
+        def loss(x):
+            new = mapped(x.reshape(2, 8, 3)) if synced else statistics(x)
+            distance = (new["mean"] - 0.01 * target) ** 2 + (new["var"] - 0.99 - 0.01) ** 2
+            return 1e4 * jnp.sum(distance) / (2 if synced else 1)
+
+        return jax.jit(jax.value_and_grad(loss))
+
+    step, theirs = run(BatchNorm), run(nn.BatchNorm)
+    x64, epsilon = x.astype(np.float64), 1e-6
+    for found, expected in zip(step(x), theirs(x), strict=True):
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+
+    def by_hand(x):
+        return np.sum((x.mean(0) - target) ** 2 + (x.var(0) - 1) ** 2)
+
+    for place in ((0, 0), (7, 1), (15, 2)):
+        move = np.zeros_like(x64)
+        move[place] = epsilon
+        slope = (by_hand(x64 + move) - by_hand(x64 - move)) / (2 * epsilon)
+        np.testing.assert_allclose(step(x)[1][place], slope, rtol=1e-3, atol=1e-4)
+    for _ in range(60):
+        x = x - 2 * step(x)[1]
+    np.testing.assert_allclose(np.mean(x, 0), target, atol=0.02)
+    np.testing.assert_allclose(np.var(x, 0), 1, atol=0.02)
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, nn.BatchNorm])
+def test_variables_cast_to_bfloat16(layer):
+    """An average in bfloat16 stands still at 0.25 of 0.30 and 1.17 of 1.44; 1,000 steps."""
+    x = 0.3 + 1.2 * np.random.default_rng(0).standard_normal((8, 64, 3))
+    x = jnp.asarray(x, jnp.bfloat16)
+    layer = layer(use_running_average=False)
+    variables = jax.tree.map(
+        lambda leaf: leaf.astype(jnp.bfloat16), layer.init(jax.random.key(0), x[0])
+    )
+
+    def step(stats, x):
+        variables_ = {"params": variables["params"], "batch_stats": stats}
+        y, new = layer.apply(variables_, x, mutable=["batch_stats"])
+        return new["batch_stats"], y.dtype == jnp.bfloat16
+
+    stats, _ = step(variables["batch_stats"], x[-1])
+    xs = jnp.tile(x, (125, 1, 1))
+    stats, same = jax.jit(lambda stats: jax.lax.scan(step, stats, xs))(stats)
+    x = np.asarray(x, np.float64)
+    assert np.all(same) and stats["mean"].dtype == stats["var"].dtype == jnp.float32
+    np.testing.assert_allclose(stats["mean"], x.mean((0, 1)), atol=5e-3)
+    np.testing.assert_allclose(stats["var"], x.var(1).mean(0), rtol=1e-2)
+
+
+@pytest.mark.parametrize("layer", [BatchNorm, nn.BatchNorm])
+def test_statistics_in_param_dtype_stay_in_it(layer):
+    options = dict(param_dtype=jnp.bfloat16, force_float32_reductions=False)
+    layer, x = layer(use_running_average=False, momentum=0.5, **options), data((64, 3))
+    x = jnp.asarray(x, jnp.bfloat16)
+    variables = layer.init(jax.random.key(0), x)
+    _, new = layer.apply(variables, x, mutable=["batch_stats"])
+    assert signature(new["batch_stats"]) == signature(variables["batch_stats"])
+    assert new["batch_stats"]["mean"].dtype == jnp.bfloat16
+    expected = stats_by_hand([np.asarray(x, np.float64)], 0.5)
+    np.testing.assert_allclose(np.float32(new["batch_stats"]["mean"]), expected["mean"], rtol=0.02)
+
+
+class Twins(nn.Module):
+    """One layer for two inputs."""
+
+    @nn.compact
+    def __call__(self, *inputs):
+        """Each by itself."""
+        layer = BatchNorm(use_running_average=False, momentum=0.8)
+        return [layer(x) for x in inputs]
+
+
+def test_calls_of_one_pass_are_merged():
+    inputs = data((8, 2, 3)), data((5, 3), 1) + 4, data((1, 7, 3), 2) - 9
+    variables = Twins().init(jax.random.key(0), *inputs)
+    _, new = Twins().apply(variables, *inputs, mutable=[MOMENTS])
+    stats = update_from_batch_moments(variables["batch_stats"], new[MOMENTS])
+    close(stats["BatchNorm_0"], stats_by_hand(inputs, 0.8))
+    np.testing.assert_array_equal(new[MOMENTS]["BatchNorm_0"]["moments"].count, [28] * 3)
+
+
+class Cell(nn.Module):
+    """What `nn.scan` runs over layers, or over time."""
+
+    @nn.compact
+    def __call__(self, carry, x):
+        """A layer of BN, of what is carried or of what comes in."""
+        y = BatchNorm(use_running_average=False, momentum=0.9)(carry if x is None else x)
+        return y, y
+
+
+def stacked(kind, axes, axis=0):
+    """Two layers by `nn.scan`, one after the other, or by `nn.vmap`, side by side."""
+    axes = dict.fromkeys(axes, axis)
+    if kind == "vmap":
+        layer = nn.vmap(BatchNorm, variable_axes=axes, split_rngs={"params": True})
+        return layer(use_running_average=False, momentum=0.9, name="layers")
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            scan = nn.scan(Cell, variable_axes=axes, split_rngs={"params": True}, length=2)
+            return scan(name="layers")(x, None)[0]
+
+    return Model()
+
+
+LIFTED = ("params", "batch_stats", MOMENTS)
+
+
+@pytest.mark.parametrize(("kind", "axis"), [("scan", 0), ("scan", 1), ("vmap", 0), ("vmap", 1)])
+@pytest.mark.parametrize("use", ["accumulate", "population"])
+def test_layers_inside_of_a_transformation(kind, axis, use):
+    """With the collection lifted along any axis each has its own statistics."""
+    model = stacked(kind, LIFTED, axis)
+    parts = [data((8, 3)) + 3, data((8, 3), 1)]
+    inputs = [np.stack([p, 2 * p + 1]) if kind == "vmap" else p for p in parts]
+    variables = jax.jit(model.init)(jax.random.key(0), inputs[0])
+
+    @jax.jit
+    def gather(variables, x):
+        return model.apply(variables, x, mutable=[MOMENTS, "batch_stats"])[1][MOMENTS]
+
+    per_layer = [parts, [2 * p + 1 for p in parts]]
+    if kind == "scan":
+        per_layer[1] = [(p - p.mean(0)) / np.sqrt(p.var(0) + 1e-5) for p in parts]
+    if use == "accumulate":
+        merged = merge_batch_moments(*(gather(variables, x) for x in inputs))
+        found = update_from_batch_moments(variables["batch_stats"], merged)
+        expected = [stats_by_hand(layer, 0.9) for layer in per_layer]
+    else:
+        found = population_batch_stats(gather, variables, inputs)
+        expected = [
+            {
+                "mean": np.mean([p.mean(0, dtype=np.float64) for p in layer], 0),
+                "var": np.mean([p.var(0, ddof=1, dtype=np.float64) for p in layer], 0),
+            }
+            for layer in per_layer
+        ]
+    assert signature(found) == signature(dict(variables["batch_stats"]))
+    layers = found["layers"]["BatchNorm_0"] if kind == "scan" else found
+    close(layers, jax.tree.map(lambda *v: np.stack(v, axis), *expected))
+
+
+@pytest.mark.parametrize("kind", ["scan", "vmap"])
+def test_layers_whose_moments_are_not_lifted_are_named(kind):
+    """With the axes to add, word for word."""
+    model, x = stacked(kind, LIFTED[:2]), data((2, 8, 3))
+    variables = model.init(jax.random.key(0), x)
+
+    def gather(variables, x):
+        return model.apply(variables, x, mutable=[MOMENTS, "batch_stats"])[1].get(MOMENTS, {})
+
+    name = "layers/BatchNorm_0" if kind == "scan" else ""
+    message = f"moments lacks '{name}'.*variable_axes={{'batch_moments': 0}}"
+    with pytest.raises(ValueError, match=message):
+        update_from_batch_moments(variables["batch_stats"], gather(variables, x))
+    with pytest.raises(ValueError, match=message):
+        population_batch_stats(gather, variables, [x])
+    # Both docstrings show what to write.
+    for function in (update_from_batch_moments, population_batch_stats):
+        code = re.search(r"variable_axes=(\{.*?\})", function.__doc__).group(1)
+        assert eval(code, {"MOMENTS": MOMENTS}) == dict.fromkeys(LIFTED, 0)
+
+
+def test_recurrence_that_shares_a_layer():
+    """`variable_carry` shares statistics over time: the moments of all steps are merged."""
+    xs = data((4, 8, 3)) + np.arange(4, dtype=np.float32)[:, None, None]
+
+    class Model(nn.Module):
+        @nn.compact
+        def __call__(self, xs):
+            scan = nn.scan(
+                Cell,
+                variable_broadcast="params",
+                variable_carry="batch_stats",
+                variable_axes={MOMENTS: 0},
+                split_rngs={"params": False},
+            )
+            return scan(name="cell")(xs[0], xs)[1]
+
+    one = Cell().init(jax.random.key(0), xs[0], xs[0])
+    variables = {name: {"cell": tree} for name, tree in one.items()}
+    _, new = Model().apply(variables, xs, mutable=[MOMENTS, "batch_stats"])
+    stats = update_from_batch_moments(variables["batch_stats"], new[MOMENTS])
+    close(stats["cell"]["BatchNorm_0"], stats_by_hand(xs, 0.9))
+
+
+class Hybrid(nn.Module):
+    """Takes its mode from whether the statistics may change; layers of unequal momentum."""
+
+    @nn.compact
+    def __call__(self, x):
+        """BN → BN of the same, one frozen."""
+        train = self.is_mutable_collection("batch_stats")
+        outputs = [
+            BatchNorm(use_running_average=not train, momentum=momentum, name=f"at_{momentum}")(x)
+            for momentum in (0.5, 0.9)
+        ]
+        frozen = BatchNorm(use_running_average=not train, frozen=True, name="frozen")(x)
+        return [*outputs, frozen]
+
+
+@pytest.mark.parametrize("frozen_dict", [False, True])
+def test_recipe_of_accumulation(frozen_dict):
+    """Each layer by its own momentum, in a model that looks at `mutable`; given, by that."""
+    x, parts = data((32, 3)), data((32, 3)).reshape(4, 8, 3)
+    variables = Hybrid().init(jax.random.key(0), x)
+    given = freeze(variables["batch_stats"]) if frozen_dict else variables["batch_stats"]
+    variables["batch_stats"]["frozen"]["mean"] += 7
+
+    @jax.jit
+    def run(parts):
+        def gather(x):
+            (y, _, _), new = Hybrid().apply(variables, x, mutable=[MOMENTS, "batch_stats"])
+            return new[MOMENTS], y
+
+        def step(total, part):
+            moments, y = gather(part)
+            return merge_batch_moments(total, moments), y
+
+        zeros = jax.tree.map(jnp.zeros_like, jax.eval_shape(gather, parts[0])[0])
+        return jax.lax.scan(step, zeros, parts)
+
+    merged, y = run(parts)
+    part = parts[3].astype(np.float64)
+    np.testing.assert_allclose(y[3], (part - part.mean(0)) / np.sqrt(part.var(0) + 1e-5), atol=1e-5)
+    kept = {"mean": np.full(3, 7.0), "var": np.ones(3)}
+    given = freeze(variables["batch_stats"]) if frozen_dict else variables["batch_stats"]
+    for momentum in (None, 0.25):
+        found = update_from_batch_moments(given, merged, momentum=momentum)
+        expected = {f"at_{own}": stats_by_hand([x], momentum or own) for own in (0.5, 0.9)}
+        expected |= {"frozen": kept}
+        close(found, freeze(expected) if frozen_dict else expected)
+
+
+def test_population_statistics_of_frozen_layers():
+    """A tree like `batch_stats`, with which evaluation runs."""
+    x = [data((8, 3), seed) for seed in (0, 1)]
+    variables = Hybrid().init(jax.random.key(0), x[0])
+    variables["batch_stats"]["frozen"] = {"mean": jnp.full(3, 7.0), "var": jnp.full(3, 2.0)}
+
+    def gather(variables, x):
+        return Hybrid().apply(variables, x, mutable=[MOMENTS, "batch_stats"])[1][MOMENTS]
+
+    stats = population_batch_stats(gather, variables, x)
+    assert signature(stats) == signature(variables["batch_stats"])
+    jax.tree.map(np.testing.assert_array_equal, stats["frozen"], variables["batch_stats"]["frozen"])
+    mean = np.concatenate(x).mean(0)
+    np.testing.assert_allclose(stats["at_0.5"]["mean"], mean, rtol=1e-5)
+    *_, frozen = Hybrid().apply({**variables, "batch_stats": stats}, x[0])
+    np.testing.assert_allclose(frozen, (x[0] - 7) / np.sqrt(2 + 1e-5), rtol=1e-5)
+
+
+def test_found_where_flax_is_looked_for():
+    """`capture_intermediates` by class, and a tree of calls that has nothing but Flax's."""
+    x, found = data((8, 3)), []
+    for layer in (BatchNorm, nn.BatchNorm):
+        net = Net(layer)
+        variables = net.init(jax.random.key(0), x, True)
+        _, new = net.apply(
+            variables,
+            x,
+            True,
+            mutable=["batch_stats", "intermediates"],
+            capture_intermediates=lambda module, _: isinstance(module, nn.BatchNorm),
+        )
+        found.append(new["intermediates"])
+    close(*found, tolerance=1e-4)
+    assert set(found[0]) == {"BatchNorm_0", "BatchNorm_1"}
+
+
+# The three ways in which models say it.
+MODEL = """
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+
+class Model(nn.Module):
+    norm: Any = nn.BatchNorm
+
+    @nn.compact
+    def __call__(self, x):
+        norm = partial(nn.BatchNorm, use_running_average=False, momentum=0.9)
+        return [norm()(x), self.norm(use_running_average=False)(x), nn.BatchNorm(False)(x)]
+"""
+
+
+def test_put_into_code_that_names_flax(monkeypatch):
+    """`nn.BatchNorm = BatchNorm` before the model's code is imported reaches all three."""
+    x, used = data((8, 3)), []
+    monkeypatch.setattr(nn, "BatchNorm", BatchNorm)
+    namespace = {"__name__": "model"}
+    exec(MODEL, namespace)
+
+    def spy(call, args, kwargs, context):
+        used.append(type(context.module))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(spy):
+        namespace["Model"]().init(jax.random.key(0), x)
+    assert used[1:] == [BatchNorm] * 3
+
+
+@pytest.mark.parametrize("options", [dict(use_running_average=True), dict(frozen=True)])
+def test_mask_in_inference(options):
+    """Masked elements come out as bias, whatever they hold, and have no gradient."""
+    x, mask = data((8, 3)), np.arange(8)[:, None] < 5
+    dirty = np.where(mask, x, np.float32(np.nan))
+    layer = BatchNorm(**{"use_running_average": False, **options})
+    params = {"scale": np.float32([1, 2, -3]), "bias": np.float32([4, 5, 6])}
+    stats = {"mean": np.float32([1, 0, -1]), "var": np.float32([2, 1, 0.5])}
+
+    def apply(x):
+        variables = {"params": params, "batch_stats": stats}
+        return layer.apply(variables, x, mask=mask, mutable=["batch_stats"])[0]
+
+    expected = (x - stats["mean"]) / np.sqrt(stats["var"] + 1e-5) * params["scale"]
+    np.testing.assert_allclose(apply(dirty), expected * mask + params["bias"], rtol=1e-5)
+    slope = params["scale"] / np.sqrt(stats["var"] + 1e-5) * mask
+    np.testing.assert_allclose(jax.grad(lambda x: apply(x).sum())(dirty), slope, rtol=1e-5)
+
+
+@pytest.mark.parametrize("value", [False, True, None])
+def test_subclass_with_fields_of_its_own(value):
+    """`frozen: bool` and `group_size: int = 0`, as models have them."""
+
+    class Mine(BatchNorm):
+        group_size: int = 0
+        frozen: bool = False
+
+    x = data((8, 3))
+    variables = BatchNorm().init(jax.random.key(0), x, False)
+    _, new = Mine(frozen=value).apply(variables, x, False, mutable=["batch_stats"])
+    kept = {"mean": np.zeros(3), "var": np.ones(3)}
+    close(new["batch_stats"], kept if value else stats_by_hand([x], 0.99))
 
 
 def test_initialized_with_one_example_without_a_warning(recwarn):

@@ -13,7 +13,14 @@ from flax import nnx
 from jax.sharding import Mesh, PartitionSpec
 
 from bn_research.layers import linen
-from bn_research.layers.nnx import BatchNorm, freeze_batch_norm
+from bn_research.layers.nnx import (
+    BatchMoments,
+    BatchNorm,
+    freeze_batch_norm,
+    gather_batch_moments,
+    population_batch_stats,
+    update_from_batch_moments,
+)
 
 LAYERS = BatchNorm, nnx.BatchNorm
 
@@ -447,7 +454,6 @@ def test_bad_arguments(options, message, evaluate):
 @pytest.mark.parametrize(
     ("options", "x", "mask", "message"),
     [
-        (dict(), np.ones((4, 3), np.int32), None, "x has dtype int32"),
         (dict(), data((4, 3)), np.ones((5, 1), bool), r"where has shape \(5, 1\)"),
         (dict(group_size=3), data((4, 3)), None, "group_size=3 does not divide the batch of 4"),
         (dict(axis_index_groups=[[0]]), data((4, 3)), None, "needs axis_name"),
@@ -465,3 +471,315 @@ def test_group_size_is_not_looked_at_in_evaluation():
     x = data((3, 2))
     y = forward(build(BatchNorm, 2, use_running_average=True, group_size=2), x)
     np.testing.assert_allclose(y, x / np.sqrt(1 + 1e-5), rtol=1e-6)
+
+
+def gathered_model(momenta=(0.9, 0.5)):
+    """Two layers of unequal momentum, both of the input."""
+    return nnx.List([build(BatchNorm, momentum=momentum) for momentum in momenta])
+
+
+def run_all(model, x):
+    return [layer(x) for layer in model]
+
+
+def stats_by_hand(batches, momentum):
+    """Of a layer that starts with 0 and 1 and sees the union of batches."""
+    flat = np.concatenate([b.reshape(-1, b.shape[-1]) for b in batches]).astype(np.float64)
+    return (1 - momentum) * flat.mean(0), momentum + (1 - momentum) * flat.var(0)
+
+
+def by_grad(model, x):
+    def loss(model, x):
+        return sum(jnp.sum(y**3) for y in run_all(model, x))
+
+    return nnx.grad(loss, argnums=nnx.DiffState(0, nnx.Param))(model, x)
+
+
+def by_split_and_merge(model, x):
+    graphdef, state = nnx.split(model)
+
+    @jax.jit
+    def run(state, x):
+        model = nnx.merge(graphdef, state)
+        run_all(model, x)
+        return nnx.state(model)
+
+    nnx.update(model, run(state, x))
+
+
+def by_scan(model, x):
+    @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=(nnx.Carry, 0))
+    def run(model, x):
+        return model, run_all(model, x)
+
+    run(model, x.reshape(2, -1, 3)[:, None])
+
+
+def by_synced_vmap(model, x):
+    model[0].axis_name = model[1].axis_name = "b"
+    axes = nnx.StateAxes({...: None})
+    nnx.vmap(run_all, in_axes=(axes, 0), axis_name="b")(model, x.reshape(2, -1, 3))
+
+
+WAYS = [run_all, nnx.remat(run_all), by_grad, nnx.jit(by_grad), by_split_and_merge, by_scan]
+WAYS.append(by_synced_vmap)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_accumulated_batches_update_once(way):
+    """Each layer by its own momentum, from batches of unequal size; against numpy."""
+    model, parts = gathered_model(), [data((8, 3)), data((4, 3), 1) + 5]
+    before = signature(model)
+    gather_batch_moments(model)
+    for part in parts:
+        (way if way in (run_all, by_split_and_merge) else nnx.jit(way))(model, part)
+        np.testing.assert_array_equal(stats_of(model[0]), [np.zeros(3), np.ones(3)])
+    counts = [layer.moments.get_value().count for layer in model]
+    np.testing.assert_array_equal(counts, np.full((2, 3), 12))
+    update_from_batch_moments(model)
+    for layer in model:
+        np.testing.assert_allclose(stats_of(layer), stats_by_hand(parts, layer.momentum), rtol=1e-5)
+    assert signature(model) == before
+    model.set_attributes(BatchNorm, axis_name=None)
+    run_all(model, parts[0])  # the ordinary update is back
+    assert not np.allclose(model[0].mean[...], stats_by_hand(parts, 0.9)[0])
+
+
+def test_a_whole_step_of_accumulation_in_one_program():
+    """Gather, pass and update inside of `nnx.jit`; a momentum for all, which may be traced."""
+    model, parts = gathered_model(), data((3, 8, 3))
+    freeze_batch_norm(model, lambda path: path == (1,))
+
+    @nnx.jit
+    def step(model, parts, momentum):
+        gather_batch_moments(model)
+        for part in parts:
+            run_all(model, part)
+        update_from_batch_moments(model, momentum=momentum)
+
+    step(model, parts, 0.25)
+    np.testing.assert_allclose(stats_of(model[0]), stats_by_hand(parts, 0.25), rtol=1e-5)
+    np.testing.assert_array_equal(stats_of(model[1]), [np.zeros(3), np.ones(3)])
+
+
+def test_moments_are_state():
+    """`nnx.state` reads them, and the key is the layer's attribute."""
+    model = gathered_model()
+    gather_batch_moments(model)
+    run_all(model, data((8, 3)))
+    state = nnx.to_flat_state(nnx.state(model, BatchMoments))
+    assert [path for path, _ in state] == [(0, "moments"), (1, "moments")]
+    for _, leaf in state:
+        np.testing.assert_allclose(leaf.get_value().mean, data((8, 3)).mean(0), rtol=1e-5)
+
+
+def test_moments_of_a_shared_layer_are_merged():
+    layer, x = build(BatchNorm, momentum=0.8), data((8, 3))
+    model = nnx.List([layer, layer])
+    gather_batch_moments(model)
+    nnx.jit(lambda model, x: (model[0](x), model[1](2 * x[:5] + 7)))(model, x)
+    update_from_batch_moments(model)
+    expected = stats_by_hand([x, 2 * x[:5] + 7], 0.8)
+    np.testing.assert_allclose(stats_of(layer), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["scan", "vmap"])
+@pytest.mark.parametrize("axis", [0, 1])
+@pytest.mark.parametrize("use", ["accumulate", "population"])
+def test_moments_of_layers_inside_of_a_transformation(kind, axis, use):
+    """Of `nnx.scan`, one layer after the other, and of `nnx.vmap`, side by side."""
+    parts = [data((8, 3)) + 3, data((8, 3), 1)]
+
+    @nnx.split_rngs(splits=2)
+    @nnx.vmap(in_axes=0, out_axes=axis)
+    def make(rngs):
+        return BatchNorm(3, momentum=0.9, rngs=rngs)
+
+    layers = make(nnx.Rngs(0))
+
+    @nnx.jit
+    def run(layers, x):
+        if kind == "vmap":
+            pair = jnp.stack([x, 2 * x + 1])
+            return nnx.vmap(lambda layer, x: layer(x), in_axes=(axis, 0))(layers, pair)
+
+        @nnx.scan(in_axes=(nnx.Carry, axis), out_axes=nnx.Carry)
+        def scan(x, layer):
+            return layer(x)
+
+        return scan(x, layers)
+
+    per_layer = [parts, [2 * p + 1 for p in parts]]
+    if kind == "scan":
+        per_layer[1] = [(p - p.mean(0)) / np.sqrt(p.var(0) + 1e-5) for p in parts]
+    if use == "accumulate":
+        gather_batch_moments(layers)
+        for part in parts:
+            run(layers, part)
+        update_from_batch_moments(layers)
+        expected = [stats_by_hand(layer, 0.9) for layer in per_layer]
+    else:
+        population_batch_stats(layers, run, parts)
+        expected = [
+            (
+                np.mean([p.mean(0, dtype=np.float64) for p in layer], 0),
+                np.mean([p.var(0, ddof=1, dtype=np.float64) for p in layer], 0),
+            )
+            for layer in per_layer
+        ]
+    for found, want in zip(stats_of(layers), zip(*expected, strict=True), strict=True):
+        np.testing.assert_allclose(found, np.stack(want, axis), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["algorithm2", "merged"])
+def test_population_statistics(method):
+    """Against numpy and against the linen layer's; a frozen layer keeps what it has."""
+    model, batches = gathered_model(), [data((8, 3)), data((8, 3), 1) + 5]
+    freeze_batch_norm(model, lambda path: path == (1,))
+    population_batch_stats(model, nnx.jit(run_all), batches, method=method)
+    mean = np.mean([b.mean(0) for b in batches], 0)
+    var = np.mean([b.var(0, ddof=1) for b in batches], 0)
+    if method == "merged":
+        var = np.concatenate(batches).var(0, ddof=1)
+    np.testing.assert_allclose(stats_of(model[0]), (mean, var), rtol=1e-5)
+    np.testing.assert_array_equal(stats_of(model[1]), [np.zeros(3), np.ones(3)])
+    other = linen.BatchNorm(use_running_average=False)
+    variables = other.init(jax.random.key(0), batches[0])
+    stats = linen.population_batch_stats(
+        lambda v, x: other.apply(v, x, mutable=[linen.MOMENTS])[1][linen.MOMENTS],
+        variables,
+        batches,
+        method=method,
+    )
+    np.testing.assert_allclose(stats_of(model[0]), (stats["mean"], stats["var"]), rtol=1e-6)
+
+
+def test_population_statistics_leave_a_model_as_it_was():
+    """Whether it was gathering, and however the passes end."""
+    model, x = gathered_model(), data((8, 3))
+    gather_batch_moments(model)
+    run_all(model, x)
+
+    def fail(model, x):
+        run_all(model, x)
+        raise RuntimeError("out of memory")
+
+    for layers in (model, gathered_model()):
+        before = {path for path, _ in nnx.to_flat_state(nnx.state(layers))}
+        with pytest.raises(RuntimeError, match="out of memory"):
+            population_batch_stats(layers, fail, [x])
+        population_batch_stats(layers, run_all, [x])
+        assert {path for path, _ in nnx.to_flat_state(nnx.state(layers))} == before
+    update_from_batch_moments(model, momentum=0.0)
+    np.testing.assert_allclose(stats_of(model[0]), stats_by_hand([x], 0.0), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("prepare", "call", "message"),
+    [
+        (lambda m: None, update_from_batch_moments, "^'0' gathers no moments: call gather_b"),
+        (lambda m: m.eval(), None, "^'0', '1' saw no batch in training mode: call model.train"),
+        (lambda m: m[1].eval(), None, "^'1' saw no batch"),
+        (lambda m: m.append(build(nnx.BatchNorm)), None, "^'2' is a flax.nnx.BatchNorm"),
+        (lambda m: m.append(build(nnx.BatchNorm)), gather_batch_moments, "^'2' is a flax"),
+    ],
+)
+def test_moments_that_cannot_be_had(prepare, call, message):
+    model = gathered_model()
+    prepare(model)
+    before = [stats_of(layer) for layer in model]
+    with pytest.raises(ValueError, match=message):
+        if call is None:
+            population_batch_stats(model, run_all, [data((8, 3))])
+        else:
+            call(model)
+    np.testing.assert_array_equal(before, [stats_of(layer) for layer in model])
+
+
+def test_found_where_flax_is_looked_for():
+    """`set_attributes` by Flax's class reaches ours."""
+    model = gathered_model()
+    model.set_attributes(nnx.BatchNorm, use_running_average=True, momentum=0.3)
+    assert [(layer.use_running_average, layer.momentum) for layer in model] == [(True, 0.3)] * 2
+    assert all(isinstance(layer, nnx.BatchNorm) for layer in model)
+
+
+def test_subclass_with_attributes_of_its_own():
+    """That sets them to false values, or never calls our constructor."""
+
+    class Mine(BatchNorm):
+        def __init__(self, features, *, frozen=False, rngs):
+            super().__init__(features, rngs=rngs)
+            self.frozen, self.group_size = frozen, 0
+
+    class Bare(BatchNorm):
+        def __init__(self, features, *, rngs):
+            nnx.BatchNorm.__init__(self, features, rngs=rngs)
+
+    x, batch = data((8, 3)), stats_by_hand([data((8, 3))], 0.99)
+    for layer, expected in (
+        (build(Mine), batch),
+        (build(Bare), batch),
+        (build(Mine, frozen=True), (np.zeros(3), np.ones(3))),
+    ):
+        layer(x)
+        np.testing.assert_allclose(stats_of(layer), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_mask_in_inference(frozen):
+    """Masked elements come out as bias, whatever they hold, and have no gradient."""
+    x, mask = data((8, 3)), np.arange(8)[:, None] < 5
+    layer = build(BatchNorm, use_running_average=not frozen)
+    layer.frozen = frozen
+    layer.bias[...], layer.var[...] = jnp.array([4.0, 5, 6]), jnp.array([2, 1, 0.5])
+    slope = mask / np.sqrt(np.asarray(layer.var[...]) + 1e-5)
+    dirty = np.where(mask, x, np.float32(np.nan))
+    expected = x * slope + np.float32([4, 5, 6])
+    np.testing.assert_allclose(forward(layer, dirty, mask=mask), expected, rtol=1e-5)
+    gradient = nnx.grad(lambda layer, x: layer(x, mask=mask).sum(), argnums=1)(layer, dirty)
+    np.testing.assert_allclose(gradient, slope, rtol=1e-5)
+
+
+def test_variables_cast_to_bfloat16():
+    """An average in bfloat16 stands still, as Flax's does; 1,000 steps of momentum 0.99."""
+    x = jnp.asarray(0.3 + 1.2 * np.random.default_rng(0).standard_normal((8, 64, 3)), jnp.bfloat16)
+    own, flax = (build(layer) for layer in LAYERS)
+    for layer in (own, flax):
+        nnx.update(layer, jax.tree.map(lambda v: v.astype(jnp.bfloat16), nnx.state(layer)))
+        with warnings.catch_warnings():  # Flax's scatters float32 into bfloat16
+            warnings.simplefilter("ignore")
+            for i in range(1000):
+                forward(layer, x[i % 8])
+    exact = np.asarray(x, np.float64)
+    assert own.mean[...].dtype == own.var[...].dtype == jnp.float32
+    assert own.scale[...].dtype == jnp.bfloat16
+    np.testing.assert_allclose(own.mean[...], exact.mean((0, 1)), atol=5e-3)
+    np.testing.assert_allclose(own.var[...], exact.var(1).mean(0), rtol=1e-2)
+    assert np.all(np.float32(flax.var[...]) < 1.3)
+
+
+def test_a_loss_on_new_statistics_trains_the_input():
+    """Flax's gradient in linen, since its nnx layer cuts it; for a layer made in the loss."""
+    x, target = data((16, 3)), np.float32([1, -2, 0.5])
+    graphdef, state = nnx.split(build(BatchNorm, momentum=0.0))
+
+    def loss(x):
+        layer = nnx.merge(graphdef, state, copy=True)
+        layer(x)
+        return jnp.sum((layer.mean[...] - target) ** 2) + jnp.sum(layer.var[...] ** 2)
+
+    exact = x.astype(np.float64)
+    mean, var = exact.mean(0), exact.var(0)
+    expected = 2 * (mean - target) / 16 + 4 * var * (exact - mean) / 16
+    np.testing.assert_allclose(jax.jit(jax.grad(loss))(x), expected, rtol=1e-4, atol=1e-6)
+    # An argument of nnx.grad is a copy, too.
+    layer = build(BatchNorm, momentum=0.0)
+
+    def of_argument(x, layer):
+        layer(x)
+        return jnp.sum((layer.mean[...] - target) ** 2) + jnp.sum(layer.var[...] ** 2)
+
+    gradient = nnx.jit(nnx.grad(of_argument))(x, layer)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(layer.mean[...], mean, rtol=1e-5)

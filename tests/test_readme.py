@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 
+import flax.linen as nn
 import pytest
 
 from experiments import imagenet, init_sensitivity
@@ -134,6 +135,7 @@ def test_the_review_s_claims_stand_on_the_first_screen():
 def test_python_blocks_run(page, monkeypatch, tmp_path):
     """Those with a printed result have tests of their own below, experiments in test_commands."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(nn, "BatchNorm", nn.BatchNorm)  # README puts ours there
     for block in re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL):
         if not re.search(r"print\((?:audit|probe_linen)|^EXPERIMENT = ", block, re.MULTILINE):
             exec(compile(block, page, "exec"), {})

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict, freeze
 from flax.core.scope import DenyList
 from flax.linen.module import merge_param
 from flax.traverse_util import flatten_dict, unflatten_dict
@@ -111,14 +112,16 @@ class BatchNorm(nn.BatchNorm):
             scale = self.param("scale", self.scale_init, shape, self.param_dtype)
         if self.use_bias:
             bias = self.param("bias", self.bias_init, shape, self.param_dtype)
-        options = dict(feature_axes=axes, epsilon=self.epsilon, where=mask, dtype=self.dtype)
+        options: dict[str, Any] = dict(
+            feature_axes=axes, epsilon=self.epsilon, where=mask, dtype=self.dtype
+        )
 
         alone = self.is_initializing()  # the axis of devices need not exist yet, as in Flax
         frozen = self.frozen(self.path) if callable(self.frozen) else bool(self.frozen)
         if frozen and not alone:
             use_running_average = True
             scale, bias = jax.lax.stop_gradient((scale, bias))
-            self._leave(_no_moments(mean.value))
+            leave_moments(self, _no_moments(mean.value), self.momentum)
         if use_running_average:
             return normalize(x, mean.value, var.value, scale, bias, **options)
         if alone:
@@ -135,7 +138,8 @@ class BatchNorm(nn.BatchNorm):
         )
         # A caller that asks for the moments alone, to merge those of several batches, updates the
         # running statistics later.
-        if not self._leave(moments) or self.is_mutable_collection("batch_stats"):
+        left = leave_moments(self, moments, self.momentum)
+        if not left or self.is_mutable_collection("batch_stats"):
             stats = update_batch_stats(
                 BatchStats(mean.value, var.value), moments, momentum=self.momentum
             )
@@ -144,15 +148,15 @@ class BatchNorm(nn.BatchNorm):
             mean.value, var.value = stats
         return y
 
-    def _leave(self, moments: Moments) -> bool:
-        return leave_moments(self, moments, self.momentum)
-
 
 def leave_moments(module: nn.Module, moments: Moments, momentum: Any) -> bool:
     """Leaves moments and momentum in the collection MOMENTS; whether someone asked for it by name.
 
     `mutable=True` and `DenyList` name no collection: they keep the variables that the model has. A
-    layer that is called again in the same pass merges its moments with those that it left.
+    layer that is called again in the same pass merges its moments with those that it left. The
+    momentum is of the moments' shape, so that `nn.scan` can lay both along any axis.
+
+    A function, since `capture_intermediates` would see a method, and keep what it returns.
     """
     asked = module.scope.mutable if module.scope is not None else False
     if asked != MOMENTS and (isinstance(asked, (bool, str, DenyList)) or MOMENTS not in asked):
@@ -160,7 +164,8 @@ def leave_moments(module: nn.Module, moments: Moments, momentum: Any) -> bool:
     none = jax.tree.map(jnp.zeros_like, moments)
     module.sow(MOMENTS, "moments", moments, init_fn=lambda: none, reduce_fn=merge_moments)
     keep = dict(init_fn=tuple, reduce_fn=lambda _, new: new)
-    return module.sow(MOMENTS, "momentum", jnp.asarray(momentum, jnp.float32), **keep)
+    momentum = jnp.full(moments.mean.shape, momentum, jnp.float32)
+    return module.sow(MOMENTS, "momentum", momentum, **keep)
 
 
 def _no_moments(mean: Array) -> Moments:
@@ -203,7 +208,8 @@ def update_from_batch_moments(
     Layers inside `nn.scan` or `nn.vmap` leave their moments where the transformation is told to
     carry that collection, as it is told to carry the statistics:
     `nn.scan(..., variable_axes={"params": 0, "batch_stats": 0, MOMENTS: 0})`. Iterations that share
-    one layer's statistics, by `variable_carry="batch_stats"`, have their moments merged.
+    one layer's statistics, by `variable_carry="batch_stats"`, have their moments merged. What such
+    a transformation carries it asks for by name: with `mutable=True` too, its layers leave moments.
 
     Args:
       batch_stats: the model's running statistics.
@@ -321,4 +327,5 @@ def _with_stats(batch_stats: Any, new: dict[tuple[str, ...], BatchStats]) -> Any
     flat = flatten_dict(batch_stats)
     for layer, stats in new.items():
         flat.update({(*layer, name): leaf for name, leaf in stats._asdict().items()})
-    return unflatten_dict(flat)
+    tree = unflatten_dict(flat)
+    return freeze(tree) if isinstance(batch_stats, FrozenDict) else tree

@@ -84,6 +84,8 @@ class BatchNorm(nnx.BatchNorm):
       moments: `BatchMoments`, while they are gathered: see `gather_batch_moments`.
     """
 
+    moments: BatchMoments
+
     def __init__(
         self,
         num_features: int,
@@ -231,6 +233,9 @@ def gather_batch_moments(model: nnx.Module) -> None:
 
     Args:
       model: holds layers of this file's class, or is one.
+
+    Raises:
+      ValueError: one of the layers is Flax's own, whose statistics would move with every pass.
     """
     for layer in _layers(model).values():
         # Of the mean's shape, which has an axis for each transformation that made the layer.
@@ -275,30 +280,62 @@ def population_batch_stats(
     layers keep what they have, and so do features without enough elements in any batch.
 
     Args:
-      model: in training mode.
+      model: in training mode. One that was gathering moments goes on with those that it had.
       apply_fn: (model, batch) -> anything: a pass through the model; `nnx.jit` it.
       batches: training batches of the size that training used.
       method: "algorithm2" or "merged".
 
     Raises:
-      ValueError: an unknown method, or no batches.
+      ValueError: an unknown method, no batches, a layer that is Flax's own, or one that neither is
+        frozen nor saw a batch in training mode.
     """
     layers = _layers(model)
     old = {path: BatchStats(layer.mean[...], layer.var[...]) for path, layer in layers.items()}
+    gathered = {path: getattr(layer, "moments", None) for path, layer in layers.items()}
+    idle = {path for path, layer in layers.items() if not getattr(layer, "frozen", False)}
 
     def moments_of(batch):
         gather_batch_moments(model)
         apply_fn(model, batch)
-        return dict(zip(layers, (moments for _, moments in _take(model)), strict=True))
+        found = dict(zip(layers, (moments for _, moments in _take(model)), strict=True))
+        for path in list(idle):
+            count = found[path].count  # a traced one is not looked at
+            if isinstance(count, jax.core.Tracer) or count.any():
+                idle.discard(path)
+        return found
 
-    found = population_stats(moments_of, batches, method=method, initial=old)
+    try:
+        found = population_stats(moments_of, batches, method=method, initial=old)
+    finally:  # a pass that failed would leave layers that never update their statistics again
+        for path, layer in layers.items():
+            before = gathered[path]
+            if before is not None:
+                layer.moments = before
+            elif hasattr(layer, "moments"):
+                del layer.moments
+    if idle:
+        names = ", ".join(repr(_name(path, layers[path])) for path in layers if path in idle)
+        raise ValueError(f"{names} saw no batch in training mode: call model.train() first")
     for path, layer in layers.items():
         layer._set_stats(found[path])
 
 
 def _layers(model: nnx.Module) -> dict[tuple[Any, ...], BatchNorm]:
-    """The layers of this file's class by path, those that are shared once."""
-    return {path: m for path, m in nnx.iter_modules(model) if isinstance(m, BatchNorm)}
+    """The layers of this file's class by path, those that are shared once; ValueError if Flax's."""
+    layers: dict[tuple[Any, ...], BatchNorm] = {}
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, BatchNorm):
+            layers[path] = module
+        elif isinstance(module, nnx.BatchNorm):
+            raise ValueError(
+                f"{_name(path, module)!r} is a flax.nnx.BatchNorm: only "
+                "bn_research.layers.nnx.BatchNorm gathers moments"
+            )
+    return layers
+
+
+def _name(path: tuple[Any, ...], layer: nnx.Module) -> str:
+    return "/".join(map(str, path)) or type(layer).__name__
 
 
 def _take(model: nnx.Module) -> list[tuple[BatchNorm, Moments]]:
@@ -306,8 +343,8 @@ def _take(model: nnx.Module) -> list[tuple[BatchNorm, Moments]]:
     layers = _layers(model)
     for path, layer in layers.items():
         if getattr(layer, "moments", None) is None:
-            name = "/".join(map(str, path)) or type(layer).__name__
-            raise ValueError(f"{name} gathers no moments: call gather_batch_moments(model) first")
+            name = _name(path, layer)
+            raise ValueError(f"{name!r} gathers no moments: call gather_batch_moments(model) first")
     taken = [(layer, layer.moments.get_value()) for layer in layers.values()]
     for layer in layers.values():
         del layer.moments

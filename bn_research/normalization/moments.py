@@ -280,7 +280,7 @@ def accumulator_dtype(dtype: jnp.dtype) -> jnp.dtype:
 def promoted(*dtypes: DTypeLike) -> jnp.dtype:
     """The dtype that all can be cast to, also where JAX is set to cast nothing by itself."""
     with jax.numpy_dtype_promotion("standard"):
-        return jnp.result_type(*map(jnp.dtype, dtypes))
+        return jnp.result_type(*(jnp.dtype(dtype) for dtype in dtypes))
 
 
 def canonical_axes(feature_axes: int | Sequence[int], ndim: int) -> tuple[int, ...]:

@@ -12,6 +12,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import warnings
 
 import flax.linen as nn
 import jax
@@ -102,21 +103,56 @@ def test_batch_norm(step, flax, own, masked):
 
 
 @each_library
-@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32])
-def test_complex_and_integer_input(step, flax, own, dtype):
-    """Follows test_batch_norm_complex of linen_test.py, where Flax normalizes complex numbers.
+@pytest.mark.parametrize("dtype", [jnp.complex64, jnp.int32, jnp.uint8, jnp.bool_])
+@pytest.mark.parametrize("options", [{}, dict(use_scale=False, use_bias=False)])
+def test_complex_and_integer_input(step, flax, own, dtype, options):
+    """Follows test_batch_norm_complex of linen_test.py: complex mean, real variance.
 
-    Ours refuses them: the paper defines no such transform, and a real bias and running mean hold
-    half of one. Integers it refuses too: they are raw data that someone forgot to scale. In
-    flax.nnx complex numbers meet a float32 running mean, which JAX is about to refuse.
+    Integers and bool are float32. flax.nnx casts a complex mean to its float32 running mean, which
+    JAX is about to refuse: it keeps the real part, ours all of it.
     """
     x = normal((4, 3, 2)) * 10
-    x = (x + 1j * normal((4, 3, 2), 1) if dtype == jnp.complex64 else x).astype(dtype)
-    if step is linen_step or dtype == jnp.int32:
-        y, *_ = step(flax, x)
-        np.testing.assert_allclose(np.mean(y, (0, 1)), np.zeros(2), atol=1e-5)
-    with pytest.raises(ValueError, match=f"x has dtype {dtype.__name__}: allowed are floating"):
-        step(own, x)
+    if dtype == jnp.complex64:
+        x = x + 1j * normal((4, 3, 2), 1)
+    x = (x > 0 if dtype == jnp.bool_ else x if dtype != jnp.uint8 else np.abs(x)).astype(dtype)
+    options = dict(options, momentum=0.9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        theirs = list(step(flax, x, **options))
+    ours = step(own, x, **options)
+    x = np.asarray(x, np.complex128)
+    mean, var = x.mean((0, 1)), (np.abs(x - x.mean((0, 1))) ** 2).mean((0, 1))
+    truth = (x - mean) / np.sqrt(var + 1e-5), 0.1 * mean, 0.9 + 0.1 * var
+    if step is nnx_step and dtype == jnp.complex64:
+        np.testing.assert_allclose(theirs[1], ours[1].real, atol=1e-5)
+        theirs[1] = ours[1]
+    for found, flax_found, expected in zip(ours, theirs, truth, strict=True):
+        assert found.dtype == flax_found.dtype
+        np.testing.assert_allclose(found, flax_found, atol=1e-5)
+        np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_complex_scale(train):
+    """Of real x: result and gradients of Flax's layer."""
+    x, g = normal((8, 3)), normal((8, 3), 1)
+    stats = {"mean": normal(3), "var": normal(3) ** 2 + 1}
+    params = {"scale": (normal(3) + 1j * normal(3, 1)).astype(np.complex64), "bias": normal(3)}
+
+    def run(layer):
+        layer = layer(use_running_average=not train)
+
+        def loss(params, x):
+            variables = {"params": params, "batch_stats": stats}
+            y, new = layer.apply(variables, x, mutable=["batch_stats"])
+            return jnp.sum(g * jnp.abs(y) ** 2), (y, new["batch_stats"])
+
+        return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(params, x)
+
+    ours, theirs = run(linen.BatchNorm), run(nn.BatchNorm)
+    for found, expected in zip(*map(jax.tree.leaves, (ours, theirs)), strict=True):
+        assert found.dtype == expected.dtype
+        np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("layer", [nn.BatchNorm, linen.BatchNorm])
