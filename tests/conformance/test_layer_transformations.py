@@ -419,3 +419,25 @@ def test_a_single_value_is_no_matter_where_nothing_is_computed(layer):
         ),
     ):
         assert not warnings_of(quiet)
+
+
+@each_layer
+def test_gradient_of_complex_input(layer):
+    """By complex128; what JAX calls the gradient of a real loss."""
+    x = (data((6, FEATURES)) + 1j * data((6, FEATURES), 1)).astype(np.complex64)
+    g = data((6, FEATURES), 2) - 1j * data((6, FEATURES), 3)
+
+    def loss(y, new):
+        return jnp.sum(jnp.abs(g * y - 1) ** 2) + jnp.sum(jnp.abs(new["mean"]) ** 2 + new["var"])
+
+    def spelled(x):
+        mean = jnp.mean(x, 0)
+        var = jnp.mean(jnp.abs(x - mean) ** 2, 0)
+        y = (x - mean) / jnp.sqrt(var + 1e-5) * PARAMS["scale"] + PARAMS["bias"]
+        stats = {"mean": 0.9 * STATS["mean"] + 0.1 * mean, "var": 0.9 * STATS["var"] + 0.1 * var}
+        return loss(y, stats)
+
+    found = jax.jit(jax.value_and_grad(lambda x: loss(*layer(PARAMS, STATS, x))))(x)
+    with jax.enable_x64(True):
+        expected = jax.value_and_grad(spelled)(jnp.asarray(x, jnp.complex128))
+    close(found, expected)
