@@ -573,3 +573,27 @@ def test_what_parts_change_moves_by_their_mean(kind, parts):
     assert {name: leaf.dtype for name, leaf in new.items()} == {
         name: leaf.dtype for name, leaf in stats.items()
     }
+
+
+@pytest.mark.parametrize("parts", [1, 4])
+def test_statistics_in_half_precision_do_not_stall(parts):
+    """A state that was cast to bfloat16: running statistics as in float32, in parts too."""
+    optimizer = optax.sgd(0.0)
+    accumulated = "microbatch" if parts > 1 else None
+    step = jax.jit(make_train_step(with_bn, optimizer, accumulated_statistics=accumulated))
+
+    def averages(dtype):
+        state = create_train_state(bn_init, optimizer, jax.random.key(0))
+        cast = jax.tree.map(lambda leaf: leaf.astype(dtype), state.batch_stats)
+        state = state._replace(batch_stats=cast)
+        for seed in range(60):
+            batch = data(16, seed)
+            if parts > 1:
+                batch = jax.tree.map(lambda v: v.reshape(parts, -1, *v.shape[1:]), batch)
+            state, _ = step(state, batch)
+        return state.batch_stats
+
+    cast, kept = averages(jnp.bfloat16), averages(jnp.float32)
+    for a, b in zip(jax.tree.leaves(cast), jax.tree.leaves(kept), strict=True):
+        assert a.dtype == jnp.float32
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)

@@ -111,6 +111,7 @@ def make_train_step(
         microbatches = batch.label.shape[0] if accumulated_statistics == "microbatch" else 1
         devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
         in_parts = microbatches * devices > 1
+        dtypes = {}  # of the new batch_stats: a layer may widen those of half precision
 
         def sums_and_gradient(batch, keys):
             """Of these examples: sums, the gradient of their loss, and batch_stats.
@@ -131,6 +132,7 @@ def make_train_step(
                 loss_fn = jax.checkpoint(loss_fn, policy=_is_product)
             grads, (sums, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
             grads = jax.tree.map(lambda leaf: leaf.astype(accumulator_dtype(leaf.dtype)), grads)
+            dtypes["batch_stats"] = jax.tree.map(lambda leaf: leaf.dtype, batch_stats)
             if in_parts:
                 batch_stats = jax.tree.map(
                     lambda new, old: sums.count * _change(new, old), batch_stats, state.batch_stats
@@ -171,14 +173,15 @@ def make_train_step(
         )
         if in_parts:
             batch_stats = jax.tree.map(
-                lambda old, change: _moved(old, change / examples), state.batch_stats, batch_stats
+                lambda old, change, dtype: _moved(old, change / examples, dtype),
+                *(state.batch_stats, batch_stats, dtypes["batch_stats"]),
             )
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         finite = jnp.isfinite(loss) & _all_finite(grads) & _all_finite(params)
 
         def keep(new, old):
-            return jax.tree.map(lambda n, o: jnp.where(finite, n, o), new, old)
+            return jax.tree.map(lambda n, o: jnp.where(finite, n, o.astype(n.dtype)), new, old)
 
         params = keep(params, state.params)
         new_state = TrainState(
@@ -228,12 +231,12 @@ def _change(new: Array, old: Array) -> Array:
     return new.astype(wide) - jnp.where(jnp.isfinite(old), old, 0).astype(wide)
 
 
-def _moved(old: Array, change: Array) -> Array:
-    """Undoes `_change`; where nothing changes, the bits of old."""
+def _moved(old: Array, change: Array, dtype: Any) -> Array:
+    """Undoes `_change`, in the dtype of the new; where nothing changes, the bits of old."""
     if not jnp.issubdtype(old.dtype, jnp.inexact):
-        return (old.astype(int) + jnp.round(change).astype(int)).astype(old.dtype)
-    moved = jnp.where(jnp.isfinite(old), old, 0) + change
-    return jnp.where(change == 0, old, moved.astype(old.dtype))
+        return (old.astype(int) + jnp.round(change).astype(int)).astype(dtype)
+    moved = jnp.where(jnp.isfinite(old), old, 0).astype(change.dtype) + change
+    return jnp.where(change == 0, old.astype(dtype), moved.astype(dtype))
 
 
 def _example_keys(state: TrainState, shape: tuple[int, ...], axis_name: str | None) -> Array:
