@@ -11,7 +11,10 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 from scipy.special import log_softmax
 
+from bn_research.layers.linen import BatchNorm
+from bn_research.models.cnn import CNN
 from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
+from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState, create_train_state, digest
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 
@@ -597,3 +600,33 @@ def test_statistics_in_half_precision_do_not_stall(parts):
     for a, b in zip(jax.tree.leaves(cast), jax.tree.leaves(kept), strict=True):
         assert a.dtype == jnp.float32
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("accumulated", [None, "microbatch", "batch"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_network_where_jax_casts_nothing_by_itself(accumulated, masked, strict_arrays):
+    """A whole step with weight decay runs under strict settings, with the numbers of lax ones."""
+    model, optimizer = (
+        CNN("c4 P f10", BatchNorm, "all"),
+        create_optimizer("momentum", 0.1, weight_decay=1e-3),
+    )
+    image, label = data(8).image.repeat(4, 1).repeat(2, 2), np.arange(8, dtype=np.int32)
+    batch = Batch(image, label, np.arange(8) < 6 if masked else None)
+    if accumulated:
+        batch = jax.tree.map(lambda leaf: leaf.reshape(2, 4, *leaf.shape[1:]), batch)
+
+    def apply_fn(variables, images, train, where=None):
+        y, new = model.apply(variables, images, train=train, where=where, mutable=["batch_stats"])
+        return y, new["batch_stats"]
+
+    def step(_):
+        def init(key):
+            return model.init(key, image, train=True)
+
+        state = create_train_state(init, optimizer, jax.random.key(0))
+        run = make_train_step(apply_fn, optimizer, accumulated_statistics=accumulated)
+        return run(state, batch)[0]._replace(key=None)
+
+    strict = jax.jit(step)(0)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        same_bits(strict, jax.jit(step)(0))

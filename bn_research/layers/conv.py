@@ -83,5 +83,6 @@ class Conv(nn.Module):
         kernel = self.param("kernel", self.kernel_init, shape, self.param_dtype)
         y = conv2d(x, kernel, implementation=self.implementation)
         if self.use_bias:
-            y = y + self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            bias = self.param("bias", self.bias_init, (self.features,), self.param_dtype)
+            y = y + bias.reshape(1, 1, 1, -1)
         return y
