@@ -11,8 +11,6 @@ import pytest
 from bn_research.normalization import BatchStats, normalize
 from bn_research.normalization.folding import check_folding, fold_after, fold_before
 
-pytestmark = pytest.mark.usefixtures("strict_arrays")
-
 CHANNELS, OUTPUTS = 4, 6
 LAYOUTS = {1: ("NWC", "WIO", "NWC"), 2: ("NHWC", "HWIO", "NHWC"), 3: ("NDHWC", "DHWIO", "NDHWC")}
 
@@ -354,3 +352,20 @@ def test_bad_arguments(fold, kwargs, message):
     kwargs = dict(kernel=np.ones((CHANNELS, OUTPUTS)), bias=None, stats=stats) | kwargs
     with pytest.raises(ValueError, match=message):
         fold(**kwargs)
+
+
+@pytest.mark.parametrize("window", [(), (3,), (3, 2)])
+def test_where_jax_casts_nothing_by_itself(window, strict_arrays):
+    """Strict settings change no number: of a kernel in bfloat16 too, by statistics in float32."""
+    rng = np.random.default_rng(0)
+    kernel = jnp.asarray(rng.standard_normal((*window, 2, 6)), jnp.bfloat16)
+    stats = BatchStats(jnp.ones(6), jnp.full(6, 2.0))
+    before = BatchStats(jnp.ones(4), jnp.full(4, 2.0))
+
+    def fold():
+        after = fold_after(kernel, None, stats, jnp.ones(6), jnp.ones(6))
+        return after, fold_before(kernel, None, before, feature_group_count=2)
+
+    strict = fold()
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        jax.tree.map(np.testing.assert_array_equal, strict, fold())

@@ -139,7 +139,8 @@ def fold_before(
         dtype=kernel.dtype,
     )
     # A sum, not a matrix product, which accelerators round to fewer digits.
-    terms = grouped.astype(wide) * by_group(at_zero)[..., None]
+    factor = jnp.expand_dims(by_group(at_zero), (*range(len(window)), -1))
+    terms = grouped.astype(wide) * factor
     constant = jnp.sum(terms, tuple(range(terms.ndim - 2))).reshape(outputs)
     return new_kernel.reshape(kernel.shape), (bias.astype(wide) + constant).astype(bias.dtype)
 
