@@ -180,8 +180,15 @@ class Measurement:
 def _population(moments: Any, kind: str, batches: Iterable[int]) -> Any:
     """Statistics from those batches of moments, leaves [K, ...]."""
     method: Any = _METHODS[kind]
+    shapes = {
+        layer: {"mean": left["moments"].mean[0], "var": left["moments"].m2[0]}
+        for layer, left in moments.items()
+    }
     return population_batch_stats(
-        lambda _, k: jax.tree.map(lambda leaf: leaf[k], moments), {}, batches, method=method
+        lambda _, k: jax.tree.map(lambda leaf: leaf[k], moments),
+        {"batch_stats": shapes},
+        batches,
+        method=method,
     )
 
 

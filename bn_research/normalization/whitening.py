@@ -391,10 +391,11 @@ def _check_vectors(x, feature_axis, where):
             f"allowed are {-ndim} to {ndim - 1}"
         )
     axis = feature_axis % ndim
+    given = where
     x, where, _ = check_input(x, axis, where, real=True)
-    if where is not None and ((1,) * (ndim - where.ndim) + where.shape)[axis] != 1:
+    if where is not None and where.shape[axis] != 1:
         raise ValueError(
-            f"where has shape {where.shape}: it must be 1 along the feature axis of x, whose shape "
+            f"where has shape {jnp.shape(given)}: it must be 1 along the feature axis of x, whose shape "
             f"is {x.shape}, as it masks whole vectors"
         )
     return x, where, axis

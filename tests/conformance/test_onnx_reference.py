@@ -9,7 +9,6 @@ is ours: running = momentum·old + (1 − momentum)·batch, with the biased vari
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -176,5 +175,3 @@ def test_bad_shapes():
         normalize(x, mean, var[:1], scale, bias, feature_axes=1)
     (y,) = operator(False)(x, scale, bias, mean, var[:1])
     assert y.shape == x.shape
-    with pytest.raises(ValueError, match="dtype int32"):
-        normalize(jnp.asarray(x, jnp.int32), mean, var, feature_axes=1)

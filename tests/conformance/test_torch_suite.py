@@ -289,19 +289,24 @@ def test_transposed_input():
     np.testing.assert_allclose(own, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_statistics_carry_no_gradient():
+def test_gradient_of_statistics():
     """Follows test_batchnorm_raises_error_if_running_var_or_running_mean_have_forward_grad.
 
-    PyTorch refuses to differentiate in its buffers; here an update stops the gradient, so none
-    flows from the new statistics to the input. (Those handed to `normalize` are plain arguments.)
+    PyTorch refuses to differentiate in its buffers. Here new statistics carry the gradient of the
+    batch's, 1/n and 2(x − μ)/n of each element, unless it is cut.
     """
     stats = BatchStats(jnp.zeros(3), jnp.ones(3))
 
-    def new_stats(x):
-        return sum(jnp.sum(v) for v in update_batch_stats(stats, forward(x)[1]))
+    def new_stats(x, stop_gradient):
+        new = update_batch_stats(stats, forward(x)[1], stop_gradient=stop_gradient)
+        return sum(jnp.sum(v) for v in new)
 
-    dx = jax.jit(jax.grad(new_stats))(normal((8, 3), 0))
-    np.testing.assert_array_equal(dx, np.zeros((8, 3)))
+    x = normal((8, 3), 0)
+    gradient = jax.jit(jax.grad(new_stats), static_argnums=1)
+    np.testing.assert_array_equal(gradient(x, True), np.zeros((8, 3)))
+    expected = torch.tensor(x, requires_grad=True)
+    (0.01 * (expected.mean(0) + expected.var(0, unbiased=False)).sum()).backward()
+    np.testing.assert_allclose(gradient(x, False), expected.grad, rtol=1e-4, atol=1e-7)
 
 
 def test_large_mean():
