@@ -395,8 +395,8 @@ def _check_vectors(x, feature_axis, where):
     x, where, _ = check_input(x, axis, where, real=True)
     if where is not None and where.shape[axis] != 1:
         raise ValueError(
-            f"where has shape {jnp.shape(given)}: it must be 1 along the feature axis of x, whose shape "
-            f"is {x.shape}, as it masks whole vectors"
+            f"where has shape {jnp.shape(given)}: it must be 1 along the feature axis of x, whose "
+            f"shape is {x.shape}, as it masks whole vectors"
         )
     return x, where, axis
 
