@@ -483,12 +483,7 @@ def nnx_loss(norm, axis_name):
 
 @pytest.mark.parametrize(
     ("make", "norm"),
-    [
-        (linen_loss, nn.BatchNorm),
-        (linen_loss, LinenBatchNorm),
-        (nnx_loss, nnx.BatchNorm),
-        (nnx_loss, NnxBatchNorm),
-    ],
+    [(linen_loss, LinenBatchNorm), (nnx_loss, NnxBatchNorm)],
 )
 def test_every_probe_of_a_loss_takes_a_model_with_an_axis(make, norm):
     """On one device, with the numbers of the model without an axis; and all layers by use."""
