@@ -35,9 +35,9 @@ def update_batch_stats(
 
     Shapes, dtypes and shardings stay those of `stats`, whatever those of the moments, so that the
     statistics can be carried by a loop. Two dtypes are left after the first step, for no average
-    fits them. bfloat16 and float16 become float32: at a momentum of 0.99 a step moves a value by
-    less than half of what separates two of their numbers, and the average would stand still. And
-    the mean of complex numbers becomes complex.
+    fits them. bfloat16 and float16 become float32: at a momentum of 0.99 most steps would move a
+    value by less than half of what separates two of their numbers, and the average would stand
+    still short of its end. And the mean of complex numbers becomes complex.
 
     Args:
       stats: running statistics.
