@@ -20,7 +20,7 @@ import numpy as np
 from benchmarks.accuracy import versions
 from benchmarks.turns import machine
 from bn_research.claims import atomic
-from experiments.reproduce import experiment_names
+from bn_research.lab.rooms import experiment_names
 
 TABLE = Path(__file__).parents[1] / "docs" / "benchmarks" / "command_line.md"
 LIMIT = 2.0  # seconds, what is asked for
@@ -31,7 +31,7 @@ def measure(rounds: int) -> dict[str, list[float]]:
     """Seconds, one a round."""
     commands = {IMPORT: ["-c", IMPORT]}
     commands |= {name: ["-m", f"experiments.{name}", "--help"] for name in experiment_names()}
-    commands["reproduce --list"] = ["-m", "experiments.reproduce", "--list"]
+    commands["reproduce --list"] = ["-m", "bn_research.lab.reproduce", "--list"]
     found: dict[str, list[float]] = {name: [] for name in commands}
     for _ in range(rounds):
         for name in random.sample(list(commands), len(commands)):

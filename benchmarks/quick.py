@@ -22,7 +22,7 @@ from tqdm import tqdm
 from benchmarks.accuracy import versions
 from benchmarks.turns import machine
 from bn_research.claims import atomic
-from experiments.reproduce import experiment_names
+from bn_research.lab.rooms import experiment_names
 
 ROOT = Path(__file__).parents[1]
 TABLE = ROOT / "docs" / "benchmarks" / "quick.md"

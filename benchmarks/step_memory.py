@@ -21,7 +21,7 @@ from bn_research.training.parallel import create_parallel
 from bn_research.training.state import create_train_state
 from bn_research.training.step import Batch, make_train_step
 from experiments.imagenet import Config
-from experiments.imagenet_programs import create_model, make_apply_fn
+from experiments.imagenet.programs import create_model, make_apply_fn
 
 TABLE = Path(__file__).parents[1] / "docs" / "benchmarks" / "step_memory.md"
 _SHAPE = (224, 224, 3)

@@ -1,1 +1,7 @@
-"""One experiment a file; each answers one question about batch normalization."""
+"""The questions: a room for each, started by `python -m experiments.NAME`."""
+
+READING_ORDER = (  # from what the review saw to what it left open
+    "init_sensitivity learning_rate training_steps covariate_shift loss_surface whitening "
+    "transform scale_invariance audit signal_propagation regularization ensemble population_stats "
+    "imagenet"
+).split()

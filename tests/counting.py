@@ -30,11 +30,10 @@ def prepare(config):
     return None
 
 
-def run(config, data, path, *, parallel):
+def measure(config, data, path, *, parallel):
     import jax
     import numpy as np
 
-    from bn_research.claims.verdict import REPRODUCED, Finding
     from bn_research.training.preemption import Preemption, Stopped
 
     index, count = jax.process_index(), jax.local_device_count()
@@ -60,8 +59,18 @@ def run(config, data, path, *, parallel):
                     time.sleep(config.pause)
                     saved.write_text(json.dumps([step, total]))
                 raise Stopped(step)
-    measured = {"total": total, "devices": jax.device_count()}
-    return [Finding(CLAIM, measured, None, REPRODUCED, note=parallel)], []
+    return {"total": total, "devices": jax.device_count()}, parallel
+
+
+def judge(config, records):
+    from bn_research.claims.verdict import REPRODUCED, Finding
+
+    measured, parallel = records
+    return [Finding(CLAIMS[0], measured, None, REPRODUCED, note=parallel)]
+
+
+def draw(config, records, folder):
+    return []
 
 
 def start(workdir, *flags, devices=2, launcher=(), script=None, **environment):
@@ -124,17 +133,9 @@ def wait_for_step(workdir, step, processes, timeout=60):
 
 if __name__ == "__main__":
     from bn_research.claims.registry import Claim
-    from experiments.launch import Experiment, main
+    from bn_research.lab.experiment import Experiment
+    from bn_research.lab.launch import main
 
     CLAIM = Claim("sum-is-known", "The sum is known", "Gauss", "any", "n(n-1)/2 a step")
-    EXPERIMENT = Experiment(
-        name="counting",
-        title="Counting",
-        question="How much is it?",
-        presets={"quick": Config()},
-        claims=(CLAIM,),
-        prepare=prepare,
-        run=run,
-        distributed=True,
-    )
-    sys.exit(main(EXPERIMENT))
+    CLAIMS = (CLAIM,)
+    sys.exit(main(Experiment(__name__, "Counting", {"quick": Config()}, distributed=True)))

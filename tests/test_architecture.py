@@ -18,23 +18,18 @@ FLOORS = {
     "bn_research.probes": 2,
     "bn_research.training": 2,
     "bn_research.models": 3,
-    "experiments": 4,
+    "bn_research.lab": 4,
+    "experiments": 5,
 }
-SHARED_BY_EXPERIMENTS = {
-    "experiments.launch",
-    "experiments.workdir",
-    "experiments.runner",
-    "experiments.arms",
-}
-IMPORTS_EVERY_EXPERIMENT = "experiments.reproduce"
 # Libraries that a folder does without.
 BANNED = {
-    "bn_research": {"experiments", "absl.flags"},
+    "bn_research": {"experiments"},
     "bn_research.claims": {"jax", "jaxlib", "flax", "optax", "orbax"},
     "bn_research.normalization": {"flax", "optax", "orbax"},
     "bn_research.data": {"flax", "optax", "orbax"},
     "bn_research.probes": {"flax"},
 }
+ABSL_BELONGS_TO = "bn_research.lab"
 BANNED_NAMES = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
 
 
@@ -71,16 +66,10 @@ def folder_of(module: str) -> str | None:
     return next((folder for folder in FLOORS if within(module, folder)), None)
 
 
-def are_parts_of_one_experiment(module: str, name: str) -> bool:
-    """Whether both are files beside one experiment's own, NAME_something.py beside NAME.py."""
-
-    def experiment_of(file: str) -> str | None:
-        words = file.split("_")
-        prefixes = ("_".join(words[:count]) for count in range(1, len(words)))
-        return next((p for p in prefixes if (ROOT / "experiments" / f"{p}.py").exists()), None)
-
-    experiments = [experiment_of(dotted.split(".")[1]) for dotted in (module, name)]
-    return experiments[0] is not None and experiments[0] == experiments[1]
+def room_of(module: str) -> str | None:
+    """The room of a file of experiments/; None of the doors that stand beside the rooms."""
+    names = module.split(".")
+    return names[1] if len(names) > 1 and (ROOT / "experiments" / names[1]).is_dir() else None
 
 
 def violations(path: Path, source: str) -> list[str]:
@@ -95,16 +84,15 @@ def violations(path: Path, source: str) -> list[str]:
         for package, banned in BANNED.items():
             if within(module, package) and any(within(name, ban) for ban in banned):
                 wrong.append(f"{path}: imports {name}, which {package} does without")
+        if within(name, "absl.flags") and not within(module, ABSL_BELONGS_TO):
+            wrong.append(f"{path}: imports {name}, which belongs to {ABSL_BELONGS_TO}")
         target = folder_of(name)
         if target is None:
             continue
         if target != folder and FLOORS[target] >= FLOORS.get(folder, 0):
             wrong.append(f"{path}: imports {name}, which is not on a floor below")
-        if folder == target == "experiments" and module != IMPORTS_EVERY_EXPERIMENT:
-            own = name == "experiments" or within(name, module) or name.startswith(f"{module}_")
-            own = own or are_parts_of_one_experiment(module, name)
-            if not own and not any(within(name, shared) for shared in SHARED_BY_EXPERIMENTS):
-                wrong.append(f"{path}: imports {name}, another experiment")
+        if folder == target == "experiments" and room_of(name) not in (None, room_of(module)):
+            wrong.append(f"{path}: imports {name}, another experiment's room")
     return wrong
 
 
@@ -129,7 +117,7 @@ def test_a_file_keeps_to_its_floor(path):
 NORMALIZATION, LAYER = "bn_research/normalization/x.py", "bn_research/layers/x.py"
 TRAINING, MODEL = "bn_research/training/x.py", "bn_research/models/x.py"
 CLAIMS, DATA = "bn_research/claims/x.py", "bn_research/data/x.py"
-EXPERIMENT = "experiments/x.py"
+LAB, ROOM = "bn_research/lab/x.py", "experiments/transform/x.py"
 
 
 @pytest.mark.parametrize(
@@ -152,17 +140,18 @@ EXPERIMENT = "experiments/x.py"
         (TRAINING, "from bn_research.layers.linen import BatchNorm"),
         (TRAINING, "from bn_research.models import spec"),
         (TRAINING, "import importlib\nimportlib.import_module('bn_research.models')"),
-        (MODEL, "import experiments.launch"),
+        (MODEL, "import bn_research.lab.launch"),
         (MODEL, "from absl import flags"),
         (MODEL, "import absl.flags"),
         ("bn_research/__init__.py", "from bn_research.layers import linen"),
         ("bn_research/__init__.py", "from . import normalization"),
-        (EXPERIMENT, "from experiments.y import run"),
-        (EXPERIMENT, "from experiments import y"),
-        (EXPERIMENT, "from . import y"),
-        ("experiments/launch.py", "import experiments.y"),
-        ("experiments/transform_figures.py", "from experiments.transform import run"),
-        ("experiments/transform_figures.py", "from experiments import imagenet_figures"),
+        (LAB, "from experiments.transform import verdicts"),
+        (LAB, "import experiments"),
+        (ROOM, "from absl import flags"),
+        (ROOM, "from experiments.imagenet import PRESETS"),
+        (ROOM, "from experiments import imagenet"),
+        (ROOM, "from .. import imagenet"),
+        (ROOM, "from experiments.imagenet.verdicts import judge"),
         ("bn_research/utils.py", ""),
         ("bn_research/data/common.py", ""),
         ("bn_research/extras/x.py", ""),
@@ -185,11 +174,11 @@ def test_a_bad_import_is_found(path, source):
         ),
         (CLAIMS, "import numpy as np\nfrom bn_research.claims.atomic import write"),
         (DATA, "from absl import logging\nimport bn_research"),
-        (EXPERIMENT, "from absl import flags\nfrom experiments import launch\nimport jax"),
-        (EXPERIMENT, "from experiments.workdir import Workdir\nfrom bn_research.models import cnn"),
-        (EXPERIMENT, "from experiments import x_figures\nfrom experiments.x_figures import draw"),
-        ("experiments/transform_figures.py", "from experiments.transform_verdicts import judge"),
-        ("experiments/reproduce.py", "from experiments import x, y\nimport experiments.z"),
+        (LAB, "from absl import flags\nfrom bn_research.models import cnn\nimport jax"),
+        (ROOM, "from bn_research.lab.workdir import Ledger\nfrom bn_research.models import cnn"),
+        (ROOM, "from experiments.transform import Config\nfrom experiments.transform import draw"),
+        (ROOM, "from . import verdicts"),
+        ("experiments/reproduce.py", "from bn_research.lab.reproduce import main"),
         ("bn_research/__init__.py", '__version__ = "1"'),
     ],
 )
@@ -202,11 +191,7 @@ SLOW = ("matplotlib", "scipy", "sklearn", "orbax", "tensorflow_datasets", "grain
 
 
 def test_asking_an_experiment_for_help_loads_no_slow_library():
-    names = [
-        path.stem
-        for path in (ROOT / "experiments").glob("*.py")
-        if "main(EXPERIMENT)" in path.read_text(encoding="utf-8")
-    ]
+    names = [path.parent.name for path in (ROOT / "experiments").glob("*/__init__.py")]
     assert "init_sensitivity" in names
     program = "import sys\n" + "".join(f"import experiments.{name}\n" for name in names)
     program += f"print([name for name in {SLOW} if name in sys.modules])"

@@ -60,12 +60,12 @@ def test_figures_name_claims_of_their_experiment():
     """In the sources, so that a slip is found before a run."""
     ids = {
         found
-        for path in (ROOT / "experiments").glob("*.py")
+        for path in (ROOT / "experiments").rglob("*.py")
         for found in re.findall(r'\bid="([a-z0-9-]+)"', path.read_text())
     }
     named = [
         (path.name, claim.value)
-        for path in (ROOT / "experiments").glob("*_figures.py")
+        for path in (ROOT / "experiments").rglob("*figures.py")
         for node in ast.walk(ast.parse(path.read_text()))
         if isinstance(node, ast.keyword) and node.arg == "claims"
         if isinstance(node.value, ast.Tuple)

@@ -7,9 +7,10 @@ import shutil
 import flax.linen as nn
 import pytest
 
+from bn_research.lab.launch import main
+from bn_research.lab.pages import ROOT, folder_of, pages, render
+from bn_research.lab.rooms import load
 from experiments import imagenet, init_sensitivity
-from experiments.readme import ROOT, folder_of, pages, render
-from experiments.reproduce import load
 
 README = (ROOT / "README.md").read_text()
 PROBES = (ROOT / "docs" / "probes.md").read_text()
@@ -190,7 +191,7 @@ def test_the_page_of_the_probes_shows_what_each_prints():
 @pytest.mark.parametrize("page", ["README.md", "docs/scaling.md"])
 def test_flags_of_the_imagenet_job_exist(page, capsys):
     """Every flag that a launch of it gives stands in its --help."""
-    assert imagenet.main(imagenet.EXPERIMENT, ["imagenet", "--help"]) == 0
+    assert main(imagenet.EXPERIMENT, ["imagenet", "--help"]) == 0
     known = capsys.readouterr().out
     text = (ROOT / page).read_text().replace("\\\n", " ")
     launches = re.findall(r"python -m experiments\.imagenet(.*)", text)

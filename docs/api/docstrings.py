@@ -74,4 +74,4 @@ def _short(text: str | None) -> str | None:
 def is_foreign(app, what, name: str, obj, skip: bool, options) -> bool | None:
     """Of autodoc-skip-member: leaves out other libraries' functions, as a field's default."""
     module = getattr(obj, "__module__", None) or ""
-    return True if callable(obj) and not module.startswith(("bn_research", "experiments")) else None
+    return True if callable(obj) and not module.startswith("bn_research") else None

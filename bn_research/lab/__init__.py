@@ -1,0 +1,1 @@
+"""The machinery of an experiment: it knows no question."""

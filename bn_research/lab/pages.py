@@ -1,0 +1,147 @@
+"""Writes the pages from the committed results: python -m experiments.readme.
+
+No number that a run has measured is typed by hand. In README.md and docs:
+
+    <!-- results:NAME --> … <!-- /results:NAME -->        the claims of docs/results/NAME as a table
+    <!-- figures:NAME --> …                               its figures with what they show
+    <!-- verdicts:notes --> …                             a row for each claim of the review
+    <!-- verdicts:all --> …                               a row for each claim
+    <!-- benchmark:NAME --> …                             docs/benchmarks/NAME.md
+    <!--=CLAIM; NUMBER; FORMAT-->0.48<!--/-->             one number: readme_quotations.py
+
+A test fails where a page differs from what this writes.
+"""
+
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from bn_research.claims import atomic
+from bn_research.claims.formatting import format_duration, headline
+from bn_research.claims.report import markdown_table
+from bn_research.lab.quotations import QuoteError, Results, fill
+from bn_research.lab.rooms import reading_order
+
+ROOT = Path(__file__).parents[2]  # of a clone
+_NOTES = "Notes"  # claims of the review that asked for this project name it in their source
+_BLOCK = re.compile(r"(<!-- (\w+):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
+
+
+def pages(root: Path = ROOT) -> list[Path]:
+    """README.md and the pages of docs that people read."""
+    docs = root / "docs"
+    return [root / "README.md", *sorted(docs.glob("*.md")), *sorted(docs.glob("experiments/*.md"))]
+
+
+def folder_of(page: Path) -> str:
+    """docs/results, as a link on the page reaches it."""
+    return os.path.relpath(ROOT / "docs" / "results", page.parent)
+
+
+def read_results(docs: Path) -> Results:
+    """Every results.json of docs/results, by experiment."""
+    found = sorted(docs.glob("results/*/results.json"))
+    return {path.parent.name: json.loads(path.read_text()) for path in found}
+
+
+def render(text: str, docs: Path, *, folder: str = "docs/results") -> str:
+    """The text of a page with every block and every number written anew.
+
+    Args:
+      text: of the page.
+      docs: the folder with results/ and benchmarks/.
+      folder: docs/results as the page reaches it.
+
+    Raises:
+      QuoteError: a block or a number names something that no run has measured.
+    """
+    results = read_results(docs)
+
+    def block(match: re.Match[str]) -> str:
+        start, kind, name, end = match.groups()
+        return f"{start}{_content(kind, name, docs, results, folder)}{end}"
+
+    return fill(_BLOCK.sub(block, text), results)
+
+
+def _content(kind: str, name: str, docs: Path, results: Results, folder: str) -> str:
+    if kind == "benchmark":
+        return (docs / "benchmarks" / f"{name}.md").read_text()
+    if kind == "verdicts":
+        return _verdicts(results, folder, of_notes=name == "notes")
+    if name not in results:
+        raise QuoteError(f"no docs/results/{name}/results.json; there are {', '.join(results)}")
+    if kind == "results":
+        return _table(name, results[name])
+    if kind == "figures":
+        return _figures(docs / "results" / name, f"{folder}/{name}")
+    raise QuoteError(
+        f"unknown block {kind}:{name}: allowed are results, figures, verdicts, benchmark"
+    )
+
+
+def _table(name: str, results: dict[str, Any]) -> str:
+    ran = (
+        f"Measured with `python -m experiments.{name} --preset={results['preset']}` on "
+        f"`{results['dataset']}`, {len(results['seeds'])} "
+        f"seed{'' if len(results['seeds']) == 1 else 's'}, "
+        f"in {format_duration(results['wall_seconds'])}:"
+    )
+    return f"{ran}\n\n{markdown_table(results)}\n"
+
+
+def _figures(run: Path, folder: str) -> str:
+    try:
+        figures = json.loads((run / "report.json").read_text())["figures"]
+    except FileNotFoundError as error:
+        raise QuoteError(f"docs/results/{run.name} has no report.json") from error
+    return "".join(
+        f"![{_cell(figure['alt'])}]({folder}/{figure['file']})\n\n"
+        f"**{figure['title']}.** {figure['caption']}\n\n"
+        for figure in figures
+    )
+
+
+def _verdicts(results: Results, folder: str, *, of_notes: bool) -> str:
+    pages_folder = folder.replace("results", "experiments")
+    lines = ["| claim | expected | measured, 95 % interval | verdict |", "|---|---|---|---|"]
+    for name in reading_order(results):
+        for claim in results[name]["claims"]:
+            if of_notes and not claim["source"].startswith(_NOTES):
+                continue
+            cells = (
+                f"[{claim['statement']}]({pages_folder}/{name}.md)",
+                claim["expected"],
+                " = ".join(headline(claim)) if claim["measured"] else "–",
+                f"**{claim['verdict']}**",
+            )
+            lines.append(f"| {' | '.join(map(_cell, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "\\|")
+
+
+def main() -> int:
+    """Writes every page that differs; 2 with one line where a page asks for what is not there."""
+    for name in read_results(ROOT / "docs"):
+        page = ROOT / "docs" / "experiments" / f"{name}.md"
+        wanted = [f"<!-- {kind}:{name} -->" for kind in ("figures", "results")]
+        if not page.exists() or not all(block in page.read_text() for block in wanted):
+            page_name = page.relative_to(ROOT)
+            print(f"readme: {page_name} must be there with {' and '.join(wanted)}", file=sys.stderr)
+            return 2
+    for path in pages():
+        try:
+            text = render(path.read_text(), ROOT / "docs", folder=folder_of(path))
+        except QuoteError as error:
+            print(f"readme: {path.relative_to(ROOT)}: {error}", file=sys.stderr)
+            return 2
+        if text != path.read_text():
+            atomic.write_bytes(path, text.encode())
+            print(f"written: {path.relative_to(ROOT)}")
+    return 0

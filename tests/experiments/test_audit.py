@@ -1,0 +1,211 @@
+"""Tests of experiments.audit: what it says of each parameter, its verdict, and a whole run."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.lab.launch import main
+from bn_research.probes.scale_invariance import Audit, Row
+from experiments import audit as experiment
+from experiments.audit import (
+    ARMS,
+    EXPERIMENT,
+    MODELS,
+    PRESETS,
+    Config,
+    create_model,
+    explained,
+    judge,
+    leaves_seen_by,
+    why,
+)
+
+
+def launch(workdir, *flags):
+    return main(EXPERIMENT, ["audit", "--preset=smoke", f"--workdir={workdir}", *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert launch(workdir) == 0
+    return workdir
+
+
+# --- the whole run ---
+
+
+def test_a_run_leaves_what_it_should(finished):
+    (claim,) = json.loads((finished / "results.json").read_text())["claims"]
+    assert claim["verdict"] == REPRODUCED
+    measured = claim["measured"]
+    assert measured["kernels with BN after them"] == measured["of them, invariant alone"] == 4
+    assert measured["parameters without BN after them"] == 2 * 4
+    assert measured["parameters without any BN"] == 2 * 6
+    assert {path.stem for path in (finished / "figures").iterdir()} == {"audit_bn", "audit_no_bn"}
+    assert (finished / "report.html").stat().st_size > 30_000
+
+
+def test_it_says_why(finished):
+    """The answer of every parameter of dense, BN, ReLU, dense, BN, ReLU, head."""
+    record = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
+    found = experiment.restored(PRESETS["smoke"], record)
+    reasons = {path: why(found, record["normalized"], path) for path in found}
+    assert reasons == {
+        "['dense1']['kernel']": "invariant",
+        "['dense1']['bias']": "no effect",
+        "['batch_norm1']['scale']": "group",
+        "['batch_norm1']['bias']": "group",
+        "['dense2']['kernel']": "invariant",
+        "['dense2']['bias']": "no effect",
+        "['batch_norm2']['scale']": "last",
+        "['batch_norm2']['bias']": "last",
+        "['dense3']['kernel']": "kernel",
+        "['dense3']['bias']": "bias",
+    }
+    text = (finished / "audit.txt").read_text()
+    assert "1 not invariant: no BN comes after it, and it scales the logits:" in text
+    assert "6 not invariant: there is no BN:" in text
+
+
+def test_started_again_it_audits_nothing_anew(finished, monkeypatch, capsys):
+    def anew(*_):
+        raise AssertionError
+
+    monkeypatch.setattr(experiment, "measure", anew)
+    before = (finished / "audit.txt").read_bytes()
+    assert launch(finished) == 0
+    assert (finished / "audit.txt").read_bytes() == before
+    assert before.decode().split("mlp, no BN")[0].strip() in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--config.model=vgg", "model='vgg' is unknown: allowed are cnn, mlp, resnet"),
+        ("--config.model=resnet", "network='f8 f8 f10' is the spec of cnn and mlp"),
+        ("--config.network=c4 f10", "more than dense layers"),
+        ("--config.network=f8 f9", "9 logits"),
+        ("--config.seeds=0", "seeds=0"),
+        ("--config.batch_size=1", "batch_size=1"),
+        ("--config.batch_size=5000", "batch_size=5000"),
+        ("--config.tolerance=1.0", "tolerance=1.0"),
+        ("--config.epsilon=-1.0", "epsilon=-1.0"),
+        ("--config.width=0.0", "width=0.0"),
+    ],
+)
+def test_bad_config(tmp_path, capsys, flag, message):
+    assert launch(tmp_path / "run", flag) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert message in error and error.startswith("audit: ")
+
+
+# --- its parts ---
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_models(model):
+    """BN in one arm and not in the other, and nothing else is different in what they take."""
+    config = dataclasses.replace(Config(), model=model, width=1 / 16)
+    image = jnp.zeros((2, 32, 32, 1))
+    init = [
+        jax.eval_shape(
+            lambda key, arm=arm: create_model(config, arm, 10).init(key, image, train=False),
+            jax.random.key(0),
+        )
+        for arm in ARMS
+    ]
+    assert "batch_stats" in init[0] and "batch_stats" not in init[1]
+    kernels = [
+        {
+            jax.tree_util.keystr(path): leaf.shape
+            for path, leaf in leaves
+            if path[-1].key == "kernel"
+        }
+        for leaves in (jax.tree_util.tree_leaves_with_path(found["params"]) for found in init)
+    ]
+    assert kernels[0] == kernels[1]
+
+
+def test_leaves_seen():
+    def outputs(params):
+        return {"a": jnp.sum(params["x"][0]) * jnp.ones(3), "b": jax.nn.relu(-(params["y"] ** 2))}
+
+    params = {"x": [jnp.ones(4), jnp.ones(2)], "y": jnp.ones(3), "z": jnp.zeros((2, 2))}
+    assert leaves_seen_by(outputs, params) == ["['x'][0]"]
+    assert leaves_seen_by(lambda params: {}, params) == []
+
+
+def audit_of(kinds, groups=()):
+    rows = [
+        Row(path, kind, math.nan, deviation=0.1, radial_share=0.1, norm=1, gradient_norm=1, size=1)
+        for path, kind in kinds.items()
+    ]
+    return Audit(rows, groups, loss=1.0, scales=(0.5, 2), tolerance=1e-4)
+
+
+KERNEL, BIAS, SCALE, SHIFT = "['a']['kernel']", "['a']['bias']", "['n']['scale']", "['n']['bias']"
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "normalized", "groups", "reason"),
+    [
+        ("invariant", KERNEL, [KERNEL], (), "invariant"),
+        ("no effect", BIAS, [BIAS], (), "no effect"),
+        ("no effect", BIAS, [], (), "unused"),
+        ("none", KERNEL, [KERNEL], ((KERNEL, BIAS),), "group"),
+        ("none", KERNEL, [KERNEL], (), "around"),
+        ("none", KERNEL, [], (), "nothing"),
+        ("none", KERNEL, [SCALE], (), "kernel"),
+        ("homogeneous", KERNEL, [SCALE], (), "kernel"),
+        ("none", BIAS, [SCALE], (), "bias"),
+        ("none", SHIFT, [KERNEL], (), "last"),
+        ("none", SCALE, [KERNEL], (), "last"),
+    ],
+)
+def test_reasons(kind, path, normalized, groups, reason):
+    kinds = dict.fromkeys((KERNEL, BIAS, SCALE, SHIFT), "none") | {path: kind}
+    found = audit_of(kinds, groups)
+    assert why(found, normalized, path) == reason
+    assert experiment.WHY[reason] in explained(found, normalized)
+
+
+def test_a_long_list_is_cut():
+    found = audit_of({f"['a{i}']['kernel']": "none" for i in range(9)})
+    assert "9 not invariant: there is no BN:" in explained(found, [])
+    assert "['a5']['kernel'], and 3 more" in explained(found, [])
+
+
+@pytest.mark.parametrize(
+    ("kinds", "groups", "plain", "verdict"),
+    [
+        ({}, (), "none", REPRODUCED),
+        ({KERNEL: "none"}, ((KERNEL, SCALE),), "none", REPRODUCED),
+        ({KERNEL: "none"}, (), "none", NOT_REPRODUCED),
+        ({SHIFT: "invariant"}, (), "none", INCONCLUSIVE),
+        ({SHIFT: "invariant", BIAS: "invariant"}, (), "none", NOT_REPRODUCED),
+        ({}, ((SHIFT, BIAS),), "none", NOT_REPRODUCED),
+        ({}, (), "invariant", NOT_REPRODUCED),
+    ],
+)
+def test_verdict(kinds, groups, plain, verdict):
+    """KERNEL and SCALE have BN after them, BIAS and SHIFT have not."""
+    config = PRESETS["smoke"]
+    kinds = {KERNEL: "invariant", BIAS: "none", SCALE: "none", SHIFT: "none"} | kinds
+
+    def record(kinds, groups, normalized):
+        found = audit_of(kinds, groups)
+        rows = [dataclasses.asdict(row) | {"degree": None} for row in found.values()]
+        shared = {"loss": 1.0, "scales": [0.5, 2.0]}
+        return {"rows": rows, "groups": groups, "normalized": normalized, **shared}
+
+    records = {
+        "BN": [record(kinds, groups, [KERNEL, SCALE])],
+        "no BN": [record(dict.fromkeys(kinds, plain), (), [])],
+    }
+    assert judge(config, records).verdict == verdict

@@ -1,0 +1,504 @@
+"""Tests of experiments.covariate_shift: measurements, verdicts, runs at smoke size."""
+
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from scipy import stats
+
+from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.lab.launch import main
+from bn_research.training.lanes import Lanes
+from bn_research.training.loop import History, batch_at, run_steps
+from bn_research.training.step import Batch, make_train_step
+from bn_research.training.sweep import Sweep
+from experiments.covariate_shift import EXPERIMENT, PRESETS, measurements, trials
+from experiments.covariate_shift.training import Hyper, Setting, _create_program, choose
+from experiments.covariate_shift.verdicts import (
+    OWN,
+    PLAIN,
+    SAME,
+    judge_drift,
+    judge_gradient,
+    pair_ratio,
+    plateau_end,
+)
+
+CLAIM_IDS = ["distribution-drift-reduced", "gradient-shift-not-reduced"]
+FIGURES = {"figure_1", "figure_1_small", "drift_by_unit", "gradient_shift", "ratios"}
+NETWORK = "f5 f4 f3"
+CONFIG = dataclasses.replace(PRESETS["quick"], network="f5 f4 f10", momenta=(0.9,))
+
+
+def launch(workdir, *flags):
+    argv = ["covariate_shift", "--preset=smoke", f"--workdir={workdir}", *flags]
+    return main(EXPERIMENT, argv)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert launch(workdir) == 0
+    return workdir
+
+
+# --- measurements ---
+
+
+def examples(count, seed=0):
+    rng = np.random.default_rng(seed)
+    image = rng.standard_normal((count, 2, 3, 1)).astype(np.float32)
+    return Batch(jnp.asarray(image), jnp.asarray(rng.integers(0, 3, count), jnp.int32))
+
+
+@pytest.fixture(scope="module", params=[False, True], ids=["plain", "BN"])
+def measured(request):
+    """A network after three steps of momentum SGD, what is measured of it, and its next step."""
+    static = ("sigmoid", request.param)
+    hyper = Hyper(*map(jnp.float32, (0.7, 0.9, 0.8, 1e-3)))
+    state = _create_program(NETWORK, static, (1, 2, 3, 1))(jax.random.key(3), hyper)
+    apply_fn = measurements.Networks(NETWORK, static, 1e-3)
+    step = make_train_step(apply_fn, optax.sgd(0.7, momentum=0.9))
+    data = measurements.Data(examples(40), examples(31, 1).image, examples(16, 2))
+
+    @jax.jit
+    def advance(state):
+        state, metrics = run_steps(step, state, data.train, batch_size=8, num_steps=3)
+        seen = measurements.measure(step, apply_fn, state, data, batch_size=8, layers=3)
+        after, following = run_steps(step, state, data.train, batch_size=8, num_steps=1)
+        batches = [batch_at(state, data.train, 8, ahead=n) for n in (0, 1)]
+        return state, seen, batches, after, following.loss[0]
+
+    return request.param, data, advance(state)
+
+
+def weights(params):
+    return jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), dict(params))
+
+
+def forward(params, image, stats=None):
+    """Logits in float64, with what the backward pass needs; BN by stats or by the batch's own."""
+    x, kept = np.asarray(image, np.float64).reshape(len(image), -1), []
+    for layer in (1, 2, 3):
+        dense = params[f"dense{layer}"]
+        h = x @ dense["kernel"] + dense["bias"]
+        normalized = root = None
+        if f"batch_norm{layer}" in params:
+            bn = params[f"batch_norm{layer}"]
+            mean, var = stats[layer] if stats else (h.mean(axis=0), h.var(axis=0))
+            root = np.sqrt(var + 1e-3)
+            normalized = (h - mean) / root
+            h = normalized * bn["scale"] + bn["bias"]
+        kept.append((x, normalized, root, h))
+        x = 1 / (1 + np.exp(-h)) if layer < 3 else h
+    return x, kept
+
+
+def gradients(params, batch):
+    """Backpropagation by hand, float64: one vector a layer."""
+    logits, kept = forward(params, batch.image)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    delta = (p - np.eye(3)[np.asarray(batch.label)]) / len(logits)
+    found = {}
+    for layer in (3, 2, 1):
+        x, normalized, root, h = kept[layer - 1]
+        if layer < 3:
+            s = 1 / (1 + np.exp(-h))
+            delta = delta * s * (1 - s)
+        parts = []
+        if normalized is not None:
+            scale = params[f"batch_norm{layer}"]["scale"]
+            parts = [(delta * normalized).sum(axis=0), delta.sum(axis=0)]
+            d = delta * scale
+            delta = (d - d.mean(axis=0) - normalized * (d * normalized).mean(axis=0)) / root
+        parts += [(x.T @ delta).ravel(), delta.sum(axis=0)]
+        found[layer] = np.concatenate(parts)
+        delta = delta @ params[f"dense{layer}"]["kernel"].T
+    return found
+
+
+def test_gradient_shift_is_that_of_the_step_taken_next(measured):
+    _, _, (state, seen, (batch, other), after, _) = measured
+    old, new = weights(state.params), weights(after.params)
+    g, noisy = gradients(old, batch), gradients(old, other)
+    for layer in (1, 2, 3):
+        mixed = {name: (new if int(name[-1]) < layer else old)[name] for name in old}
+        shifted = gradients(mixed, batch)[layer]
+        norm = np.linalg.norm(g[layer])
+        apart = np.linalg.norm(g[layer] - shifted) / norm
+        assert seen.relative[layer - 1] == pytest.approx(apart, rel=1e-3, abs=1e-6)
+        cosine = g[layer] @ shifted / norm / np.linalg.norm(shifted)
+        assert seen.cosine[layer - 1] == pytest.approx(cosine, abs=1e-5)
+        noise = np.linalg.norm(g[layer] - noisy[layer]) / norm
+        assert seen.noise[layer - 1] == pytest.approx(noise, rel=1e-3)
+    assert seen.relative[0] == 0 and seen.relative[1] > 1e-3
+
+
+def test_the_next_batch_is_the_one_that_training_takes(measured):
+    _, data, (state, _, (batch, other), _, loss) = measured
+    logits, _ = forward(weights(state.params), batch.image)
+    losses = -np.log(np.exp(logits) / np.exp(logits).sum(axis=1, keepdims=True))
+    expected = losses[np.arange(8), np.asarray(batch.label)].mean()
+    assert loss == pytest.approx(expected, rel=1e-5)
+    rows = {bytes(np.asarray(image)) for b in (batch, other) for image in b.image}
+    assert len(rows) == 16 and rows <= {bytes(np.asarray(image)) for image in data.train.image}
+
+
+def test_percentiles_are_of_the_input_of_the_last_sigmoid(measured):
+    batch_norm, data, (state, seen, *_) = measured
+    _, kept = forward(weights(state.params), data.measuring)
+    inputs = kept[1][3]
+    for index, part in enumerate((inputs, inputs[:15], inputs[15:30])):
+        expected = np.percentile(part, (15, 50, 85), axis=0)
+        np.testing.assert_allclose(seen.percentiles[index], expected, rtol=1e-4, atol=1e-5)
+    if batch_norm:
+        assert not np.allclose(inputs.mean(axis=0), 0, atol=1e-3)  # after β, which has moved
+
+
+def test_accuracy_is_by_the_running_statistics(measured):
+    batch_norm, data, (state, seen, *_) = measured
+    running = None
+    if batch_norm:
+        running = {
+            layer: [np.asarray(state.batch_stats[f"batch_norm{layer}"][k]) for k in ("mean", "var")]
+            for layer in (1, 2)
+        }
+    logits, _ = forward(weights(state.params), data.evaluation.image, running)
+    expected = np.mean(logits.argmax(axis=1) == np.asarray(data.evaluation.label))
+    assert seen.accuracy == pytest.approx(expected)
+
+
+def history(percentiles, losses_per_dispatch=2):
+    """Of a run whose whole set and halves have these percentiles, [times, levels, units]."""
+    times = len(percentiles)
+    zeros = np.zeros((times, 3), np.float32)
+    seen = measurements.Observed(
+        np.stack([percentiles, percentiles, percentiles + 0.25], axis=1),
+        np.zeros(times, np.float32),
+        zeros,
+        zeros,
+        zeros,
+    )
+    return History(np.arange(times * losses_per_dispatch, dtype=np.float32), 0, seen)
+
+
+def test_summary_by_hand():
+    """Three units: one moves by half a width a time, one rests, one has no width at last."""
+    base = np.array([-1.0, 0.0, 1.0])
+    moving = base + np.array([0.0, 1.0, 2.0])[:, None]
+    resting = np.broadcast_to(base, (3, 3))
+    dying = base * np.array([1.0, 1.0, 0.0])[:, None]
+    found = measurements.summary(history(np.stack([moving, resting, dying], axis=-1)), 2)
+    np.testing.assert_allclose(found["path"], [1.0, 0.0])
+    np.testing.assert_allclose(found["movement"], [0.25, 0.25])
+    np.testing.assert_allclose(found["raw_movement"], [0.5, 0.5])
+    np.testing.assert_allclose(found["floor"], [0.125] * 3)
+    np.testing.assert_allclose(found["net"], 0.5)
+    np.testing.assert_allclose(found["step"], [0, 2, 4])
+    np.testing.assert_allclose(found["loss"], [0.5, 2.5, 4.5])
+    assert found["constant"] == 1
+    np.testing.assert_allclose(found["fan"][2], np.percentile([2.0, 0.0, 0.0], (10, 50, 90)))
+
+
+def test_the_typical_unit_has_the_median_drift():
+    speeds = np.array([3.0, 0.5, 1.0, 2.0, 0.0])
+    base = np.array([-1.0, 0.0, 1.0])
+    p = base[:, None] + np.arange(4.0)[:, None, None] * speeds
+    found = measurements.summary(history(p), 2)
+    np.testing.assert_allclose(found["typical"], p[:, :, 2])
+
+
+def test_a_run_without_numbers_has_no_drift():
+    p = np.full((3, 3, 2), np.nan)
+    assert measurements.summary(history(p), 2)["path"] is None
+    assert measurements.summary(history(np.zeros((3, 3, 2))), 2)["path"] is None
+    assert measurements.summary(history(np.zeros((1, 3, 2))), 2)["path"] is None
+
+
+def test_the_setting_of_the_lowest_sound_loss():
+    settings = trials(CONFIG, "sigmoid", batch_norm=True)[:4]
+    records = [
+        {**setting._asdict(), "loss": loss, "diverged": diverged}
+        for setting, loss, diverged in zip(
+            settings, (0.5, 0.1, None, 0.3), (0, 1, 2, 0), strict=True
+        )
+    ]
+    assert choose(records) == settings[3]
+    assert isinstance(choose(records), Setting)
+
+
+# --- verdicts on made-up records ---
+
+
+def runs(*, drift=0.3, gain=0.02, shift=1.5, scatter=0.01, seeds=3, lost=(), plateau=2):
+    """Records of all arms; BN has these ratios to the plain network."""
+
+    def record(arm, seed):
+        factor = (1 + scatter * (seed - 1)) if arm != PLAIN else 1.0
+        movement = np.full(4, 2.0 * (drift * factor if arm != PLAIN else 1.0))
+        relative = np.tile([0.0, 0.1, 0.3], (5, 1)) * (shift * factor if arm != PLAIN else 1.0)
+        accuracy = 0.9 + (gain + scatter / 2 * (seed - 1) if arm != PLAIN else 0.0)
+        found = {
+            **Setting("sigmoid", arm != PLAIN, 0.3, 0.9, 0.1, 1e-5)._asdict(),
+            "seed": seed,
+            "step": [0, 100, 200, 300, 400],
+            "loss": [2.3 if i < plateau else 0.5 for i in range(5)],
+            "diverged": 0,
+            "accuracy": accuracy,
+            "path": [1.0, 2.0],
+            "net": 1.0,
+            "constant": 0,
+            "movement": movement,
+            "raw_movement": movement,
+            "floor": [0.1] * 5,
+            "relative": relative,
+            "cosine": 1 - relative,
+            "noise": np.tile([1.0, 1.2, 1.4], (5, 1)),
+        }
+        if (arm, seed) in lost:
+            found |= {"path": None, "diverged": 2, "step": [0, 100]}
+            for key in ("net", "constant", "movement", "raw_movement", "floor"):
+                del found[key]
+        return found
+
+    return {"sigmoid": {arm: [record(arm, s) for s in range(seeds)] for arm in (PLAIN, SAME, OWN)}}
+
+
+def config(made_up):
+    return dataclasses.replace(CONFIG, seeds=made_up.get("seeds", 3))
+
+
+@pytest.mark.parametrize(
+    ("made_up", "verdict"),
+    [
+        (dict(), REPRODUCED),
+        (dict(drift=0.48), REPRODUCED),
+        (dict(drift=0.49), INCONCLUSIVE),
+        (dict(drift=0.7), INCONCLUSIVE),
+        (dict(drift=0.99), NOT_REPRODUCED),
+        (dict(drift=1.5), NOT_REPRODUCED),
+        (dict(gain=0.02, scatter=0.02), INCONCLUSIVE),
+        (dict(gain=-0.2), NOT_REPRODUCED),
+        (dict(gain=0.0), INCONCLUSIVE),
+        (dict(seeds=1), INCONCLUSIVE),
+        (dict(drift=1.5, seeds=1), INCONCLUSIVE),
+        (dict(lost={(SAME, 1)}), INCONCLUSIVE),
+        (dict(drift=1.5, lost={(PLAIN, 0)}), INCONCLUSIVE),
+        (dict(lost={(OWN, 0)}), REPRODUCED),
+    ],
+)
+def test_verdict_of_the_drift(made_up, verdict):
+    finding = judge_drift(config(made_up), runs(**made_up))
+    assert finding.verdict == verdict
+    if made_up.get("lost"):
+        assert "1 had steps that were not finite" in finding.note
+    else:
+        assert "not finite" not in finding.note
+
+
+@pytest.mark.parametrize(
+    ("made_up", "verdict"),
+    [
+        (dict(), REPRODUCED),
+        (dict(shift=1.03), REPRODUCED),
+        (dict(shift=1.0), INCONCLUSIVE),
+        (dict(shift=0.9), INCONCLUSIVE),
+        (dict(shift=0.79), INCONCLUSIVE),
+        (dict(shift=0.77), NOT_REPRODUCED),
+        (dict(seeds=1), INCONCLUSIVE),
+        (dict(shift=0.1, lost={(PLAIN, 2)}), INCONCLUSIVE),
+    ],
+)
+def test_verdict_of_the_gradient_shift(made_up, verdict):
+    assert judge_gradient(config(made_up), runs(**made_up)).verdict == verdict
+
+
+def test_the_ratio_has_student_s_interval_of_logarithms():
+    made_up = runs(scatter=0.1)
+    finding = judge_drift(CONFIG, made_up)
+    logs = np.log(0.3 * np.array([0.9, 1.0, 1.1]))
+    half = stats.t.ppf(0.975, 2) * np.std(logs, ddof=1) / math.sqrt(3)
+    expected = np.exp([logs.mean() - half, logs.mean() + half])
+    np.testing.assert_allclose(finding.interval, expected, rtol=1e-12)
+    assert finding.measured["drift, BN/plain"] == pytest.approx(math.exp(logs.mean()))
+    assert finding.measured["drift, BN/plain, low"] == pytest.approx(expected[0])
+    assert finding.measured[f"drift, {PLAIN}"] == pytest.approx(8.0)
+    gradient = judge_gradient(CONFIG, made_up).measured
+    assert gradient[f"gradient shift, {PLAIN}"] == pytest.approx(0.2)  # of layers 2 and 3
+    assert gradient[f"cosine, layer 3, {PLAIN}"] == pytest.approx(0.7)
+
+
+def test_after_the_plateau_counts_from_the_plain_network_s_end_of_it():
+    made_up = runs()
+    for record in made_up["sigmoid"][PLAIN]:
+        record["movement"] = [100.0, 100.0, 100.0, 2.0]  # of which the last is after step 300
+    measured = judge_drift(CONFIG, made_up).measured
+    assert measured["drift after the plateau, BN/plain"] == pytest.approx(0.3, rel=1e-3)
+    assert measured["drift, BN/plain"] < 0.01
+    assert measured["plain network off its plateau, step"] == 300
+    stuck = judge_drift(CONFIG, runs(plateau=5)).measured
+    assert math.isnan(stuck["drift after the plateau, BN/plain"])
+
+
+def test_end_of_the_plateau():
+    def end(*losses):
+        return plateau_end({"loss": losses, "step": range(len(losses))}, 10)
+
+    half = math.log(10) / 2
+    assert end(2.3, 2.0, half - 0.01, 0.5, 0.4) == 3
+    assert end(0.5, 0.4) == 1
+    assert end(2.3, 0.5) is None and end(2.3, half + 0.01, None) is None
+
+
+def test_pairs_without_a_number_are_left_out_and_counted():
+    assert pair_ratio([1.0, math.nan, 4.0], [2.0, 1.0, 8.0]).pairs == 2
+    assert pair_ratio([math.inf], [1.0]) is None and pair_ratio([0.0], [1.0]) is None
+
+
+def test_settings_at_an_end_of_the_grid_are_named():
+    low = dataclasses.replace(CONFIG, learning_rates=(0.3, 1.0))
+    assert "At an end of its grid" in judge_drift(low, runs()).note
+    inside = dataclasses.replace(CONFIG, learning_rates=(0.1, 0.3, 1.0))
+    assert "At an end of its grid" not in judge_drift(inside, runs()).note
+
+
+# --- whole runs ---
+
+
+def content(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    figures = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
+    return results["claims"], (workdir / "metrics.jsonl").read_bytes(), figures
+
+
+def ledger_of(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_smoke_writes_everything(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
+    assert (results["preset"], results["dataset"], results["seeds"]) == ("smoke", "digits", [0, 1])
+    assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/webp;base64,") == len(FIGURES) and "<script" not in page
+    records = ledger_of(finished)
+    tuned = [record for record in records if record["name"].startswith("tune/")]
+    assert len(tuned) == 16 and {record["seed"] for record in tuned} == {2}
+    assert all("accuracy" not in record for record in tuned)
+
+
+def test_results_are_those_of_the_ledger(finished):
+    results = json.loads((finished / "results.json").read_text())
+    drift, gradient = (claim["measured"] for claim in results["claims"])
+    trained = [r for r in ledger_of(finished) if r["name"].startswith("train/")]
+    trained = [r for r in trained if r["init_std"] == CONFIG.init_stds[1]]  # the claims'
+    plain = [r for r in trained if not r["batch_norm"]]
+    keys = ("learning_rate", "momentum", "init_std")
+    same = [r for r in trained if r["batch_norm"] and all(r[k] == plain[0][k] for k in keys)]
+    assert [r["seed"] for r in plain] == [r["seed"] for r in same] == [0, 1]
+    assert plain[0]["step"] == [0, 20, 40] and 0 < plain[0]["accuracy"] < 1
+    paths = [[np.mean(r["path"]) for r in rs] for rs in (same, plain)]
+    expected = math.exp(np.mean(np.log(paths[0]) - np.log(paths[1])))
+    assert drift["drift, BN/plain"] == pytest.approx(expected, rel=1e-6)
+    shifts = [[np.mean(np.array(r["relative"])[:, 1:]) for r in rs] for rs in (same, plain)]
+    expected = math.exp(np.mean(np.log(shifts[0]) - np.log(shifts[1])))
+    assert gradient["gradient shift, BN/plain"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_started_again_it_only_prints(finished, monkeypatch, capsys):
+    def anew(*_, **__):
+        raise AssertionError
+
+    before = content(finished), (finished / "results.json").read_bytes()
+    monkeypatch.setattr(Sweep, "run", anew)
+    assert launch(finished) == 0
+    assert (content(finished), (finished / "results.json").read_bytes()) == before
+    assert "report: " in capsys.readouterr().out
+
+
+def test_stopped_by_sigterm_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch, capsys):
+    """In the second dispatch of the last sweep, so that what was observed is restored too."""
+    advance, dispatches = Lanes.advance, []
+
+    def signalled(self, data):
+        path = tmp_path / "run" / "metrics.jsonl"
+        ledger = path.read_text() if path.exists() else ""
+        if '"train/activation=sigmoid batch_norm=False' in ledger and "seed=1" in ledger:
+            dispatches.append(None)
+            if len(dispatches) == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return advance(self, data)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Lanes, "advance", signalled)
+            assert launch(tmp_path / "run") == 4
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "stopped by SIGTERM" in capsys.readouterr().err
+    assert launch(tmp_path / "run") == 0
+    assert content(tmp_path / "run") == content(finished)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_parse(preset, capsys):
+    assert main(EXPERIMENT, ["covariate_shift", f"--preset={preset}", "--help"]) == 0
+    assert f"seeds = {PRESETS[preset].seeds}" in capsys.readouterr().out
+
+
+def test_presets_are_the_paper_s():
+    for preset in ("quick", "standard"):
+        config = PRESETS[preset]
+        assert (config.network, config.activations[0]) == ("f100 f100 f100 f10", "sigmoid")
+        assert config.batch_size == 60
+    standard = PRESETS["standard"]
+    assert standard.seeds >= 5 and standard.num_steps == 50_000
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.seeds=0", "seeds=0"),
+        ("--config.dataset=imagenette", "fashion_mnist"),
+        ("--config.network=c4 f10", "dense layers only"),
+        ("--config.network=f10", "needs a hidden layer"),
+        ("--config.network=f8 f9", "end it in f10"),
+        ("--config.activations=()", "activations=()"),
+        ("--config.activations=('cosine',)", "sigmoid, relu"),
+        ("--config.activations=('relu', 'relu')", "each once"),
+        ("--config.batch_size=1", "batch_size=1"),
+        ("--config.batch_size=450", "898"),
+        ("--config.num_steps=20", "2 of them or more"),
+        ("--config.num_steps=50", "num_steps=50"),
+        ("--config.other_steps=50", "other_steps=50"),
+        ("--config.tuning_steps=0", "tuning_steps=0"),
+        ("--config.steps_per_dispatch=0", "steps_per_dispatch=0"),
+        ("--config.measuring_images=3", "measuring_images=3"),
+        ("--config.measuring_images=900", "899"),
+        ("--config.evaluation_images=-1", "evaluation_images=-1"),
+        ("--config.evaluation_images=900", "899"),
+        ("--config.learning_rates=()", "learning_rates=()"),
+        ("--config.learning_rates=(0.1, 0.1)", "all different"),
+        ("--config.learning_rates=(0.1, -1.0)", "above 0"),
+        ("--config.momenta=(1.0,)", "momenta=(1.0,)"),
+        ("--config.init_stds=(0.0,)", "init_stds=(0.0,)"),
+        ("--config.small_init_std=-0.1", "small_init_std=-0.1"),
+        ("--config.epsilons=(-1e-5,)", "epsilons=(-1e-05,)"),
+        ("--config.depth=3", "depth"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
+    assert launch(tmp_path / "run", flag) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,537 @@
+"""Tests of experiments.ensemble: scores, networks, verdicts, and whole runs at smoke size."""
+
+import dataclasses
+import functools
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax.traverse_util import flatten_dict
+from sklearn import metrics
+
+from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.lab.launch import main
+from bn_research.lab.workdir import WorkdirError
+from bn_research.layers.linen import MOMENTS
+from bn_research.training.checkpoint import Checkpointer
+from bn_research.training.lanes import Lanes
+from bn_research.training.sweep import Sweep
+from experiments.ensemble import EXPERIMENT, PRESETS, _network, networks, plan, prepare
+from experiments.ensemble import scores as ensemble_scores
+from experiments.ensemble.figures import draw
+from experiments.ensemble.members import Trainer, load_predictions
+from experiments.ensemble.networks import BASE, Run, Setting, hyper, six
+from experiments.ensemble.verdicts import CLAIMS, PUBLISHED, SEEDS, VARIED, judge, left
+
+CONFIG, STANDARD = PRESETS["smoke"], PRESETS["standard"]
+
+
+def launch(workdir, *flags):
+    return main(EXPERIMENT, ["ensemble", "--preset=smoke", f"--workdir={workdir}", *flags])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert launch(workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def images():
+    return prepare(CONFIG)
+
+
+def records_of(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return {record["name"]: record for record in map(json.loads, lines)}
+
+
+def content(workdir):
+    """What must not depend on interruptions."""
+    results = json.loads((workdir / "results.json").read_text())
+    predictions = {path.name: path.read_bytes() for path in (workdir / "predictions").iterdir()}
+    return {**results, "wall_seconds": None}, records_of(workdir), predictions
+
+
+# --- scores, against scikit-learn and loops ---
+
+
+def predictions(count=200, classes=7, seed=0):
+    """Logarithms of probabilities of three networks, and labels that they know a little of."""
+    rng = np.random.default_rng(seed)
+    label = rng.integers(classes, size=count)
+    logits = rng.standard_normal((3, count, classes)) * 2 + 1.5 * np.eye(classes)[label]
+    return np.array(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))), label
+
+
+def test_scores_are_scikit_learns():
+    logarithms, label = predictions()
+    p = np.exp(np.float64(logarithms)).mean(axis=0)
+    found = ensemble_scores.scores(ensemble_scores.average(list(logarithms)), label)
+    classes = range(7)
+    for k, name in ((1, "error"), (2, "error 2"), (5, "error 5")):
+        top = metrics.top_k_accuracy_score(label, p, k=k, labels=classes)
+        assert found[name] == pytest.approx(1 - top)
+    exact = p / p.sum(axis=1, keepdims=True)  # float32 adds up to 1 ± 1e-7
+    assert found["nll"] == pytest.approx(metrics.log_loss(label, exact, labels=classes), abs=1e-6)
+    squares = [metrics.brier_score_loss(label == c, exact[:, c]) for c in classes]
+    assert found["brier"] == pytest.approx(np.sum(squares), abs=1e-6)
+    assert found["confidence"] == pytest.approx(np.mean([max(row) for row in p]))
+
+
+def test_calibration_error_by_a_loop():
+    logarithms, label = predictions(seed=1)
+    p = np.exp(np.float64(logarithms[0]))
+    total = 0.0
+    for b in range(15):
+        rows = [i for i, row in enumerate(p) if b / 15 < max(row) <= (b + 1) / 15]
+        if rows:
+            correct = np.mean([p[i].argmax() == label[i] for i in rows])
+            total += len(rows) / len(p) * abs(correct - np.mean([max(p[i]) for i in rows]))
+    found = ensemble_scores.scores(p, label)
+    assert found["ece"] == pytest.approx(total) and 0.01 < total < 1
+    assert sum(found["bins"]["count"]) == len(p)
+    # A sure and right one, and three at exactly 2/3 of which one is right.
+    p = np.array([[1.0, 0, 0], *[[2 / 3, 1 / 3, 0]] * 3])
+    bins = ensemble_scores.reliability(p, np.array([0, 0, 1, 1]))
+    assert bins["count"][14] == 1 and bins["count"][9] == 3
+    assert ensemble_scores.calibration_error(bins) == pytest.approx(0.75 * (2 / 3 - 1 / 3))
+
+
+def test_a_tie_is_an_error():
+    p = np.array([[0.5, 0.5, 0.0], [0.2, 0.4, 0.4]])
+    assert ensemble_scores.top_error(p, np.array([0, 0]), 1) == 1
+    assert ensemble_scores.top_error(p, np.array([0, 0]), 2) == 0.5
+
+
+def test_tiny_probabilities_are_averaged_without_loss():
+    """exp(−200) is 0 in float32."""
+    logarithms = np.float32([[[-200.0, 0.0]], [[-201.0, 0.0]]])
+    found = ensemble_scores.average(list(logarithms))[0, 0]
+    assert found == pytest.approx((math.exp(-200) + math.exp(-201)) / 2, rel=1e-6)
+
+
+def test_sizes_and_disagreement_by_hand():
+    logarithms, label = predictions()
+    p = np.exp(np.float64(logarithms))
+
+    def error(rows):
+        return np.mean(p[rows].mean(axis=0).argmax(axis=1) != label)
+
+    found = ensemble_scores.by_size(list(logarithms), label)
+    expected = [
+        np.mean([error([i]) for i in range(3)]),
+        np.mean([error([0, 1]), error([0, 2]), error([1, 2])]),
+        error([0, 1, 2]),
+    ]
+    np.testing.assert_allclose(found["error"], expected)
+    assert np.all(np.diff(found["nll"]) < 0)  # −log is convex
+    classes = p.argmax(axis=2)
+    pairs = [np.mean(classes[i] != classes[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
+    assert ensemble_scores.disagreement(list(logarithms)) == pytest.approx(np.mean(pairs))
+
+
+# --- the six, and the plan ---
+
+
+def test_the_six_are_modified_as_the_papers():
+    """Each by some of three changes, no two alike, and two programs for all."""
+    settings = six(3.0)
+    assert len(set(settings)) == 6 and BASE not in settings
+    assert {s.dropout for s in settings} == {0.0, 0.05, 0.10}
+    assert {s.gain for s in settings} == {1.0, 3.0}
+    assert 0 < sum(s.per_activation for s in settings) < 6
+
+
+def test_ensembles_share_seeds_across_kinds_and_none_within():
+    found = plan(STANDARD)
+    assert STANDARD.seeds >= 5 and list(found) == [VARIED, SEEDS]
+    seeds = {kind: [[run.seed for run in e] for e in these] for kind, these in found.items()}
+    assert seeds[VARIED] == seeds[SEEDS]
+    assert sorted(np.ravel(seeds[SEEDS])) == list(range(6 * STANDARD.seeds))
+    assert {run.setting for e in found[SEEDS] for run in e} == {BASE}
+    assert [run.setting for run in found[VARIED][1]] == list(six(STANDARD.gain))
+    runs = [run for these in found.values() for e in these for run in e]
+    assert len({run.name for run in runs}) == len(runs)
+
+
+def test_published_numbers():
+    assert 1 - PUBLISHED["top-1"].left == pytest.approx(0.086, abs=5e-4)
+    assert 1 - PUBLISHED["top-5"].left == pytest.approx(0.158, abs=5e-4)
+
+
+# --- networks; the programs are those of the smoke run ---
+
+
+def created(images, setting, seed=0):
+    create = networks.create_program(_network(CONFIG, images), setting.per_activation)
+    return create(jax.random.key(seed), hyper(setting))
+
+
+def shaken(state, seed=1):
+    """Off the initial values, or a bias of zero at every BN would let a wrong one pass."""
+    rng = np.random.default_rng(seed)
+    leaves, tree = jax.tree.flatten((state.params, state.batch_stats))
+    leaves = [leaf + 0.2 * np.abs(rng.standard_normal(leaf.shape)) for leaf in leaves]
+    return jax.tree.map(np.float32, jax.tree.unflatten(tree, leaves))
+
+
+def kernels(tree):
+    """Kernels by path, of convolutions and of the head."""
+    leaves = {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if path[-1].key == "kernel"
+    }
+    convolutions = {k: v for k, v in leaves.items() if "head" not in k}
+    return convolutions, {k: v for k, v in leaves.items() if "head" in k}
+
+
+def test_gain_scales_initial_kernels_of_convolutions_alone(finished, images):
+    plain, scaled = (created(images, BASE._replace(gain=gain)).params for gain in (1.0, 3.0))
+    (convolutions, head), (larger, same) = kernels(plain), kernels(scaled)
+    assert len(convolutions) == 6 and len(head) == 1
+    for name, kernel in convolutions.items():
+        np.testing.assert_allclose(larger[name], 3 * kernel, rtol=1e-6)
+    np.testing.assert_array_equal(same["['head']['kernel']"], head["['head']['kernel']"])
+
+
+def test_statistics_and_predictions(finished, images, tmp_path):
+    """Against the model itself: algorithm 2, MC-BN, and the mean of its probabilities."""
+    per_activation, network = True, _network(CONFIG, images)  # in the module, and not in the stem
+    params, batch_stats = shaken(created(images, six(CONFIG.gain)[-1]))
+    model = networks.make_model(network, per_activation)
+
+    @jax.jit
+    def train_mode(variables, image):
+        return model.apply(variables, image, train=True, mutable=[MOMENTS, "batch_stats"])
+
+    trainer = Trainer(None, network, images, tmp_path, CONFIG.draws)
+    batches = trainer._batches(5)
+    rows = np.random.default_rng(5).permutation(96)
+    assert np.array_equal(batches[2], images.train.image[rows[64:96]])
+
+    program = networks.statistics_program(network, per_activation)
+    population, of_batches = program(params, batch_stats, batches)
+    variables = {"params": params, "batch_stats": batch_stats}
+    close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
+    moments = [flatten_dict(train_mode(variables, batch)[1][MOMENTS]) for batch in batches]
+    population, of_batches = jax.device_get((population, of_batches))
+    layers = flatten_dict(population)
+    assert len(layers) == len(moments[0]) == 2 * 6  # mean and var; moments and momentum
+    for path in [path for path in moments[0] if path[-1] == "moments"]:
+        seen = [of_batch[path] for of_batch in moments]
+        unbiased = [m.m2 / (m.count - 1) for m in seen]
+        close(layers[*path[:-1], "mean"], np.mean([m.mean for m in seen], axis=0))
+        close(layers[*path[:-1], "var"], np.mean(unbiased, axis=0))
+    assert {leaf.ndim for leaf in jax.tree.leaves(population["inception_3c"])} == {3}
+    assert {leaf.ndim for leaf in jax.tree.leaves(population["stem_3x3"])} == {1}
+
+    # Training mode is inference by the batch's own statistics.
+    @jax.jit
+    def inference(batch_stats, image):
+        return model.apply({"params": params, "batch_stats": batch_stats}, image, train=False)
+
+    second = jax.tree.map(lambda leaf: leaf[1], of_batches)
+    close(inference(second, batches[1]), train_mode(variables, batches[1])[0], atol=2e-3)
+
+    image, label = images.test.image, np.asarray(images.test.label)
+    found = trainer._predict(params, population, per_activation)
+    close(found, jax.nn.log_softmax(inference(population, image)), atol=1e-3)
+    assert found.shape == (50, 10)
+
+    probabilities = [
+        np.float64(jax.nn.softmax(inference(jax.tree.map(lambda s, i=i: s[i], of_batches), image)))
+        for i in range(3)
+    ]
+    sampled = trainer._sample(params, of_batches, per_activation)
+    assert list(sampled) == ["2", "3"]
+    for draws, scores in sampled.items():
+        p = np.mean(probabilities[: int(draws)], axis=0)
+        nll = -np.mean(np.log(p[np.arange(50), label]))
+        assert scores["nll"] == pytest.approx(nll, rel=1e-4)
+
+
+def test_a_lost_network_predicts_nothing(finished, images, tmp_path):
+    trainer = Trainer(None, _network(CONFIG, images), images, tmp_path, CONFIG.draws)
+    state = created(images, BASE)
+    lost = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), state.params)
+    found = trainer._predict(lost, state.batch_stats, False)
+    np.testing.assert_allclose(found, math.log(0.1), rtol=1e-6)
+    scores = ensemble_scores.scores(np.exp(found), np.asarray(images.test.label))
+    assert scores["error"] == 1 and scores["nll"] == pytest.approx(math.log(10))
+
+
+# --- verdicts, on made-up records ---
+
+
+def scored(error, nll=1.0, ece=0.1, confidence=0.8):
+    bins = {"count": [10] * 15, "confidence": [0.5] * 15, "accuracy": [0.5] * 15}
+    return {
+        "error": error,
+        "error 2": error / 2,
+        "error 5": error / 10,
+        "nll": nll,
+        "brier": 0.3,
+        "ece": ece,
+        "confidence": confidence,
+        "bins": bins,
+    }
+
+
+def ensemble(single, together, *, gain=0.1, ece=0.05, diverged=0):
+    """Six networks of the error `single`, on the average; MC-BN's nll is lower by gain."""
+    members = [
+        {
+            "scores": scored(single + 0.01 * (i - 2.5)),
+            "diverged": diverged if i == 3 else 0,
+            "strategy": "devices",
+            "mc_bn": {"6": scored(single, 1.0), "32": scored(single - 0.01, 1.0 - gain)},
+        }
+        for i in range(6)
+    ]
+    sizes = {"error": np.linspace(single, together, 6).tolist(), "nll": [1.0] * 6}
+    scores = scored(together, 0.9, ece)
+    return {"members": members, "scores": scores, "sizes": sizes, "disagreement": 0.2}
+
+
+def made_up(left=(0.90, 0.91, 0.92), seeds_left=(0.95, 0.96, 0.96), gains=(0.1,) * 3, **options):
+    """Three ensembles of each kind, single networks of error 0.2."""
+    return {
+        VARIED: [ensemble(0.2, 0.2 * x, **options) for x in left],
+        SEEDS: [ensemble(0.2, 0.2 * x, gain=g) for x, g in zip(seeds_left, gains, strict=True)],
+    }
+
+
+def judged(records, index, num_classes=10):
+    return judge(CONFIG, records, num_classes)[index]
+
+
+@pytest.mark.parametrize(
+    ("errors_left", "verdict"),
+    [
+        ((0.90, 0.91, 0.92), REPRODUCED),
+        ((0.96, 0.96, 0.97), INCONCLUSIVE),  # less than expected, but surely something
+        ((0.70, 0.95, 1.00), INCONCLUSIVE),
+        ((1.00, 0.99, 1.01), INCONCLUSIVE),
+        ((1.05, 1.06, 1.07), NOT_REPRODUCED),
+    ],
+)
+def test_verdict_of_six(errors_left, verdict):
+    found = judged(made_up(left=errors_left), 0)
+    assert found.verdict == verdict
+    assert found.measured["relative error reduction"] == pytest.approx(1 - np.mean(errors_left))
+    assert found.interval[0] == found.measured["relative error reduction, low"]
+
+
+@pytest.mark.parametrize(
+    ("seeds_left", "verdict"),
+    [
+        ((0.95, 0.96, 0.97), REPRODUCED),
+        ((0.95, 0.90, 0.91), INCONCLUSIVE),
+        ((0.88, 0.89, 0.90), NOT_REPRODUCED),
+    ],
+)
+def test_verdict_of_settings(seeds_left, verdict):
+    found = judged(made_up(seeds_left=seeds_left), 1)
+    assert found.verdict == verdict
+    gain = found.measured["error, one setting − six settings"]
+    assert gain == pytest.approx(0.2 * (np.mean(seeds_left) - 0.91))
+
+
+@pytest.mark.parametrize(("ece", "verdict"), [(0.05, REPRODUCED), (0.12, NOT_REPRODUCED)])
+def test_verdict_of_calibration(ece, verdict):
+    found = judged(made_up(ece=ece), 2)
+    assert found.verdict == verdict
+    assert found.measured["ECE, single − ensemble"] == pytest.approx(0.1 - ece)
+    assert found.measured["confidence − accuracy, single"] == pytest.approx(0.0, abs=1e-9)
+    assert found.measured["confidence − accuracy, ensemble"] == pytest.approx(0.8 - 0.818)
+
+
+@pytest.mark.parametrize(
+    ("gains", "verdict"),
+    [
+        ((0.10, 0.11, 0.12), REPRODUCED),
+        ((0.10, -0.11, 0.12), INCONCLUSIVE),
+        ((-0.10, -0.11, -0.12), NOT_REPRODUCED),
+    ],
+)
+def test_verdict_of_mc_bn(gains, verdict):
+    found = judged(made_up(gains=gains), 3)
+    assert found.verdict == verdict
+    assert found.measured["NLL, population − 32 draws"] == pytest.approx(np.mean(gains))
+    assert found.measured["NLL, population − 6 draws"] == pytest.approx(0)
+    # The first network errs by 0.175, by 32 draws 0.19; six save 4.33 % of 0.2.
+    share = found.measured["error, saved by 32 draws over saved by six"]
+    assert share == pytest.approx(-0.015 / (0.2 * (1 - np.mean((0.95, 0.96, 0.96)))))
+
+
+def test_one_ensemble_decides_nothing():
+    records = {kind: these[:1] for kind, these in made_up().items()}
+    assert {judged(records, i).verdict for i in range(4)} == {INCONCLUSIVE}
+
+
+def test_networks_that_have_not_learned_decide_nothing():
+    """An accuracy of 0.8 is less than 3 times chance of 3 classes."""
+    found = judge(CONFIG, made_up(), 3)
+    assert {finding.verdict for finding in found} == {INCONCLUSIVE}
+
+
+def test_notes_tell_of_lost_networks_and_of_large_reductions():
+    found = judged(made_up(diverged=2, left=(0.70, 0.71, 0.72)), 0)
+    assert "Of 36 networks 3 had steps" in found.note and "above the 20%" in found.note
+    found = judged(made_up(), 0)
+    assert "not finite" not in found.note and "above the" not in found.note
+
+
+def test_nothing_to_reduce():
+    perfect = ensemble(0.2, 0.0)
+    for member in perfect["members"]:
+        member["scores"] = scored(0.0)
+    assert left(perfect) == 1
+
+
+# --- whole runs ---
+
+
+def test_smoke_writes_everything(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert [claim["id"] for claim in results["claims"]] == [claim.id for claim in CLAIMS]
+    figures = {path.stem for path in (finished / "figures").iterdir()}
+    assert figures == {"errors", "sizes", "reliability"}
+    records = records_of(finished)
+    assert len(records) == 2 * 2 * 6 + 2 * 2
+    runs = [run for these in plan(CONFIG).values() for e in these for run in e]
+    sampled = {run.name for run in runs if "mc_bn" in records[run.name]}
+    assert sampled == {Run(BASE, seed).name for seed in (0, 6)}
+
+
+def test_results_are_those_of_the_predictions(finished, images):
+    claims = json.loads((finished / "results.json").read_text())["claims"]
+    records, label = records_of(finished), np.asarray(images.test.label)
+    reductions = []
+    for runs in plan(CONFIG)[VARIED]:
+        p = [
+            np.exp(np.load(finished / "predictions" / records[run.name]["predictions"]))
+            for run in runs
+        ]
+        errors = [np.mean(one.argmax(axis=1) != label) for one in p]
+        together = np.mean(np.mean(p, axis=0).argmax(axis=1) != label)
+        reductions.append(1 - together / np.mean(errors))
+    found = claims[0]["measured"]
+    assert found["relative error reduction"] == pytest.approx(np.mean(reductions))
+    assert found["NLL, ensemble"] <= found["NLL, single"]  # −log is convex
+    assert found["Brier score, ensemble"] <= found["Brier score, single"]
+
+
+def test_started_again_it_only_prints(finished, monkeypatch):
+    """The predictions are not read again either."""
+
+    def anew(*_, **__):
+        raise AssertionError
+
+    before = content(finished)
+    monkeypatch.setattr(Sweep, "run", anew)
+    monkeypatch.setattr(Trainer, "combine", anew)
+    assert launch(finished) == 0
+    assert content(finished) == before
+
+
+def test_stopped_in_the_middle_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    """SIGTERM in the second dispatch of the second sweep; it goes on from a checkpoint."""
+    dispatch, restore, calls, restored = Lanes.advance, Checkpointer.restore, [], []
+
+    def signalled(self, data):
+        calls.append(self)
+        if len({id(lanes) for lanes in calls}) == 2 and calls[-1] is calls[-2]:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return dispatch(self, data)
+
+    def counted(self, *arguments):
+        restored.append(arguments)
+        return restore(self, *arguments)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Lanes, "advance", signalled)
+            assert launch(tmp_path / "run") == 4
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    monkeypatch.setattr(Checkpointer, "restore", counted)
+    assert launch(tmp_path / "run") == 0
+    assert len(restored) == 1
+    assert content(tmp_path / "run") == content(finished)
+
+
+def test_missing_or_damaged_predictions_are_one_line(finished, tmp_path):
+    record = next(iter(records_of(finished).values()))
+    name = record["predictions"]
+    assert load_predictions(finished / "predictions", record).shape == (50, 10)
+    with pytest.raises(WorkdirError, match="predictions of the network .* cannot be read"):
+        load_predictions(tmp_path, record)
+    (tmp_path / name).write_bytes((finished / "predictions" / name).read_bytes()[:-1])
+    with pytest.raises(WorkdirError, match="is damaged"):
+        load_predictions(tmp_path, record)
+
+
+def test_figures_of_many_seeds(tmp_path):
+    config = dataclasses.replace(CONFIG, seeds=3)
+    figures = draw(config, made_up(), tmp_path)
+    assert [figure.path.stem for figure in figures] == ["errors", "sizes", "reliability"]
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_parse(preset, capsys):
+    assert main(EXPERIMENT, ["ensemble", f"--preset={preset}", "--help"]) == 0
+    assert f"seeds = {PRESETS[preset].seeds}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.seeds=0", "seeds=0"),
+        ("--config.dataset=imagenette", "fashion_mnist"),
+        ("--config.image_size=2", "2×2"),
+        ("--config.train_examples=5000", "digits has 898"),
+        ("--config.eval_examples=-1", "eval_examples=-1"),
+        ("--config.eval_examples=5000", "digits has 899"),
+        ("--config.width=0.0", "width=0.0"),
+        ("--config.modules=('3a', '9z')", "9z"),
+        ("--config.batch_size=1", "batch_size=1"),
+        ("--config.num_steps=0", "num_steps=0"),
+        ("--config.steps_per_dispatch=3", "a multiple of steps_per_dispatch=3"),
+        ("--config.rate=-0.1", "rate=-0.1"),
+        ("--config.rate=float('nan')", "rate"),
+        ("--config.gain=0.0", "gain=0.0"),
+        ("--config.l2=-0.1", "l2=-0.1"),
+        ("--config.draws=()", "draws=()"),
+        ("--config.draws=(1, 4)", "from 1 to 3, the batches of 32 in train_examples=96"),
+        ("--config.draws=(0,)", "draws=(0,)"),
+        ("--config.strategy='pmap'", "one of auto, in_turn, devices, vmap"),
+        ("--config.compiler_level=-1", "compiler_level=-1"),
+        ("--config.depth=3", "depth"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
+    assert launch(tmp_path / "run", flag) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_is_refused(finished, capsys):
+    before = content(finished)
+    assert launch(finished, "--config.num_steps=15") == 2
+    assert "num_steps (there 10, now 15)" in capsys.readouterr().err
+    assert content(finished) == before
+
+
+def test_a_setting_names_its_run():
+    assert Run(Setting(True, 2.0, 0.1), 3).name == "per_activation=True gain=2.0 dropout=0.1 seed=3"

@@ -1,0 +1,466 @@
+"""Tests of experiments.learning_rate: its search, its verdicts, and whole runs at smoke size."""
+
+import dataclasses
+import itertools
+import json
+import math
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from bn_research.claims.censoring import Bounded
+from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.lab import runner
+from bn_research.lab.launch import main
+from bn_research.training.lanes import Lanes
+from experiments.learning_rate import EXPERIMENT, PRESETS, boosted_arms, settings
+from experiments.learning_rate.search import (
+    Search,
+    Setting,
+    arm_of,
+    final_loss,
+    find_limits,
+    grid,
+    is_stable,
+    limit,
+    next_place,
+    places_above,
+    search,
+    start_place,
+)
+from experiments.learning_rate.sigmoid import judge_sigmoid
+from experiments.learning_rate.verdicts import (
+    BOOSTED,
+    bounded_slope,
+    geometric_mean,
+    judge_batches,
+    judge_rates,
+    slope_over_batches,
+)
+
+SMOKE = PRESETS["smoke"]
+CLAIM_IDS = ["higher-learning-rates", "sigmoid-trainable", "advantage-shrinks-with-batch"]
+FIGURES = {"largest_stable_rate", "ratio", "loss_against_rate", "thirty_times", "sigmoid"}
+CNN, MLP = "c8 P f10", "f9 f10"
+
+
+ONE_BATCH = "--config.cnn_batch_sizes=(32,)"  # half the programs to compile for eight devices
+
+
+def launch(workdir, *flags):
+    return main(EXPERIMENT, ["learning_rate", "--preset=smoke", f"--workdir={workdir}", *flags])
+
+
+def files_of(workdir):
+    """Content of every file of a run but the checkpoints and the time it took."""
+    kept = {}
+    for path in sorted(workdir.rglob("*")):
+        name = str(path.relative_to(workdir))
+        if path.is_file() and not name.startswith(("checkpoints", "report", "environment")):
+            kept[name] = path.read_bytes()
+    kept["results.json"] = json.loads(kept["results.json"])["claims"]
+    return kept
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The workdir of a smoke run left alone."""
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert launch(workdir, ONE_BATCH) == 0
+    return workdir
+
+
+# --- the search ---
+
+
+def searched(stable, *, start, count, stride):
+    """Outcomes of one search of a predicate over places, and the places in the order run."""
+    order = []
+
+    def run(wanted):
+        order.extend(place for _, place in wanted)
+        return [stable(place) for _, place in wanted]
+
+    return search({"x": start}, run, count=count, stride=stride)["x"], order
+
+
+@pytest.mark.parametrize("count", [2, 7, 16])
+@pytest.mark.parametrize("stride", [1, 3])
+def test_every_threshold_is_found_from_every_start(count, stride):
+    rates = grid(-3, count, 1)[:count]
+    for threshold, start in itertools.product(range(-1, count), range(count)):
+        outcomes, order = searched(
+            lambda place, t=threshold: place <= t, start=start, count=count, stride=stride
+        )
+        down = max(0, start - threshold) / max(1, stride // 2)
+        assert len(set(order)) == len(order) <= 2 * math.log2(count) + 4 + down
+        found = limit(outcomes, rates)
+        if threshold == -1:
+            assert found.high == rates[0] and 0 < found.low < 1e-30 and outcomes[0] is False
+        elif threshold == count - 1:
+            assert found == (rates[-1], math.inf)
+        else:
+            assert found == (rates[threshold], rates[threshold])
+            assert outcomes[threshold] is True and outcomes[threshold + 1] is False
+
+
+def test_with_islands_both_ends_of_the_bracket_have_been_run():
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        stable = rng.random(20) < 0.6
+        outcomes, _ = searched(lambda p, s=stable: bool(s[p]), start=7, count=20, stride=2)
+        low = max((p for p, ok in outcomes.items() if ok), default=-1)
+        assert low == 19 or outcomes.get(low + 1) is False
+        assert all(stable[p] == ok for p, ok in outcomes.items())
+
+
+def test_a_start_too_high_does_not_leap_past_the_rates_that_train():
+    """Only places 9 to 12 train: below them the network is too slow."""
+    outcomes, order = searched(lambda place: 9 <= place <= 12, start=16, count=37, stride=4)
+    assert order[:3] == [16, 14, 12] and limit(outcomes, grid(-10, 8, 2)).low == 2.0**-4
+
+
+def test_searches_run_side_by_side():
+    rounds = []
+
+    def run(wanted):
+        rounds.append([key for key, _ in wanted])
+        return [place <= {"a": 3, "b": 11}[key] for key, place in wanted]
+
+    found = search({"a": 4, "b": 4}, run, count=16, stride=2)
+    assert limit(found["a"], grid(0, 15, 1)).low == 2**3
+    assert limit(found["b"], grid(0, 15, 1)).low == 2**11
+    assert rounds[0] == ["a", "b"]
+
+
+@pytest.mark.parametrize(("start", "stride"), [(-1, 1), (5, 1), (0, 0)])
+def test_a_bad_start_or_stride_is_named(start, stride):
+    with pytest.raises(ValueError, match=f"start={start}.*stride={stride}"):
+        next_place({}, start=start, count=5, stride=stride)
+
+
+def test_start_is_the_last_stable_place_above_the_best():
+    places, losses = [0, 4, 8, 12, 16], [2.0, 0.5, 0.6, 2.3, 0.9]
+    assert start_place(places, losses, [False, True, True, False, True]) == 8
+    assert start_place(places, losses, [False] * 5) == 4
+    assert start_place(places, [math.inf] * 5, [False] * 5) == 0
+
+
+def test_grid_and_places_above():
+    np.testing.assert_allclose(grid(-1, 1, 2), [0.5, 0.5**0.5, 1, 2**0.5, 2], rtol=1e-15)
+    assert places_above({3: True, 4: False}, 20) == [5, 7]
+    assert places_above({3: True, 4: False}, 6) == [5]
+    assert places_above({0: False}, 6) == [] == places_above({5: True}, 6)
+
+
+def test_stable_is_a_low_loss_at_the_end_and_no_step_lost():
+    half = math.log(10) / 2
+    loss = [9.0] * 36 + [half - 0.3, half - 0.2, half + 0.2, half + 0.2]
+    record = {"loss": loss, "diverged": 0, "num_steps": 40}
+    assert final_loss(record) == pytest.approx(half - 0.025)
+    assert is_stable(record, 10) and not is_stable(record, 9)
+    assert not is_stable({**record, "diverged": 1}, 10)
+    lost = {"loss": [2.0, None, None], "diverged": 2, "num_steps": 40}
+    assert final_loss(lost) == math.inf and not is_stable(lost, 10)
+
+
+class Quadratic:
+    """Stands in for a Trainer: momentum SGD on λx²/2, by NumPy in float64."""
+
+    momentum = 0.9
+
+    def __init__(self, curvature):
+        self.curvature, self.calls = curvature, []
+
+    def tune(self, runs):
+        assert len(set(runs)) == len(runs)
+        self.calls.append(runs)
+        return [self.record(arm, seed) for arm, seed in runs]
+
+    def record(self, arm, seed):
+        curvature = self.curvature(arm.placement, arm.batch_size, seed)
+        x, v, loss = 1.0, 0.0, []
+        for _ in range(arm.num_steps):
+            loss.append(curvature * x**2 / 2)
+            if loss[-1] > 1e30:  # so long gone that its end is known
+                return {"loss": loss, "diverged": 2, "num_steps": arm.num_steps}
+            v = self.momentum * v + curvature * x
+            x -= arm.learning_rate * v
+        return {"loss": loss, "diverged": 0, "num_steps": arm.num_steps}
+
+
+def test_limits_of_quadratics_are_those_of_theory():
+    """Momentum SGD is stable below 2(1 + μ)/λ; λ differs by placement and seed."""
+    config = dataclasses.replace(SMOKE, seeds=3, num_steps=2000, lowest_log2_rate=-8)
+
+    def curvature(placement, batch_size, seed):
+        return {"none": 8.0, "all": 0.3}[placement] * (1 + 0.4 * seed)
+
+    asked = [Setting(CNN, "none", 8), Setting(CNN, "all", 8)]
+    trainer = Quadratic(curvature)
+    found = find_limits(config, asked, trainer, 10)
+    rates = np.array(grid(-8, 6, 1))
+    for setting in asked:
+        for seed, number in enumerate(found[setting].limits):
+            bound = 2 * 1.9 / curvature(setting.placement, 8, seed)
+            expected = rates[rates < bound].max()
+            assert number == (expected, expected)
+        assert found[setting].islands == [False] * 3
+        assert found[setting].best in found[setting].rates
+        assert found[setting].losses[found[setting].rates.index(found[setting].best)] == min(
+            found[setting].losses
+        )
+    # The seed apart tunes; it enters no search but to fill up a sweep with what is known.
+    tuned = {(arm, seed) for arm, seed in trainer.calls[0]}
+    assert {seed for _, seed in tuned} == {3}
+    assert all(run in tuned or run[1] < 3 for call in trainer.calls[1:] for run in call)
+    # Every sweep has at least as many members as there are lanes to fill: one program.
+    for call in trainer.calls[1:]:
+        sizes = {s: sum(arm.placement == s for arm, _ in call) for s in ("none", "all")}
+        assert all(size in (0, *range(4, 9)) for size in sizes.values())
+
+
+def test_a_limit_above_the_grid_is_a_bound():
+    config = dataclasses.replace(SMOKE, num_steps=400)
+    found = find_limits(config, [Setting(CNN, "all", 8)], Quadratic(lambda *_: 1e-2), 10)
+    only = found[Setting(CNN, "all", 8)]
+    assert only.limits == [Bounded(64.0, math.inf)] * 2 and only.islands == [None] * 2
+
+
+# --- verdicts, on made-up searches ---
+
+
+def exactly(*values):
+    return [Bounded(float(v), float(v)) for v in values]
+
+
+def found(limits, best=0.1):
+    return Search([0.01, 0.1, 1.0], [1.0, 0.5, 2.0], best, limits, [False] * len(limits))
+
+
+def boosted(accuracies=(0.8, 0.81, 0.82), loss=0.4, diverged=0):
+    record = {"loss": [loss] * 20, "num_steps": 20, "diverged": diverged, "learning_rate": 0.1}
+    return {name: [{**record, "accuracy": a} for a in accuracies] for name in BOOSTED}
+
+
+def rates_judged(bn, plain, **options):
+    searches = {Setting(CNN, "none", 32): found(plain), Setting(CNN, "all", 32): found(bn)}
+    return judge_rates(searches, CNN, boosted(**options), 10)
+
+
+def test_rate_verdicts_on_both_sides_of_each_criterion():
+    plain = exactly(0.1, 0.11, 0.1)
+    assert rates_judged(exactly(2, 2.1, 2), plain).verdict == REPRODUCED
+    assert rates_judged(exactly(0.2, 0.21, 0.2), plain).verdict == NOT_REPRODUCED
+    assert rates_judged(exactly(0.5, 0.55, 0.5), plain).verdict == INCONCLUSIVE  # 5: in between
+    assert rates_judged(exactly(0.5, 5, 2), plain).verdict == INCONCLUSIVE
+    measured = rates_judged(exactly(2, 2.2, 2), plain).measured
+    name = "BN on all layers/plain, CNN, batch 32"
+    assert measured[name] == pytest.approx(20)
+    assert next(iter(measured)) == name and measured[f"{name}, low"] <= 20.1
+
+
+def test_censored_limits_stay_bounds():
+    plain = exactly(0.1, 0.11, 0.1)
+    above = rates_judged([Bounded(4.0, math.inf)] * 3, plain)
+    assert above.verdict == REPRODUCED and above.interval[1] == math.inf
+    assert "3 limits are bounds only" in above.note
+    assert math.isnan(above.measured["BN on all layers/plain, CNN, batch 32"])
+    both = rates_judged([Bounded(4.0, math.inf)] * 3, [Bounded(4.0, math.inf)] * 3)
+    assert both.verdict == INCONCLUSIVE
+    below = rates_judged([Bounded(1e-38, 1e-3)] * 3, plain)
+    assert below.verdict == NOT_REPRODUCED
+    assert geometric_mean(exactly(2, 8)) == pytest.approx((4, 4))
+
+
+def test_thirty_times_is_counted_with_what_it_lost():
+    said = rates_judged(exactly(2, 2, 2), exactly(0.1, 0.1, 0.1), diverged=1)
+    assert "trains for 0 of 3 seeds" in said.note and "9 of the runs at those three" in said.note
+    assert math.isnan(said.measured["training loss at the end, BN at 30× that"])
+    sound = rates_judged(exactly(2, 2, 2), exactly(0.1, 0.1, 0.1))
+    assert "trains for 3 of 3 seeds" in sound.note
+    assert sound.measured["test accuracy, BN at 30× that"] == pytest.approx(0.81)
+
+
+def test_thirty_times_the_best_rate_of_the_plain_network():
+    searches = {s: found([], best=0.25 if s.placement == "none" else 2.0) for s in settings(SMOKE)}
+    arms = boosted_arms(SMOKE, searches)
+    assert [arm.learning_rate for arm in arms.values()] == [0.25, 7.5, 2.0]
+    assert [arm.placement for arm in arms.values()] == ["none", "all", "all"]
+    assert {arm.batch_size for arm in arms.values()} == {32}
+    assert {arm[2:5] for arm in arms.values()} == {("momentum", "he", True)}
+    assert arm_of(SMOKE, Setting(CNN, "none", 8)).batch_size == 8
+
+
+def sigmoid(plain, bn, shallow=(0.5, 0.51, 0.5)):
+    def rows(accuracies):
+        return [{"accuracy": a, "learning_rate": 0.1, "diverged": 0} for a in accuracies]
+
+    trained = {("s", "none"): rows(shallow), ("s", "all"): rows(bn)}
+    trained |= {("d", "none"): rows(plain), ("d", "all"): rows(bn)}
+    return judge_sigmoid(("s", "d"), trained, (0.1, 1.0), 10)
+
+
+def test_sigmoid_verdicts():
+    stuck, trains = (0.1, 0.1, 0.11), (0.7, 0.71, 0.7)
+    assert sigmoid(stuck, trains).verdict == REPRODUCED
+    assert sigmoid(trains, trains).verdict == NOT_REPRODUCED
+    assert sigmoid(stuck, stuck).verdict == NOT_REPRODUCED
+    assert sigmoid((0.1, 0.1, 0.3), trains).verdict == INCONCLUSIVE
+    assert sigmoid(stuck, (0.2, 0.4, 0.35)).verdict == INCONCLUSIVE
+    assert "Control, s: plain 0.50" in sigmoid(stuck, trains).note
+    assert "at an end of the grid" in sigmoid(stuck, trains).note
+
+
+def test_slope_is_that_of_scipy_and_bounds_are_those_of_the_corners():
+    rng = np.random.default_rng(1)
+    x, n, d = np.log([8, 32, 128]), np.exp(rng.normal(size=3)), np.exp(rng.normal(size=3))
+    low, high = bounded_slope(x, exactly(*n), exactly(*d))
+    expected = stats.linregress(x, np.log(n / d)).slope
+    assert low == pytest.approx(expected, abs=1e-12) and high == pytest.approx(expected, abs=1e-12)
+    wide = [Bounded(v, v * w) for v, w in zip(n, (1.5, 3.0, 2.0), strict=True)]
+    corners = [
+        stats.linregress(x, np.log(np.array(ends) / d)).slope for ends in itertools.product(*wide)
+    ]
+    np.testing.assert_allclose(
+        bounded_slope(x, wide, exactly(*d)), [min(corners), max(corners)], atol=1e-12
+    )
+    open_end = [*exactly(1, 1), Bounded(1.0, math.inf)]
+    low, high = bounded_slope(x, open_end, exactly(1, 1, 1))
+    assert low == pytest.approx(0) and high == math.inf
+
+
+def batches(cnn, mlp=None):
+    """Verdict where BN/plain grows as the batch to these powers, one for each seed."""
+    searches, sizes = {}, {}
+    for network, powers in ((CNN, cnn), (MLP, mlp)):
+        if powers is None:
+            continue
+        sizes[network] = [8, 32, 128]
+        for size in sizes[network]:
+            searches[Setting(network, "none", size)] = found(exactly(*(0.1 for _ in powers)))
+            searches[Setting(network, "all", size)] = found(exactly(*(size**p for p in powers)))
+    return judge_batches(searches, sizes), searches
+
+
+def test_batch_verdicts():
+    falling, rising, flat = (-0.5, -0.4, -0.45), (0.5, 0.4, 0.45), (-0.2, 0.2, 0.1)
+    assert batches(rising)[0].verdict == REPRODUCED
+    assert batches(falling)[0].verdict == NOT_REPRODUCED
+    assert batches(flat)[0].verdict == INCONCLUSIVE
+    assert batches(rising, rising)[0].verdict == REPRODUCED
+    assert batches(rising, falling)[0].verdict == NOT_REPRODUCED
+    assert batches(rising, flat)[0].verdict == INCONCLUSIVE
+    finding, searches = batches(falling)
+    mean, low, high = slope_over_batches(searches, CNN, [8, 32, 128])
+    assert mean == pytest.approx(np.mean(falling))
+    half = stats.t.ppf(0.975, 2) * np.std(falling, ddof=1) / math.sqrt(3)
+    assert (low, high) == (pytest.approx(mean - half), pytest.approx(mean + half))
+    assert finding.interval == (low, high)
+    assert slope_over_batches(searches, CNN, [8]) is None
+    assert judge_batches(searches, {CNN: [8]}).verdict == INCONCLUSIVE
+
+
+def test_a_censored_limit_leaves_the_slope_open():
+    _, searches = batches((-0.5, -0.4, -0.45))
+    searches[Setting(CNN, "all", 128)] = found([*exactly(0.1, 0.15), Bounded(0.1, math.inf)])
+    finding = judge_batches(searches, {CNN: [8, 32, 128]})
+    assert finding.verdict == INCONCLUSIVE and finding.interval[1] == math.inf
+
+
+# --- whole runs ---
+
+
+def test_smoke_writes_everything(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
+    assert (results["schema"], results["preset"], results["seeds"]) == (1, "smoke", [0, 1])
+    assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
+    assert (finished / "report.html").read_text().count("data:image/webp;base64,") == len(FIGURES)
+
+
+def test_results_are_those_of_the_ledger(finished):
+    """Each limit of the results by a scan of the ledger: a stable rate, the next one not."""
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    measured = json.loads((finished / "results.json").read_text())["claims"][0]["measured"]
+    half = math.log(10) / 2
+    rates = [2.0**k for k in range(-6, 7)]
+    checked = 0
+    for placement, words in (("none", "plain"), ("all", "BN on all layers")):
+        for size in (32,):
+            limits = []
+            for seed in range(2):
+                stable = {
+                    row["learning_rate"]: not row["diverged"] and np.mean(row["loss"][-2:]) < half
+                    for row in rows
+                    if row["name"].startswith("tune/")
+                    and row["activation"] == "relu"
+                    and (row["placement"], row["batch_size"], row["seed"])
+                    == (placement, size, seed)
+                }
+                assert set(stable) <= set(rates)
+                good = [rate for rate in rates if stable.get(rate) and not stable.get(2 * rate, 1)]
+                limits.append(good[0] if good else math.nan)
+                checked += bool(good)
+            shown = measured[f"largest stable rate, {words}, CNN, batch {size}"]
+            if shown is not None and np.isfinite(limits).all():
+                assert shown == pytest.approx(math.sqrt(limits[0] * limits[1]))
+    assert checked >= 1
+    thirty = [row for row in rows if row["name"].startswith("train/") and "relu" in row["name"]]
+    accuracy = np.mean([row["accuracy"] for row in thirty if row["placement"] == "none"])
+    assert measured["test accuracy, plain at its best rate"] == pytest.approx(accuracy)
+
+
+def test_started_again_it_only_prints(finished):
+    before = files_of(finished)
+    assert launch(finished, ONE_BATCH) == 0
+    assert files_of(finished) == before
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_stopped_in_a_search_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(runner, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
+    advance, left = Lanes.advance, [20]
+
+    def stopping(self, data):
+        if left[0] == 0:
+            raise _Stop
+        left[0] -= 1
+        return advance(self, data)
+
+    monkeypatch.setattr(Lanes, "advance", stopping)
+    with pytest.raises(_Stop):
+        launch(tmp_path / "run", ONE_BATCH)
+    left[0] = -1
+    assert launch(tmp_path / "run", ONE_BATCH) == 0
+    assert files_of(tmp_path / "run") == files_of(finished)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--config.seeds=0"], "seeds=0"),
+        (["--config.num_steps=25"], "num_steps=25"),
+        (["--config.cnn_batch_sizes=(8,)"], "must hold 32"),
+        (["--config.cnn_batch_sizes=(32, 500)"], "each from 2 to 128"),
+        (["--config.mlp_batch_sizes=(8, 8)"], "holds an entry twice"),
+        (["--config.placements=('all',)"], "none and all are needed"),
+        (["--config.cnn=f10"], "must begin with a layer cN"),
+        (["--config.cnn=c4 P P P P f10"], "remove a P"),
+        (["--config.sigmoid_networks=('c4 P f7',)"], "end it in f10"),
+        (["--config.sigmoid_rates=(0.0, 1.0)"], "each must be > 0"),
+        (["--config.sigmoid_rates=()"], "at least one entry"),
+        (["--config.highest_log2_rate=-4"], "must hold at least 5 rates"),
+        (["--config.tuning_stride=0"], "tuning_stride=0"),
+        (["--config.strategy=fast"], "allowed are auto, in_turn, devices, vmap"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, said):
+    assert launch(tmp_path / "run", *flags) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,434 @@
+"""Tests of experiments.loss_surface: measurements, verdicts, and whole runs at smoke size."""
+
+import dataclasses
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.flatten_util import ravel_pytree
+
+from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.lab.launch import main
+from bn_research.probes.step_direction import FACTORS
+from bn_research.training.lanes import Lanes
+from bn_research.training.step import Batch
+from experiments.loss_surface import EXPERIMENT, PRESETS, prepare, training
+from experiments.loss_surface.summaries import (
+    geometric_mean,
+    is_stable,
+    stable_factors,
+    surface_curves,
+)
+from experiments.loss_surface.verdicts import (
+    LOW,
+    LOW_BN,
+    OWN,
+    PLAIN,
+    SAME,
+    judge_edge,
+    judge_sharpness,
+    judge_surface,
+)
+
+SMOKE = PRESETS["smoke"]
+CLAIM_IDS = ["smoother-along-the-step", "sharpness-sets-the-rate", "edge-of-stability"]
+FIGURES = {
+    *("along_the_step", "along_the_step_lower_rate", "profile", "sharpness", "stable_rates"),
+    "edge_of_stability",
+}
+
+
+def launch(workdir, *flags):
+    argv = ["loss_surface", "--preset=smoke", f"--workdir={workdir}", *flags]
+    return main(EXPERIMENT, argv)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert launch(workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def ledger(finished):
+    lines = (finished / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# --- measurements, against numpy and explicit Hessians ---
+
+NETWORK = training.Network("f3 f2", "hidden")
+RNG = np.random.default_rng(0)
+BATCH = Batch(
+    jnp.asarray(RNG.standard_normal((8, 2, 2, 1)), jnp.float32), jnp.asarray(np.arange(8) % 2)
+)
+
+
+def parameters():
+    hyper = training.Hyper(jnp.float32(0.1), jnp.bool_(False), jnp.bool_(False))
+    shapes = training.create_program(NETWORK, (1, 2, 2, 1))(jax.random.key(0), hyper).params
+    rng = np.random.default_rng(1)
+    return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes)
+
+
+def spelled_out(params, stats=None):
+    """Loss of the network above by JAX's own derivatives of mean and variance."""
+    x = BATCH.image.reshape(8, -1)
+    x = x @ params["dense1"]["kernel"] + params["dense1"]["bias"]
+    mean, var = (x.mean(0), x.var(0)) if stats is None else stats
+    x = (x - mean) / jnp.sqrt(var + 1e-5)
+    x = jax.nn.relu(x * params["batch_norm1"]["scale"] + params["batch_norm1"]["bias"])
+    logits = x @ params["dense2"]["kernel"] + params["dense2"]["bias"]
+    return -jnp.mean(jax.nn.log_softmax(logits)[jnp.arange(8), BATCH.label])
+
+
+def explicit_top(loss_fn, params):
+    flat, unravel = ravel_pytree(params)
+    hessian = jax.jit(jax.hessian(lambda v: loss_fn(unravel(v))))(flat)
+    return np.linalg.eigvalsh(np.asarray(hessian, np.float64))[-1]
+
+
+def test_the_two_hessians_are_those_of_losses_spelled_out():
+    params = parameters()
+    x = BATCH.image.reshape(8, -1) @ params["dense1"]["kernel"] + params["dense1"]["bias"]
+    stats = x.mean(0), x.var(0)
+    losses = {
+        "through": (training.batch_loss(NETWORK, BATCH), spelled_out),
+        "frozen": (
+            training.frozen_loss(NETWORK, params, BATCH),
+            lambda moved: spelled_out(moved, stats),
+        ),
+    }
+    program = training.Program(NETWORK, 4, 1, 40, (0,))
+    tops = []
+    for ours, reference in losses.values():
+        assert float(ours(params)) == pytest.approx(float(spelled_out(params)), rel=1e-5)
+        found = training.top_eigenvalues(program, ours, params)
+        tops.append(float(found.largest[0]))
+        assert tops[-1] == pytest.approx(explicit_top(reference, params), rel=1e-3)
+    assert abs(tops[0] / tops[1] - 1) > 0.05
+
+
+def test_the_surface_is_that_of_the_gradient_step():
+    params, rate = parameters(), 0.3
+    surface = jax.jit(lambda p: training.step_surface(NETWORK, p, BATCH, rate))(params)
+    gradient = jax.jit(jax.grad(spelled_out))(params)
+    norm = np.linalg.norm(ravel_pytree(gradient)[0])
+    np.testing.assert_allclose(surface.distance, rate * norm * np.array(FACTORS), rtol=1e-4)
+    at = jax.jit(
+        lambda f: spelled_out(jax.tree.map(lambda p, g: p - f * rate * g, params, gradient))
+    )
+    np.testing.assert_allclose(surface.loss, [at(f) for f in FACTORS], rtol=1e-4)
+
+
+# --- records of the smoke run ---
+
+
+def of(ledger, purpose):
+    return [record for record in ledger if record["name"].startswith(f"{purpose} ")]
+
+
+def test_the_surface_is_that_of_the_batch_that_trains(ledger):
+    """Its start is the loss of the step that follows, seen by the training itself."""
+    for record in of(ledger, "SGD"):
+        losses = np.array(record["loss"])[np.array(record["surface_steps"])]
+        np.testing.assert_allclose(record["surface"]["start_loss"], losses, rtol=1e-5)
+        rate, norm = record["rate"], np.array(record["surface"]["start_gradient_norm"])
+        np.testing.assert_allclose(
+            np.array(record["surface"]["distance"])[:, 1], rate * norm, rtol=1e-4
+        )
+
+
+def test_what_is_measured_when(ledger):
+    sgd, descents = of(ledger, "SGD"), of(ledger, "descent")
+    assert {tuple(r["curvature_steps"]) for r in sgd} == {SMOKE.curvature_steps}
+    for record in sgd:
+        assert ("frozen" in record) == (record["arm"] == "BN")
+        assert np.isfinite(np.array(record["through"]["largest"], float)).all()
+        assert len(record["surface"]["loss"]) == SMOKE.num_steps // SMOKE.steps_per_dispatch
+    tuned = of(ledger, "tune")
+    assert {record["seed"] for record in tuned} == {SMOKE.seeds}
+    assert all("surface" not in record and "accuracy" not in record for record in tuned)
+    assert len(tuned) == 2 * len(SMOKE.rates)
+    assert {len(r["through"]["largest"]) for r in descents if r["is_watched"]} == {3}
+
+
+def test_descent_starts_where_the_hessian_was_measured(ledger):
+    """λmax of the two kinds of runs agree, and rates are the multiples of 2/λmax asked for."""
+    for arm in ("plain", "BN"):
+        sgd = {r["seed"]: r["through"]["largest"][0] for r in of(ledger, "SGD") if r["arm"] == arm}
+        descents = [r for r in of(ledger, "descent") if r["arm"] == arm]
+        for record in descents:
+            if record["is_watched"]:
+                factor = record["rate"] * sgd[record["seed"]] / 2
+                assert factor == pytest.approx(SMOKE.edge_factor)
+                assert record["through"]["largest"][0] == pytest.approx(
+                    sgd[record["seed"]], rel=1e-4
+                )
+        found = {round(r["rate"] * sgd[r["seed"]] / 2, 4) for r in descents if not r["is_watched"]}
+        assert found == set(SMOKE.descent_factors)
+
+
+def test_gradient_descent_by_the_whole_batch_lowers_its_loss(ledger):
+    for record in of(ledger, "descent"):
+        if record["is_watched"]:
+            assert record["loss"][-1] < record["loss"][0]
+
+
+# --- verdicts, on made-up records ---
+
+CONFIG = dataclasses.replace(
+    PRESETS["quick"],
+    num_steps=40,
+    steps_per_dispatch=10,
+    edge_steps=80,
+    descent_factors=(1.0, 2.0, 4.0),
+)
+
+
+def surface_record(scale=1.0, seed=0, rate=0.1, gradient=None, scatter=0.02, dispatches=4):
+    f = np.array(FACTORS)
+    scale = scale * (1 + scatter * seed)
+    gradient = scale if gradient is None else gradient * (1 + scatter * seed)
+    one = np.ones(dispatches)
+    return {
+        "surface": {
+            "loss": (np.outer(one, 2 - scale * f)).tolist(),
+            "gradient_distance": np.outer(one, gradient * f).tolist(),
+            "relative_gradient_distance": np.outer(one, f).tolist(),
+            "cosine": np.outer(one, 0 * f + 0.5).tolist(),
+            "smoothness": (gradient * one).tolist(),
+            "start_gradient_norm": one.tolist(),
+            "param_norm": one.tolist(),
+        },
+        "loss": [1.0] * CONFIG.num_steps,
+        "rate": rate,
+        "diverged": int(dispatches < 4),
+        "through": {"largest": [10.0], "largest_residual": [0.01]},
+        "frozen": {"largest": [20.0], "largest_residual": [0.01]},
+    }
+
+
+def surfaces(bn, plain=(), **fields):
+    seeds = range(CONFIG.seeds)
+    return {
+        PLAIN: [surface_record(seed=-s, rate=0.1, **dict(plain)) for s in seeds],
+        SAME: [surface_record(bn, seed=s, rate=0.1, **fields) for s in seeds],
+        OWN: [surface_record(2 * bn, seed=s, rate=3.0) for s in seeds],
+        LOW: [surface_record(seed=s, rate=0.03) for s in seeds],
+        LOW_BN: [surface_record(bn, seed=s, rate=0.03) for s in seeds],
+    }
+
+
+@pytest.mark.parametrize(
+    ("made_up", "verdict"),
+    [
+        (dict(bn=0.5), REPRODUCED),
+        (dict(bn=2.0), NOT_REPRODUCED),
+        (dict(bn=0.5, gradient=2.0), NOT_REPRODUCED),
+        (dict(bn=0.5, gradient=0.95), INCONCLUSIVE),
+        (dict(bn=0.5, scatter=1.0), INCONCLUSIVE),
+        (dict(bn=0.5, dispatches=3), INCONCLUSIVE),  # lost, so above anything
+        (dict(bn=0.5, plain={"dispatches": 3}), REPRODUCED),
+        (dict(bn=2.0, plain={"dispatches": 3}), INCONCLUSIVE),
+    ],
+)
+def test_verdict_of_the_surface(made_up, verdict):
+    assert judge_surface(CONFIG, surfaces(**made_up)).verdict == verdict
+
+
+def test_numbers_of_the_surface():
+    found = judge_surface(CONFIG, surfaces(0.5, scatter=0.0, plain={"scatter": 0.0}))
+    for name in ("loss range", "gradient distance", "effective smoothness", "smoothness·‖θ‖²"):
+        assert found.measured[f"{name}, BN/plain, same rate"] == pytest.approx(0.5)
+    assert found.measured["relative gradient distance, BN/plain, same rate"] == pytest.approx(1)
+    assert "The best rate of BN, own rate, 3, lies at an end" in found.note
+    lost = judge_surface(CONFIG, surfaces(0.5, dispatches=3))
+    assert "3 of BN, plain's rate diverged" in lost.note and "did not learn" not in lost.note
+    dead = surfaces(0.5)
+    dead[PLAIN][1]["loss"] = [2.3] * CONFIG.num_steps
+    assert "1 of 3 of plain did not learn" in judge_surface(CONFIG, dead).note
+    assert found.measured["loss range, BN/plain, same lower rate"] == pytest.approx(0.5)
+    curves = surface_curves(surface_record(0.5), 5)
+    np.testing.assert_allclose(curves["loss range"], [1.75] * 4 + [np.nan])
+    np.testing.assert_allclose(curves["gradient distance"][:4], 2.0)
+
+
+def test_geometric_mean_with_what_is_lost():
+    assert geometric_mean([1.0, 4.0]).low == geometric_mean([1.0, 4.0]).high == pytest.approx(2)
+    assert geometric_mean([1.0, 4.0, math.nan]) == pytest.approx((16 ** (1 / 3), math.inf))
+    low, high = geometric_mean([0.0, 1.0])
+    assert low < high == pytest.approx(math.sqrt(1e-7))
+    assert geometric_mean([math.nan])[1] == math.inf
+
+
+def descents(plain, bn):
+    """Records by arm and factor: stable up to these factors, of each seed."""
+    return {
+        (arm, factor): [
+            {"loss": [3.0, 0.5 if factor <= best else 2.4], "diverged": 0} for best in row
+        ]
+        for arm, row in (("plain", plain), ("BN", bn))
+        for factor in CONFIG.descent_factors
+    }
+
+
+def with_sharpness(plain, bn):
+    made = surfaces(0.5)
+    for role, value in ((PLAIN, plain), (SAME, bn)):
+        for seed, record in enumerate(made[role]):
+            value_of_seed = None if value is None else value * (1 + 0.01 * seed)
+            record["through"] = {"largest": [value_of_seed], "largest_residual": [0.01]}
+    return made
+
+
+@pytest.mark.parametrize(
+    ("sharpness", "plain", "bn", "verdict"),
+    [
+        ((100, 10), (1, 1, 1), (1, 1, 1), REPRODUCED),
+        ((100, 10), (2, 2, 2), (1, 1, 1), REPRODUCED),  # a grid's cell apart: 1/4 to 1
+        ((10, 100), (1, 1, 1), (1, 1, 1), NOT_REPRODUCED),
+        ((100, 10), (1, 1, 1), (4, 4, 4), INCONCLUSIVE),  # BN's is a lower bound
+        ((100, 10), (4, 4, 4), (0, 0, 0), INCONCLUSIVE),
+        ((100, 10), (0, 0, 0), (4, 4, 4), INCONCLUSIVE),
+        ((100, 100.5), (1, 1, 1), (1, 1, 1), NOT_REPRODUCED),
+        ((100, None), (1, 1, 1), (1, 1, 1), INCONCLUSIVE),
+    ],
+)
+def test_verdict_of_the_sharpness(sharpness, plain, bn, verdict):
+    found = judge_sharpness(CONFIG, with_sharpness(*sharpness), descents(plain, bn))
+    assert found.verdict == verdict
+
+
+def test_far_apart_in_units_of_the_limit_is_not_reproduced():
+    wide = dataclasses.replace(CONFIG, descent_factors=(1.0, 2.0, 16.0, 32.0))
+    made = {
+        (arm, f): [{"loss": [0.5 if f <= best else math.nan], "diverged": 0}] * 3
+        for arm, best in (("plain", 1.0), ("BN", 16.0))
+        for f in wide.descent_factors
+    }
+    found = judge_sharpness(wide, with_sharpness(100, 10), made)
+    assert found.verdict == NOT_REPRODUCED
+    assert found.measured["the second over the first, low"] == pytest.approx(8)
+    assert found.measured["largest stable rate, BN/plain, low"] == pytest.approx(80)
+
+
+def test_stable_is_what_trains():
+    assert is_stable(CONFIG, {"loss": [3.0, 1.0], "diverged": 0})
+    assert not is_stable(CONFIG, {"loss": [3.0, 2.25], "diverged": 0})  # thrown out: it guesses
+    assert not is_stable(CONFIG, {"loss": [3.0, None], "diverged": 1})
+    assert stable_factors(CONFIG, descents((0, 1, 4), (2, 2, 2)), "plain") == [
+        (1e-30, 1.0),
+        (1.0, 2.0),
+        (4.0, math.inf),
+    ]
+
+
+def edges(plain, bn, lost=False):
+    def record(value, seed):
+        found = np.full(5 if lost else 8, value * (1 + 0.02 * seed) / 0.05)
+        return {
+            "through": {"largest": found.tolist(), "largest_residual": (0 * found).tolist()},
+            "loss": [0.5] * 80,
+            "rate": 0.05,
+            "diverged": 0,
+        }
+
+    rows = {"plain": plain, "BN": bn}
+    return {arm: [record(v, s) for s in range(3)] for arm, v in rows.items()}
+
+
+@pytest.mark.parametrize(
+    ("made_up", "verdict"),
+    [
+        (dict(plain=2.0, bn=2.1), REPRODUCED),
+        (dict(plain=2.0, bn=0.2), REPRODUCED),  # BN is reported only
+        (dict(plain=0.5, bn=2.0), INCONCLUSIVE),
+        (dict(plain=2.95, bn=2.0), INCONCLUSIVE),
+        (dict(plain=2.0, bn=2.0, lost=True), INCONCLUSIVE),
+        (dict(plain=5.0, bn=0.5), NOT_REPRODUCED),
+    ],
+)
+def test_verdict_of_the_edge(made_up, verdict):
+    assert judge_edge(CONFIG, edges(**made_up)).verdict == verdict
+
+
+# --- whole runs ---
+
+
+def content(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    figures = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
+    lines = (workdir / "metrics.jsonl").read_bytes()
+    return results["claims"], lines, figures
+
+
+def test_smoke_writes_everything(finished, ledger):
+    results = json.loads((finished / "results.json").read_text())
+    assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
+    assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
+    sharpness = results["claims"][1]["measured"]
+    for arm in ("plain", "BN"):
+        first = {
+            r["seed"]: r["through"]["largest"][0] for r in of(ledger, "SGD") if r["arm"] == arm
+        }
+        assert sharpness[f"λmax at the start, {arm}"] == pytest.approx(
+            np.mean(list(first.values()))
+        )
+
+
+def test_stopped_in_the_middle_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
+    class _Stop(Exception):
+        pass
+
+    dispatch = Lanes.advance
+
+    def stopping(self, data):
+        ledger = tmp_path / "run" / "metrics.jsonl"
+        if ledger.exists() and "descent plain" in ledger.read_text():
+            raise _Stop
+        return dispatch(self, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Lanes, "advance", stopping)
+        with pytest.raises(_Stop):
+            launch(tmp_path / "run")
+    assert launch(tmp_path / "run") == 0
+    assert content(tmp_path / "run") == content(finished)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_sound(preset):
+    config = dataclasses.replace(PRESETS[preset], dataset="digits")
+    prepare(config)
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.seeds=0", "seeds=0"),
+        ("--config.dataset=imagenette", "fashion_mnist"),
+        ("--config.network=c4 P f7", "end it in f10"),
+        ("--config.network=c4 P P P P f10", "remove a P"),
+        ("--config.batch_size=1", "batch_size=1"),
+        ("--config.fixed_examples=5000", "fixed_examples=5000"),
+        ("--config.rates=()", "rates=()"),
+        ("--config.rates=(0.1, 0.1)", "all different"),
+        ("--config.rates=(-0.1,)", "positive"),
+        ("--config.edge_factor=0.0", "edge_factor=0.0"),
+        ("--config.num_steps=5", "num_steps=5"),
+        ("--config.curvature_steps=(2,)", "curvature_steps=(2,)"),
+        ("--config.curvature_steps=(0, 6)", "below num_steps=6"),
+        ("--config.num_iterations=0", "num_iterations=0"),
+        ("--config.descent_factors=(0.0,)", "descent_factors"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
+    assert launch(tmp_path / "run", flag) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+    assert not (tmp_path / "run").exists()

@@ -1,0 +1,329 @@
+"""Tests of experiments.regularization.noise: measurements, verdicts, a run at smoke size."""
+
+import copy
+import dataclasses
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.lab.images import load_images
+from bn_research.lab.runner import Runner
+from bn_research.lab.workdir import Ledger
+from bn_research.probes.batch_noise import exact_moments
+from bn_research.probes.batch_noise_sampling import describe_population
+from experiments.regularization import noise
+from experiments.regularization.noise_figures import draw
+from experiments.regularization.noise_verdicts import law_deviation, shown_size
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    seeds: int = 2
+    dataset: str = "digits"
+    law_sizes: tuple = (8, 128)
+    law_points: tuple = (2.0, 0.0)
+    law_samples: int = 500
+    law_batches: int = 100
+    law_examples: int = 16
+    law_images: int = 400
+    law_network: str = "c4 P c4 f8 f10"
+    law_steps: int = 10
+    law_rate: float = 0.05
+    law_batch_size: int = 32
+    law_steps_per_dispatch: int = 5
+
+
+CONFIG = Config()
+IDS = ["batch-noise-law", "batch-noise-law-of-real-features", "pixels-are-not-examples"]
+
+
+@pytest.fixture(scope="module")
+def images():
+    noise.check(CONFIG)
+    found = load_images("digits", data_dir="", manual_dir="", scale="standardized")
+    noise.check_images(CONFIG, found)
+    return found
+
+
+def run(path, images):
+    steps = noise.total_steps(CONFIG)
+    ledger = Ledger(path / "metrics.jsonl")
+    with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
+        return noise.measure(CONFIG, images, runner)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, images):
+    path = tmp_path_factory.mktemp("noise")
+    return path, run(path, images)
+
+
+# --- the run ---
+
+
+def test_records_are_those_of_the_ledger(finished):
+    path, records = finished
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    by_name = {line["name"]: line for line in lines}
+    assert all(by_name[r["name"]] == r for group in records.values() for r in group)
+    assert [r["seed"] for r in records["features"]] == [0, 1]
+    layers = records["features"][0]["layers"]
+    assert [(one["layer"], one["positions"], one["features"]) for one in layers] == [
+        ("conv1", 64, 4),
+        ("conv2", 16, 4),
+        ("dense3", 1, 8),
+    ]
+    assert records["features"][0]["layers"] != records["features"][1]["layers"]
+
+
+def test_what_the_ledger_lost_is_measured_again_to_the_same_bits(finished, images, tmp_path):
+    path, records = finished
+    lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+    kept = [line for line in lines if b"seed=1" not in line]
+    assert len(kept) == len(lines) - 2
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(kept))
+    assert run(tmp_path, images) == records
+
+
+def test_findings_and_figures(finished, tmp_path):
+    records = finished[1]
+    findings = noise.judge(CONFIG, records)
+    assert [f.claim.id for f in findings] == IDS == [claim.id for claim in noise.CLAIMS]
+    assert all(np.isfinite(value) for f in findings for value in f.measured.values())
+    figures = draw(CONFIG, records, tmp_path)
+    assert len(figures) == 3 and all(figure.path.stat().st_size > 5000 for figure in figures)
+
+
+# --- measurements ---
+
+
+def test_gaussian_samples_have_the_exact_variance():
+    config = dataclasses.replace(CONFIG, law_sizes=(3, 8, 50), law_samples=20_000)
+    found = noise.gaussian_variances(config, 7)["variances"]
+    for m in config.law_sizes:
+        exact = exact_moments(config.law_points, m).var
+        np.testing.assert_allclose(found[str(m)], exact, rtol=0.1)
+    assert found != noise.gaussian_variances(config, 8)["variances"]
+
+
+def test_pre_activations_are_normalized_by_the_whole_set(images):
+    """The dense layer from the convolution before it, by NumPy."""
+    image = images.train.image[: CONFIG.law_images]
+    network = CONFIG.law_network
+    create = noise._create_program(network, (1, *image.shape[1:]))
+    params = jax.device_get(create(jax.random.key(0), np.float32(0.1)).params)
+    params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # scale and bias are no longer 1 and 0
+    sown = noise._forward(network)(params, image)
+    _, conv, dense = (np.asarray(features, np.float64) for features in sown)
+    norm = params["batch_norm2"]
+    normalized = (conv - conv.mean(axis=(0, 1, 2))) / np.sqrt(conv.var(axis=(0, 1, 2)) + 1e-5)
+    hidden = np.maximum(normalized * norm["scale"] + norm["bias"], 0)
+    expected = hidden.reshape(len(image), -1) @ params["dense3"]["kernel"]
+    np.testing.assert_allclose(dense, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("equal", "worth"), [(False, 4.0), (True, 1.0)])
+def test_a_layer_of_known_positions(equal, worth):
+    """Gaussian images whose positions are independent, or all the same."""
+    config = dataclasses.replace(CONFIG, law_sizes=(128,), law_batches=800, law_examples=200)
+    draw_normal = np.random.default_rng(3).standard_normal
+    features = draw_normal((800, 1 if equal else 2, 1 if equal else 2, 6))
+    features = np.broadcast_to(features, (800, 2, 2, 6))
+    layer = noise.measure_layer(config, describe_population(features), np.random.default_rng(0))
+    size = layer["sizes"]["128"]
+    for statistic in ("mean", "var"):
+        effective = size["effective"][statistic]
+        assert effective["predicted"] == pytest.approx(worth, rel=0.06)
+        assert effective["measured"] == pytest.approx(worth, rel=0.12)
+        assert effective["least"] <= effective["predicted"] <= effective["most"]
+        assert effective["error"] < 0.1
+    assert size["ratio"] == pytest.approx(1, abs=0.05) and size["deviation"] < 0.08
+    assert size["per value"] == pytest.approx(4 / worth, rel=0.1)
+    assert layer["kurtosis"] == pytest.approx(3, abs=0.2)
+    assert layer["within reach"] == pytest.approx(0.954, abs=0.02)
+    curve = layer["curve"]
+    shown = np.abs(curve["x"]) <= 2  # m·Var of each bin, over that of a worth of 1
+    expected = (1 + curve["x"] ** 2 / 2) / worth
+    np.testing.assert_allclose(np.array(curve["law"])[shown], expected[shown], rtol=0.12)
+    np.testing.assert_allclose(np.array(curve["measured"])[shown], expected[shown], rtol=0.2)
+
+
+# --- verdicts ---
+
+
+def effective(measured=5.0, error=0.02):
+    return {"measured": measured, "predicted": 5.0, "error": error, "least": 1.0, "most": 9.0}
+
+
+def size(deviation=0.03, **changes):
+    both = {"mean": effective(), "var": effective(), **changes}
+    return {
+        "ratio": 1.0,
+        "deviation": deviation,
+        "gaussian": 0.2,
+        "per value": 4.0,
+        "effective": both,
+    }
+
+
+def made_up(seeds=5):
+    """Records of runs in which every claim holds; with them, the first seed's own large size."""
+
+    def layer(kind, seed):
+        jitter = 1e-3 * seed
+        return {
+            "layer": f"{kind}1",
+            "kind": kind,
+            "positions": 16 if kind == "conv" else 1,
+            "features": 4,
+            "constant": 0,
+            "skewness": 0.1,
+            "kurtosis": 3.0,
+            "within reach": 0.95,
+            "sizes": {"8": size(deviation=0.9), "128": size(deviation=0.03 + jitter)},
+        }
+
+    gaussian, features = [], []
+    for seed in range(seeds):
+        variances = {
+            str(m): (exact_moments(CONFIG.law_points, m).var * (1.01 + 1e-3 * seed)).tolist()
+            for m in CONFIG.law_sizes
+        }
+        gaussian.append({"seed": seed, "variances": variances})
+        layers = [layer("conv", seed), layer("dense", seed)]
+        features.append({"seed": seed, "loss": 0.3, "diverged": 0, "layers": layers})
+    return {"gaussian": gaussian, "features": features}
+
+
+def verdicts(records, config=CONFIG):
+    return [finding.verdict for finding in noise.judge(config, records)]
+
+
+def changed(change, seeds=range(5)):
+    """Made-up records with the layers of some seeds changed at the large size."""
+    records = copy.deepcopy(made_up())
+    for seed in seeds:
+        for layer in records["features"][seed]["layers"]:
+            change(layer["kind"], layer["sizes"]["128"])
+    return records
+
+
+def test_all_hold_where_all_is_as_expected():
+    assert verdicts(made_up()) == [REPRODUCED] * 3
+    law, features, pixels = noise.judge(CONFIG, made_up())
+    assert law.interval[0] == pytest.approx(0.0564, abs=1e-4)
+    assert features.measured["largest median of |measured/law − 1|"] == pytest.approx(0.032)
+    assert pixels.measured["largest effective size/(m·h·w)"] == pytest.approx(5 / 16)
+    assert pixels.measured["smallest effective size/m"] == pytest.approx(5)
+
+
+def test_samples_that_are_not_as_the_exact_variance_says():
+    records = made_up()
+    for record in records["gaussian"]:
+        record["variances"]["8"] = [1.2 * v for v in record["variances"]["8"]]
+    assert verdicts(records) == [NOT_REPRODUCED, REPRODUCED, REPRODUCED]
+    records = made_up()
+    records["gaussian"][0]["variances"]["8"][0] *= 1.2
+    assert verdicts(records)[0] == INCONCLUSIVE
+
+
+def test_the_law_itself_is_not_as_exact_everywhere():
+    assert law_deviation(128, 2) == pytest.approx(-0.0564, abs=1e-4)
+    assert law_deviation(128, 3) == pytest.approx(-0.157, abs=1e-3)
+    assert law_deviation(8, 0) == pytest.approx(0.536, abs=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["conv", "dense"])
+def test_a_law_that_fails_in_one_layer_is_not_reproduced(kind):
+    def change(found, values):
+        values["deviation"] = 0.2 if found == kind else 0.03
+
+    assert verdicts(changed(change)) == [REPRODUCED, NOT_REPRODUCED, REPRODUCED]
+    assert verdicts(changed(change, seeds=[2]))[1] == INCONCLUSIVE
+
+
+@pytest.mark.parametrize("statistic", ["mean", "var"])
+@pytest.mark.parametrize("made", [effective(9.0), effective(0.8), effective(error=0.2)])
+def test_pixels_that_are_examples_nothing_or_unpredicted(statistic, made):
+    def change(kind, values):
+        if kind == "conv":
+            values["effective"][statistic] = made
+
+    assert verdicts(changed(change)) == [REPRODUCED, REPRODUCED, NOT_REPRODUCED]
+    assert verdicts(changed(change, seeds=[1, 2, 3]))[2] == INCONCLUSIVE
+
+
+def test_dense_layers_have_no_part_in_the_claim_about_pixels():
+    def change(kind, values):
+        if kind == "dense":
+            values["effective"]["mean"] = effective(0.1)
+
+    assert verdicts(changed(change))[2] == REPRODUCED
+
+
+def test_sizes_below_the_criterion_decide_nothing():
+    config = dataclasses.replace(CONFIG, law_sizes=(8,))
+    assert verdicts(made_up(), config)[1:] == [INCONCLUSIVE] * 2
+    assert (shown_size(config), shown_size(CONFIG)) == (8, 128)
+
+
+def test_one_seed_decides_nothing_and_what_went_wrong_is_said():
+    assert verdicts(made_up(seeds=1)) == [INCONCLUSIVE] * 3
+    records = made_up()
+    records["features"][3]["diverged"] = 4
+    records["features"][0]["layers"][1]["constant"] = 2
+    for finding in noise.judge(CONFIG, records)[1:]:
+        assert "Of 5 runs 1 had steps" in finding.note
+        assert "2 constant features" in finding.note
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("law_sizes", ()),
+        ("law_sizes", (2, 8)),
+        ("law_sizes", (8, 8)),
+        ("law_points", ()),
+        ("law_points", (-1.0,)),
+        ("law_points", (float("nan"),)),
+        ("law_samples", 1),
+        ("law_batches", 1),
+        ("law_examples", 0),
+        ("law_images", 3),
+        ("law_rate", 0.0),
+        ("law_steps", 0),
+        ("law_steps", 7),
+        ("law_steps_per_dispatch", 0),
+        ("law_batch_size", 1),
+        ("law_network", "f8 f10"),
+        ("law_network", "c4 f10"),
+        ("law_network", "c4 x f10"),
+    ],
+)
+def test_bad_fields(field, value):
+    with pytest.raises(ValueError) as error:
+        noise.check(dataclasses.replace(CONFIG, **{field: value}))
+    text = str(error.value)
+    assert "\n" not in text and (field in text or "network" in text)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("law_sizes", (8, 201)),
+        ("law_examples", 401),
+        ("law_batch_size", 10**6),
+        ("law_network", "c4 f8 f9"),
+        ("law_network", "c4 P P P P f8 f10"),
+    ],
+)
+def test_fields_that_the_images_do_not_allow(field, value, images):
+    with pytest.raises(ValueError) as error:
+        noise.check_images(dataclasses.replace(CONFIG, **{field: value}), images)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,194 @@
+"""Tests of the trainings of experiments.regularization."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy.special import log_softmax
+
+from bn_research.lab.runner import Runner
+from bn_research.lab.workdir import Ledger
+from bn_research.models.cnn import CNN
+from bn_research.training.loop import epoch_order
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch
+from experiments.regularization.arms import NORMS, Setting, hyper, make_model, optimizer
+from experiments.regularization.data import Data
+from experiments.regularization.training import Run, Trainer, choose
+
+SETTING = Setting("f5 f3", group_size=4, batch_size=8, rate=0.2)
+STEPS = 4
+
+
+def examples(count, seed):
+    rng = np.random.default_rng(seed)
+    image = rng.standard_normal((count, 2, 2, 1)).astype(np.float32)
+    return Batch(jnp.asarray(image), jnp.asarray(rng.integers(0, 3, count)))
+
+
+DATA = Data(examples(24, 0), examples(7, 1), examples(9, 2))
+
+
+@pytest.fixture
+def trainer(tmp_path):
+    ledger = Ledger(tmp_path / "metrics.jsonl")
+    with Runner(tmp_path, ledger, total_steps=100, strategy="devices") as runner:
+        yield Trainer(runner, DATA, num_steps=STEPS, steps_per_dispatch=1)
+
+
+def cross_entropy(logits, labels):
+    logits = np.asarray(logits, np.float64)
+    return -np.mean(log_softmax(logits, axis=1)[np.arange(len(labels)), labels])
+
+
+def reference(norm):
+    return CNN(SETTING.network, norm, "hidden" if norm else "none", nn.initializers.he_normal())
+
+
+def test_groups_share_statistics_and_nothing_else_changes(trainer):
+    """First loss of a batch of 8 in groups of 4, by Flax's own layer applied to each group."""
+    (record,) = trainer.train([Run("groups", SETTING, seed=3)])
+    (whole,) = trainer.train([Run("whole", SETTING._replace(group_size=0), seed=3)])
+    init_key, run_key = jax.random.split(jax.random.key(3))
+    model = reference(functools.partial(nn.BatchNorm, epsilon=1e-5))
+    variables = model.init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
+    rows = np.asarray(epoch_order(run_key, jnp.int32(0), 24))[:8]
+
+    def loss(groups):
+        logits = [
+            model.apply(variables, DATA.train.image[g], train=True, mutable=["batch_stats"])[0]
+            for g in np.split(rows, groups)
+        ]
+        return cross_entropy(np.concatenate(logits), np.asarray(DATA.train.label)[rows])
+
+    assert record["loss"][0] == pytest.approx(loss(2), rel=1e-5)
+    assert whole["loss"][0] == pytest.approx(loss(1), rel=1e-5)
+    assert abs(loss(1) - loss(2)) > 1e-3
+
+
+def test_all_arms_of_a_seed_begin_with_the_same_weights_and_see_the_same_batches(trainer):
+    """Against the plain network at its initialization on the first batch; BN's kernels are its."""
+    plain = SETTING._replace(norm="none", group_size=0)
+    records = trainer.train([Run("BN", SETTING, 5), Run("plain", plain, 5)])
+    init_key, run_key = jax.random.split(jax.random.key(5))
+    variables = reference(None).init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
+    rows = np.asarray(epoch_order(run_key, jnp.int32(0), 24))[:8]
+    logits = reference(None).apply(variables, DATA.train.image[rows], train=True)
+    expected = cross_entropy(logits, np.asarray(DATA.train.label)[rows])
+    assert records[1]["loss"][0] == pytest.approx(expected, rel=1e-5)
+    assert records[0]["loss"][0] != pytest.approx(expected, rel=1e-3)
+    created = [
+        make_model(run).init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)["params"]
+        for run in (SETTING, plain)
+    ]
+    for layer in ("dense1", "dense2"):
+        np.testing.assert_array_equal(created[0][layer]["kernel"], created[1][layer]["kernel"])
+
+
+def test_frozen_groups_are_drawn_once(trainer):
+    """The losses of a network that cannot learn are those of its batches, in groups drawn once."""
+    setting = SETTING._replace(rate=0.0, regrouped=False)
+    (record,) = trainer.train([Run("frozen", setting, 0)])
+    init_key, run_key = jax.random.split(jax.random.key(0))
+    model = reference(functools.partial(nn.BatchNorm, epsilon=1e-5))
+    variables = model.init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
+    groups = np.asarray(epoch_order(run_key, jnp.int32(0), 24)).reshape(6, 4)
+
+    def loss(group):
+        logits = model.apply(
+            variables, DATA.train.image[group], train=True, mutable=["batch_stats"]
+        )[0]
+        return cross_entropy(logits, np.asarray(DATA.train.label)[group])
+
+    losses = [loss(group) for group in groups]
+    pairs = [(losses[i] + losses[j]) / 2 for i in range(6) for j in range(i)]
+    # Three batches are an epoch: every group once; the fourth batch is of the same six groups.
+    assert np.sum(record["loss"][:3]) == pytest.approx(np.sum(losses) / 2, rel=1e-5)
+    assert np.min(np.abs(np.array(pairs) - record["loss"][3])) < 1e-5
+
+
+@pytest.mark.parametrize("group_size", [0, 4, 8])
+def test_population_statistics_and_evaluation_by_hand(trainer, group_size):
+    """Algorithm 2 over all groups, and the three sets' scores, in float64 with numpy."""
+    states = []
+    run = Run("BN", SETTING._replace(group_size=group_size), 1)
+    (record,) = trainer.train([run], measure=lambda setting, state: states.append(state) or {})
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), states[0].params)
+    flat = [np.asarray(b.image, np.float64).reshape(len(b.label), -1) for b in DATA]
+    hidden = [x @ params["dense1"]["kernel"] + params["dense1"]["bias"] for x in flat]
+    batches = np.split(hidden[0], 24 // (group_size or 8))
+    mean = np.mean([b.mean(axis=0) for b in batches], axis=0)
+    var = np.mean([b.var(axis=0, ddof=1) for b in batches], axis=0)
+    stats = states[0].batch_stats["batch_norm1"]
+    np.testing.assert_allclose(stats["mean"], mean, rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(stats["var"], var, rtol=1e-4)
+    for name, x, examples in zip(Data._fields, hidden, DATA, strict=True):
+        normalized = (x - mean) / np.sqrt(var + 1e-5)
+        y = normalized * params["batch_norm1"]["scale"] + params["batch_norm1"]["bias"]
+        logits = np.maximum(y, 0) @ params["dense2"]["kernel"] + params["dense2"]["bias"]
+        labels = np.asarray(examples.label)
+        assert record[f"{name}_loss"] == pytest.approx(cross_entropy(logits, labels), rel=1e-4)
+        assert record[f"{name}_accuracy"] == pytest.approx(np.mean(logits.argmax(1) == labels))
+
+
+def test_the_rate_falls_to_zero_by_a_cosine():
+    """θ ← θ − η_t·v, v ← 0.9·v + 1, of a gradient of 1: against the recursion."""
+    sgd = optimizer(hyper(SETTING), 10)
+    theta, state = jnp.zeros(()), sgd.init(jnp.zeros(()))
+    expected, v = 0.0, 0.0
+    for step in range(10):
+        update, state = sgd.update(jnp.ones(()), state)
+        theta, v = theta + update, 0.9 * v + 1
+        expected -= 0.2 * 0.5 * (1 + np.cos(np.pi * step / 10)) * v
+    assert float(theta) == pytest.approx(expected, rel=1e-5)
+
+
+def test_norms_by_name():
+    assert make_model(SETTING._replace(norm="none")).placement == "none"
+    for norm in NORMS[2:]:
+        setting = SETTING._replace(norm=norm)
+        assert setting.stochastic
+        layer = make_model(setting).norm(name="x", use_running_average=False)
+        assert layer.noise == ("none" if norm == "population" else norm)
+        assert layer.population == "running" and layer.group_size == 4
+    assert not SETTING.stochastic
+    assert SETTING._replace(dropout_placement="after").stochastic
+
+
+def test_the_state_that_is_measured_is_not_the_trainings(trainer):
+    """Statistics under another dropout are those of the same weights, elsewhere."""
+    setting = SETTING._replace(dropout_placement="before", dropout=0.5, group_size=0)
+    found = []
+
+    def measure(setting, state):
+        assert isinstance(state, TrainState)
+        found.extend([state, trainer.with_population_stats(setting, state, dropout=0.0)])
+        return {"extra": 1.0}
+
+    (record,) = trainer.train([Run("dropout", setting, 0)], measure=measure)
+    assert record["extra"] == 1.0
+    on, off = (s.batch_stats["batch_norm1"]["var"] for s in found)
+    assert np.all(np.asarray(on) > 1.2 * np.asarray(off))  # (var + p·mean²)/(1 − p), p = 1/2
+
+
+def test_choose_takes_the_lowest_mean_and_no_lost_run():
+    def record(rate, loss, diverged=0):
+        return {
+            **SETTING._replace(rate=rate)._asdict(),
+            "validation_loss": loss,
+            "diverged": diverged,
+        }
+
+    runs = [
+        record(0.1, 0.5),
+        record(0.1, 0.1),
+        record(0.2, 0.2),
+        record(0.2, 0.3),
+        record(0.3, 0.0),
+        record(0.3, 0.0, diverged=1),
+        record(0.4, None),
+    ]
+    assert choose(runs)["rate"] == 0.2

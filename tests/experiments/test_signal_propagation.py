@@ -1,0 +1,630 @@
+"""Tests of experiments.signal_propagation: theory, measurements, verdicts, runs at smoke size."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.lab.launch import main
+from bn_research.lab.runner import Runner
+from bn_research.lab.workdir import Ledger
+from bn_research.training.checkpoint import Checkpointer
+from bn_research.training.lanes import Lanes
+from bn_research.training.sweep import Sweep
+from experiments.signal_propagation import EXPERIMENT, PRESETS, measurements, prepare, training
+from experiments.signal_propagation.measurements import (
+    layer_jacobian,
+    measure_ranks,
+    measure_residual,
+    middle,
+    rate,
+    soft_rank,
+    squared_gradients,
+    thresholded_rank,
+)
+from experiments.signal_propagation.theory import (
+    LIMIT,
+    growth,
+    relu_covariance,
+    residual_gradient,
+    residual_variances,
+    spread,
+)
+from experiments.signal_propagation.verdicts import (
+    judge_gradients,
+    judge_ranks,
+    judge_residual,
+    judge_training,
+)
+
+CONFIG = PRESETS["smoke"]
+QUICK = PRESETS["quick"]
+CLAIM_IDS = ["gradient-explosion", "residual-variance", "rank-collapse", "deep-bn-untrainable"]
+FIGURES = {"gradients", "jacobians", "residual_variance", "soft_rank", "depth"}
+
+
+def launch(workdir, *flags):
+    argv = ["signal_propagation", "--preset=smoke", f"--workdir={workdir}", *flags]
+    return main(EXPERIMENT, argv)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("runs") / "whole"
+    assert launch(workdir) == 0
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def images():
+    return prepare(CONFIG)
+
+
+def normal(shape, seed=0):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+# --- theory ---
+
+
+def spheres(batch, count, seed=0):
+    """BN of Gaussian batches: vectors of mean 0 and mean square 1, [count, batch]."""
+    y = normal((count, batch), seed)
+    y -= y.mean(axis=1, keepdims=True)
+    return y / y.std(axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("batch", [4, 5, 8, 31])
+@pytest.mark.parametrize("activation", ["relu", "linear"])
+def test_growth_is_the_traces_of_explicit_matrices(activation, batch):
+    """E[1/σ²]·E[tr(ΠDCD)]/(B − 1) with matrices, within 5 standard errors."""
+    y = spheres(batch, 20_000)
+    centred = np.eye(batch) - 1 / batch
+    projector = centred - y[:, :, None] * y[:, None, :] / batch
+    slope = (y > 0) * 1.0 if activation == "relu" else np.ones_like(y)
+    # tr(ΠDCD) = Σ_ij Π_ij D_j C_ji D_i
+    traces = np.einsum("nij,nj,ji,ni->n", projector, slope, centred, slope, optimize=True)
+    factor = batch / (spread(activation, batch) * (batch - 3) * (batch - 1))
+    error = factor * traces.std() / math.sqrt(len(traces))
+    assert abs(growth(activation, batch) - factor * traces.mean()) < 5 * error + 1e-12
+
+
+@pytest.mark.parametrize("activation", ["relu", "linear"])
+def test_spread_is_that_of_the_sphere(activation):
+    y = spheres(6, 400_000)
+    x = np.maximum(y, 0) if activation == "relu" else y
+    samples = np.mean(x**2, axis=1) - x[:, 0] * x[:, 1]
+    error = samples.std() / math.sqrt(len(samples))
+    assert abs(spread(activation, 6) - samples.mean()) < 5 * error
+
+
+def test_relu_covariance_of_equal_independent_and_opposite_units():
+    found = [relu_covariance(rho) for rho in (1, 0, -1)]
+    np.testing.assert_allclose(found, [1 / 2, 1 / (2 * math.pi), 0], atol=1e-15)
+
+
+def test_growth_of_linear_networks_and_in_the_limit():
+    assert growth("linear", 8) == 6 / 5 and growth("linear", 4) == 2
+    assert growth("relu", 10**6) == pytest.approx(math.pi / (math.pi - 1), rel=2e-6)
+    assert pytest.approx(1.46694, abs=1e-5) == LIMIT
+
+
+def test_growth_of_relu_is_what_others_found_by_monte_carlo():
+    listed = {8: 1.79, 16: 1.594, 32: 1.519, 64: 1.489, 128: 1.474}
+    for batch, value in listed.items():
+        assert growth("relu", batch) == pytest.approx(value, rel=0.005)
+
+
+@pytest.mark.parametrize(("activation", "batch"), [("relu", 3), ("linear", 2), ("tanh", 8)])
+def test_growth_that_is_not_defined(activation, batch):
+    with pytest.raises(ValueError, match="is not allowed"):
+        growth(activation, batch)
+
+
+def test_residual_laws_by_hand():
+    found = residual_variances(3)
+    assert found["BN"].tolist() == [1, 2, 3, 4] and found["none"].tolist() == [1, 2, 4, 8]
+    share = 1 - 1 / math.pi
+    expected = [2 * (1 + 1 / (1 + share)), 1 + 1 / (1 + share), 1]
+    np.testing.assert_allclose(residual_gradient(2), expected)
+    powers = np.log(residual_gradient(4000)[0] / residual_gradient(2000)[0]) / np.log(2)
+    assert powers == pytest.approx(LIMIT, abs=1e-3)
+
+
+# --- what is measured, against float64 by hand ---
+
+
+def numpy_norms(h, weights, top, slope, norm):
+    """Squared gradient norms by layer: forward and backward written out."""
+    inputs, factors = [], []
+    for weight in weights:
+        sigma = h.std(axis=0) if norm else 1.0
+        y = (h - h.mean(axis=0)) / sigma if norm else h
+        inputs.append((y, sigma))
+        factors.append(np.where(y > 0, 1, slope))
+        h = np.where(y > 0, y, slope * y) @ weight
+    g, norms = top, []
+    for (y, sigma), factor, weight in reversed(list(zip(inputs, factors, weights, strict=True))):
+        g = factor * (g @ weight.T)
+        if norm:
+            g = (g - g.mean(axis=0) - y * np.mean(g * y, axis=0)) / sigma
+        norms.append(np.sum(g**2))
+    return norms[::-1]
+
+
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("slope", [0.0, 1.0])
+def test_squared_gradients_of_a_small_network(slope, norm):
+    h, weights, key = normal((5, 7)), normal((4, 7, 7), 1), jax.random.key(3)
+    with jax.enable_x64(True):
+        found = squared_gradients(key, jnp.array(h), jnp.array(weights), slope, 0.7, norm=norm)
+        top = np.asarray(jax.random.normal(key, h.shape, jnp.float64))
+    expected = numpy_norms(h, 0.7 * weights, top, slope, norm)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
+
+
+@pytest.mark.parametrize("slope", [0.0, 1.0])
+def test_a_wide_network_grows_as_theory_says(slope):
+    """Two thirds of the scatter of a single rate at this width are below 2 %."""
+    keys = jax.random.split(jax.random.key(0), 2)
+    weights = jax.random.normal(keys[0], (24, 400, 400)) / 20
+    h = jax.random.normal(keys[1], (16, 400))
+    found = rate(np.asarray(squared_gradients(keys[0], h, weights, slope, norm=True)))
+    expected = growth("linear" if slope else "relu", 16)
+    assert found == pytest.approx(expected, rel=0.05)
+
+
+def test_rate_is_that_of_the_middle():
+    assert middle(8) == (2, 5) and middle(40) == (10, 29)
+    squared = 3.0 ** np.arange(8, 0, -1)
+    squared[[0, 1, 6, 7]] = 1.0, 5.0, 7.0, 1e6
+    assert rate(squared) == pytest.approx(3.0)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_layer_jacobian_is_that_of_differences(norm):
+    h, weights = normal((4, 3)), normal((2, 3, 3), 1)
+
+    def layer(h, weight):
+        y = (h - h.mean(axis=0)) / h.std(axis=0) if norm else h
+        return np.maximum(y, 0) @ weight * (1 if norm else math.sqrt(2))
+
+    below = layer(h, weights[0])
+    columns = []
+    for direction in np.eye(below.size):
+        step = 1e-6 * direction.reshape(below.shape)
+        difference = layer(below + step, weights[1]) - layer(below - step, weights[1])
+        columns.append(difference.ravel() / 2e-6)
+    with jax.enable_x64(True):
+        found = layer_jacobian(jnp.array(h), jnp.array(weights), norm=norm)
+    np.testing.assert_allclose(found, np.stack(columns, axis=1), atol=1e-7)
+
+
+def test_residual_stream_follows_theory():
+    config = dataclasses.replace(
+        CONFIG, residual_width=64, residual_depth=5, residual_networks=200, residual_batch=32
+    )
+    record = measure_residual(config, 0)
+    for name, theory in residual_variances(5).items():
+        np.testing.assert_allclose(record[name], theory, rtol=0.1)
+    within = 1 + np.arange(6) / LIMIT
+    np.testing.assert_allclose(record["within"], within * 31 / 32, rtol=0.1)
+    np.testing.assert_allclose(record["gradient"], residual_gradient(5), rtol=0.2)
+
+
+def test_ranks_of_known_spectra():
+    assert soft_rank(jnp.eye(5)) == 5
+    assert soft_rank(jnp.ones((4, 4))) == pytest.approx(1)
+    assert soft_rank(jnp.diag(jnp.array([3.0, 1.0]))) == pytest.approx(16 / 10)
+    assert thresholded_rank(np.array([4.0, 1.0, 0.7, 0.0])) == 2  # half the mean is 0.7125
+    assert thresholded_rank(np.array([1.0, 1.0]), 1.0) == 2
+
+
+def test_ranks_of_a_linear_network():
+    record = measure_ranks(dataclasses.replace(CONFIG, rank_depth=400), 8, 0)
+    assert record["none"]["last"] == pytest.approx(1, abs=1e-3)
+    assert record["none"]["thresholded"] == 1
+    (ranks, _), _ = measurements._ranks(jax.random.key(0), width=8, depth=400)
+    assert record["BN"]["mean"] == pytest.approx(np.mean(np.asarray(ranks)[200:]), rel=1e-5)
+    assert 1.5 < record["BN"]["mean"] < 4
+    assert record["layers"][-1] == 400
+    assert record["BN"]["ranks"][-1] == record["BN"]["last"]
+    assert 1.5 < record["none"]["ranks"][0] < 8
+
+
+# --- the networks that are trained ---
+
+
+@pytest.mark.parametrize("skip", [0.0, 1.0])
+@pytest.mark.parametrize("train", [True, False])
+def test_forward_is_the_layers_one_after_the_other(skip, train):
+    variables = training.initialize(jax.random.key(0), 6, 5, 3, 4)
+    params = variables["params"]._replace(
+        scale=jnp.array(1 + 0.1 * normal((4, 5), 1), jnp.float32),
+        bias=jnp.array(0.1 * normal((4, 5), 2), jnp.float32),
+    )
+    stats = variables["batch_stats"]._replace(
+        mean=jnp.array(normal((4, 5), 3), jnp.float32),
+        var=jnp.array(normal((4, 5), 4) ** 2 + 1, jnp.float32),
+    )
+    image = jnp.array(normal((7, 2, 3, 1), 5), jnp.float32)
+    found, moments = training.forward(
+        {"params": params, "batch_stats": stats}, image, skip, train=train
+    )
+    x = np.asarray(image, np.float64).reshape(7, 6) @ np.asarray(params.first)
+    means = []
+    for layer in range(4):
+        mean, var = (
+            (x.mean(axis=0), x.var(axis=0))
+            if train
+            else (np.asarray(stats.mean[layer]), np.asarray(stats.var[layer]))
+        )
+        means.append(mean)
+        y = (x - mean) / np.sqrt(var + 1e-5) * params.scale[layer] + params.bias[layer]
+        y = np.maximum(y, 0)
+        x = skip * x + y @ params.hidden[layer] if layer < 3 else y @ params.head
+    np.testing.assert_allclose(found, x, atol=1e-4)
+    if train:
+        np.testing.assert_allclose(moments.mean, np.stack(means), atol=1e-5)
+
+
+def test_initial_weights_are_hes_and_differ_between_layers():
+    params = training.initialize(jax.random.key(0), 30, 200, 2, 10)["params"]
+    assert np.std(params.hidden) == pytest.approx(math.sqrt(2 / 200), rel=0.02)
+    assert not np.allclose(params.hidden[0], params.hidden[1])
+    assert np.std(params.first) == pytest.approx(math.sqrt(1 / 30), rel=0.05)
+
+
+@contextlib.contextmanager
+def trainer(path, images):
+    ledger = Ledger(path / "metrics.jsonl")
+    with Runner(path, ledger, total_steps=100, strategy="devices") as runner:
+        yield training.Trainer(
+            images, runner, width=32, batch_size=32, num_steps=100, steps_per_dispatch=50
+        )
+
+
+def test_a_network_learns_and_tuning_sees_no_test_set(images, tmp_path):
+    settings = [training.Setting(residual, 0.03, 0) for residual in (True, False)]
+    blank = images._replace(test=images.test._replace(image=jnp.zeros_like(images.test.image)))
+    (tmp_path / "blank").mkdir()
+    with trainer(tmp_path, images) as seen, trainer(tmp_path / "blank", blank) as unseen:
+        records = seen.train(2, settings)
+        assert [record["residual"] for record in records] == [True, False]
+        assert all(r["accuracy"] > 0.85 and r["diverged"] == 0 for r in records)
+        assert records[0]["loss"] != records[1]["loss"]
+        for record in seen.tune(2, settings):
+            assert "accuracy" not in record and record["loss"] < 0.6
+        assert unseen.train(2, settings[:1])[0]["accuracy"] < 0.2
+
+
+def test_the_rate_of_the_lowest_sound_loss():
+    def tuned(rate, loss, diverged=0):
+        return {"rate": rate, "loss": loss, "diverged": diverged}
+
+    assert training.choose_rate([tuned(0.1, 1.0), tuned(0.2, 0.5), tuned(0.4, 0.7)]) == 0.2
+    assert training.choose_rate([tuned(0.1, 1.0), tuned(0.2, 0.5, 2), tuned(0.4, None)]) == 0.1
+    assert training.choose_rate([tuned(0.4, None), tuned(0.2, 0.5, 2)]) == 0.2
+
+
+# --- verdicts on made-up records ---
+
+
+def gradient_records(offs, *, seeds=3, scatter=1e-4, relu_rate=None):
+    """Rates off theory by these factors, of ReLU and linear."""
+    records = []
+    for seed in range(seeds):
+        settings = [
+            {
+                "activation": activation,
+                "batch_size": batch,
+                "rate": relu_rate
+                if relu_rate and activation == "relu"
+                else growth(activation, batch) * (1 + off + scatter * seed),
+                "theory": growth(activation, batch),
+            }
+            for activation, off in zip(("relu", "linear"), offs, strict=True)
+            for batch in (8, 128)
+        ]
+        records.append({"seed": seed, "settings": settings, "control": {"rate": 1.0}})
+    values = {"largest": 4.0, "rms": 1.2, "near_one": 0.3, "zero": 0.5}
+    return records, [{"BN": values, "none": values}] * seeds
+
+
+@pytest.mark.parametrize(
+    ("made_up", "verdict"),
+    [
+        (dict(offs=(0.0, 0.0)), REPRODUCED),
+        (dict(offs=(0.02, -0.02)), REPRODUCED),
+        (dict(offs=(0.04, 0.0)), INCONCLUSIVE),
+        (dict(offs=(0.0, -0.04)), INCONCLUSIVE),
+        (dict(offs=(0.0, 0.0), scatter=0.02), INCONCLUSIVE),
+        (dict(offs=(0.0, 0.0), seeds=1), INCONCLUSIVE),
+        (dict(offs=(0.0, 0.0), relu_rate=1.0), NOT_REPRODUCED),
+        (dict(offs=(0.0, 0.0), relu_rate=1.22), NOT_REPRODUCED),
+        (dict(offs=(0.0, 0.0), relu_rate=1.3), INCONCLUSIVE),
+    ],
+)
+def test_verdict_of_gradients(made_up, verdict):
+    records, jacobians = gradient_records(**made_up)
+    assert judge_gradients(QUICK, records, jacobians).verdict == verdict
+
+
+def test_narrow_networks_do_not_decide_about_wide_ones():
+    config = dataclasses.replace(QUICK, gradient_width=999)
+    finding = judge_gradients(config, *gradient_records((0.0, 0.0)))
+    assert finding.verdict == INCONCLUSIVE and "999" in finding.note
+    refuted = judge_gradients(config, *gradient_records((0.0, 0.0), relu_rate=1.0))
+    assert refuted.verdict == NOT_REPRODUCED
+
+
+def test_the_worst_setting_is_named():
+    finding = judge_gradients(QUICK, *gradient_records((0.0, 0.025)))
+    assert "linear, batch" in finding.note and "+2.5%" in finding.note
+    assert finding.measured["largest |measured/theory − 1|"] == pytest.approx(0.0251)
+
+
+def residual_records(bn=1.0, none=1.0, scatter=1e-3, power=1.0):
+    theory = residual_variances(QUICK.residual_depth)
+    return [
+        {
+            "seed": seed,
+            "BN": theory["BN"] * (bn + scatter * seed),
+            "none": theory["none"] ** power * none,
+            "within": theory["BN"],
+            "gradient": np.ones(QUICK.residual_depth + 1),
+        }
+        for seed in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made_up", "verdict"),
+    [
+        (dict(), REPRODUCED),
+        (dict(bn=1.04), REPRODUCED),
+        (dict(bn=0.93), INCONCLUSIVE),
+        (dict(none=1.06), INCONCLUSIVE),
+        (dict(scatter=0.04), INCONCLUSIVE),
+        (dict(power=0.6), NOT_REPRODUCED),
+    ],
+)
+def test_verdict_of_the_residual_stream(made_up, verdict):
+    assert judge_residual(QUICK, residual_records(**made_up)).verdict == verdict
+
+
+def rank_records(last=1.0, exponent=0.55, scatter=0.01):
+    return [
+        {
+            "width": d,
+            "seed": seed,
+            "BN": {
+                "mean": d ** (exponent + scatter * seed),
+                "last": d**exponent,
+                "thresholded": int(d**0.6),
+            },
+            "none": {
+                "last": last + scatter * seed if d == 64 else 1.0,
+                "mean": 1.0,
+                "thresholded": 1,
+            },
+        }
+        for d in QUICK.rank_widths
+        for seed in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made_up", "verdict"),
+    [
+        (dict(), REPRODUCED),
+        (dict(exponent=0.505), INCONCLUSIVE),
+        (dict(exponent=0.4), NOT_REPRODUCED),
+        (dict(exponent=0.0), NOT_REPRODUCED),
+        (dict(last=1.49), INCONCLUSIVE),
+        (dict(last=3.0), NOT_REPRODUCED),
+        (dict(scatter=0.1), INCONCLUSIVE),
+    ],
+)
+def test_verdict_of_ranks(made_up, verdict):
+    assert judge_ranks(QUICK, rank_records(**made_up)).verdict == verdict
+
+
+def training_records(deep=0.6, shallow=0.0, scatter=0.01):
+    gaps = {5: shallow, 10: 0.1, 20: 0.1, 40: deep}
+    return [
+        {
+            "residual": residual,
+            "depth": depth,
+            "seed": seed,
+            "rate": 0.01,
+            "accuracy": 0.9 - (0 if residual else gaps[depth] + scatter * (seed - 1)),
+            "loss": None if residual else 0.1,
+            "diverged": int(residual),
+        }
+        for residual in (True, False)
+        for depth in QUICK.train_depths
+        for seed in range(3)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("made_up", "verdict"),
+    [
+        (dict(), REPRODUCED),
+        (dict(deep=0.21), INCONCLUSIVE),
+        (dict(deep=0.1), NOT_REPRODUCED),
+        (dict(deep=-0.5), NOT_REPRODUCED),
+        (dict(shallow=0.04), INCONCLUSIVE),
+        (dict(shallow=-0.04), INCONCLUSIVE),
+        (dict(shallow=0.2), NOT_REPRODUCED),
+        (dict(scatter=0.2), INCONCLUSIVE),
+    ],
+)
+def test_verdict_of_training(made_up, verdict):
+    finding = judge_training(QUICK, training_records(**made_up))
+    assert finding.verdict == verdict
+    assert "12 had steps that were not finite" in finding.note
+    assert "end of the grid" not in finding.note
+
+
+# --- whole runs ---
+
+
+def content(workdir):
+    results = json.loads((workdir / "results.json").read_text())
+    figures = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
+    return results["claims"], (workdir / "metrics.jsonl").read_bytes(), figures
+
+
+def test_smoke_writes_everything(finished):
+    results = json.loads((finished / "results.json").read_text())
+    assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
+    assert (results["preset"], results["dataset"], results["seeds"]) == ("smoke", "digits", [0, 1])
+    assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
+    page = (finished / "report.html").read_text()
+    assert page.count("data:image/webp;base64,") == len(FIGURES) and "<script" not in page
+    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert len(records) == 2 * (3 + 2 + 4) + 4 * 2
+    tuned = [record for record in records if record["name"].startswith("tune")]
+    assert {record["seed"] for record in tuned} == {training.TUNING_SEED}
+    assert all("accuracy" not in record for record in tuned)
+
+
+def test_started_again_it_only_prints(finished, monkeypatch, capsys):
+    def anew(*_, **__):
+        raise AssertionError
+
+    before = content(finished), (finished / "results.json").read_bytes()
+    monkeypatch.setattr(measurements, "measure_gradients", anew)
+    monkeypatch.setattr(Sweep, "run", anew)
+    assert launch(finished) == 0
+    assert (content(finished), (finished / "results.json").read_bytes()) == before
+    assert "report: " in capsys.readouterr().out
+
+
+def test_stopped_by_sigterm_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch, capsys):
+    measure, calls = measurements.measure_ranks, []
+
+    def measure_and_signal(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return measure(*arguments)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(measurements, "measure_ranks", measure_and_signal)
+            assert launch(tmp_path / "run") == 4
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    assert "stopped by SIGTERM at step 0" in capsys.readouterr().err
+    assert len(calls) == 2
+    ledger = tmp_path / "run" / "metrics.jsonl"
+    ledger.write_bytes(ledger.read_bytes()[:-20])  # the last record is measured anew
+    assert launch(tmp_path / "run") == 0
+    assert content(tmp_path / "run") == content(finished)
+
+
+def test_stopped_in_the_middle_of_a_sweep_it_goes_on_from_the_checkpoint(
+    finished, tmp_path, monkeypatch
+):
+    """SIGTERM in the first dispatch of the last sweep; its members do not start anew."""
+    dispatch, restore = Lanes.advance, Checkpointer.restore
+    restored = []
+
+    def signalled(self, data):
+        ledger = (tmp_path / "run" / "metrics.jsonl").read_text()
+        if "train residual depth=1" in ledger and "tune residual depth=3" in ledger:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return dispatch(self, data)
+
+    def counted(self, *arguments):
+        restored.append(arguments)
+        return restore(self, *arguments)
+
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(Lanes, "advance", signalled)
+            assert launch(tmp_path / "run") == 4
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    monkeypatch.setattr(Checkpointer, "restore", counted)
+    assert launch(tmp_path / "run") == 0
+    assert len(restored) == 1
+    assert content(tmp_path / "run") == content(finished)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_parse(preset, capsys):
+    assert main(EXPERIMENT, ["signal_propagation", f"--preset={preset}", "--help"]) == 0
+    assert f"seeds = {PRESETS[preset].seeds}" in capsys.readouterr().out
+
+
+def test_presets_hold_what_the_criteria_need():
+    assert PRESETS["standard"].seeds >= 5 and PRESETS["standard"].dataset == "fashion_mnist"
+    for name in ("quick", "standard"):
+        config = PRESETS[name]
+        assert config.gradient_width >= 1000
+        assert set(config.batch_sizes) == {8, 16, 32, 64, 128}
+        assert config.rank_depth >= 20 * max(config.rank_widths)
+        assert min(config.train_depths) == 5 and max(config.train_depths) >= 40
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--config.seeds=0", "seeds=0"),
+        ("--config.dataset=imagenette", "fashion_mnist"),
+        ("--config.image_size=-1", "image_size=-1"),
+        ("--config.batch_sizes=()", "batch_sizes=()"),
+        ("--config.batch_sizes=(3, 8)", "from 4 up"),
+        ("--config.batch_sizes=(8, 8)", "all of them different"),
+        ("--config.batch_sizes=(8.5,)", "batch_sizes=(8.5,)"),
+        ("--config.gradient_width=1", "gradient_width=1"),
+        ("--config.gradient_depth=4", "gradient_depth=4"),
+        ("--config.gradient_depth=500", "gradient_depth=500"),
+        ("--config.residual_depth=0", "residual_depth=0"),
+        ("--config.residual_depth=200", "residual_depth=200"),
+        ("--config.residual_networks=0", "residual_networks=0"),
+        ("--config.residual_batch=2", "residual_batch=2"),
+        ("--config.rank_widths=()", "rank_widths=()"),
+        ("--config.rank_widths=(8,)", "give 2 or more"),
+        ("--config.rank_widths=(8, 2)", "rank_widths=(8, 2)"),
+        ("--config.rank_depth=1", "rank_depth=1"),
+        ("--config.train_width=0", "train_width=0"),
+        ("--config.train_depths=(3,)", "train_depths=(3,)"),
+        ("--config.train_depths=(0, 3)", "train_depths=(0, 3)"),
+        ("--config.learning_rates=()", "learning_rates=()"),
+        ("--config.learning_rates=(0.1, 0.1)", "all of them different"),
+        ("--config.learning_rates=(0.1, -1.0)", "positive numbers"),
+        ("--config.learning_rates=(0.1, float('nan'))", "learning_rates"),
+        ("--config.batch_size=1", "batch_size=1"),
+        ("--config.batch_size=5000", "898"),
+        ("--config.num_steps=0", "num_steps=0"),
+        ("--config.steps_per_dispatch=3", "a multiple of steps_per_dispatch=3"),
+        ("--config.depth=3", "depth"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
+    assert launch(tmp_path / "run", flag) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_another_config_is_refused(finished, capsys):
+    before = content(finished)
+    assert launch(finished, "--config.num_steps=11") == 2
+    assert "num_steps (there 10, now 11)" in capsys.readouterr().err
+    assert content(finished) == before
