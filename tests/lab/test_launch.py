@@ -172,9 +172,8 @@ def test_a_run_stopped_by_sigterm_has_a_status_of_its_own(tmp_path, capsys, monk
     assert launch(f"--workdir={tmp_path / 'w'}") == 4
     captured = capsys.readouterr()
     assert captured.out == ""
-    assert captured.err == (
-        f"{NAME}: stopped by SIGTERM at step 20, saved; start again with the same command to go on\n"
-    )
+    said = "stopped by SIGTERM at step 20, saved; start again with the same command to go on"
+    assert captured.err == f"{NAME}: {said}\n"
     assert not (tmp_path / "w" / "results.json").exists()
     monkeypatch.undo()
     assert launch(f"--workdir={tmp_path / 'w'}") == 0
