@@ -9,7 +9,7 @@ Comput. 21 (2000) 2257-2274).
 """
 
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,14 @@ import numpy as np
 from jaxtyping import Array
 
 from bn_research.probes.perturbation import Program
+from bn_research.probes.signal.layers import SingularValues
 
 _WHOLE = 256  # rows or columns up to which J is decomposed whole,
 _WHOLE_ELEMENTS = 2**20  # and elements
 _PROBES = 2  # random vectors on either side of J for its Frobenius norm
 _ROUNDING = 1e-6  # of products, relative: what is smaller has no direction
 
-_Values = Generator[np.ndarray, np.ndarray, "SingularValues"]
-
-
-class SingularValues(NamedTuple):
-    """Of a Jacobian of m rows and n columns, which has min(m, n) of them."""
-
-    smallest: float
-    rms: float  # √(Σσ²/min(m, n))
-    largest: float
+_Values = Generator[np.ndarray, np.ndarray, SingularValues]
 
 
 def layer_jacobians(

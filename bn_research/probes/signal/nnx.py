@@ -7,13 +7,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from bn_research.probes.perturbation import check_returned, is_layer, marked
-from bn_research.probes.signal_linen import library_of
+from bn_research.probes.signal.linen import library_of
 
 Path = tuple[Any, ...]
 
 
 class NnxForward:
-    """(state, batch) -> (output, no intermediates), like `signal_linen.LinenForward`.
+    """(state, batch) -> (output, no intermediates), like `linen.LinenForward`.
 
     Attributes:
       state: of the model, all its variables.
