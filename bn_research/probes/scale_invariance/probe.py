@@ -53,26 +53,28 @@ def audit(
 ) -> Audit:
     """Finds out to which of its leaves' scales a loss is invariant.
 
-    A leaf is invariant where |L(a·w) − L(w)| ≤ δ·|L| for every scale a, and where
-    |⟨w, g⟩| ≤ s·‖w‖·‖g‖ over random points around params, in root mean square: a leaf that
-    hardly moves this loss, such as a small bias, passes the first test and not the second. The loss
-    that counts is the larger of that at params and the median over those points, because one
-    fitted to 1e-6 consists of rounding. Leaves of zeros, which no factor changes, are given small
-    random values for all these tests; norms and radial share are those at params. Groups are
-    proposed by the null space of ⟨w, g⟩ over the points, and kept when both tests hold for them.
+    An invariant leaf w passes two tests: |L(a·w) − L(w)| ≤ δ·|L| for every scale a, and
+    |⟨w, g⟩| ≤ s·‖w‖·‖g‖ over random points around params, in root mean square. A leaf that hardly
+    moves the loss, such as a small bias, passes the first and not the second. |L| is the larger of
+    the loss at params and the median over the points, because a loss fitted to 1e-6 consists of
+    rounding. Leaves of zeros, which no factor changes, are given small random values for both
+    tests; norms and radial share are those at params. Groups are proposed by the null space of
+    ⟨w, g⟩ over the points, and kept when both tests hold for them.
 
-    An ε in BN gives deviations of the order of ε/σ², σ² the variance of what is normalized, and
-    shares that are larger by as much as ‖w‖·‖g‖ is small beside what the scale of BN's output
-    moves: tenfold, where a mean over many positions follows. By default δ = 1e-4 and s = 2e-3,
-    above those of ε = 1e-5 and below those of leaves that are not invariant, about 1/√(elements).
-    Where the loss rounds more coarsely, as in bfloat16, δ is raised to its rounding and s to twice
-    that of the share, which are measured between points and their neighbours at a relative distance
-    of 1e-3: that of the loss is what the gradients do not explain of its change, that of ⟨w, g⟩ its
-    second difference, leaf by leaf. For ε = 1e-3 give tolerance=1e-2.
+    An ε in BN gives deviations of the order of ε/σ², σ² the variance of what is normalized. Shares
+    are larger still, by the ratio of what the scale of BN's output moves to ‖w‖·‖g‖: tenfold, where
+    a mean over many positions follows. By default δ = 1e-4 and s = 2e-3, which is more than
+    ε = 1e-5 gives and less than leaves that are not invariant have, about 1/√(elements). For
+    ε = 1e-3 give tolerance=1e-2.
 
-    Cost: for each leaf one forward pass a scale and one more, twice that at most when there are
-    groups, and one backward pass, and eight for rounding; one after the other in two compiled
-    programs, in the memory of one training step.
+    Where the loss rounds more coarsely, as in bfloat16, δ is raised to the rounding of the loss and
+    s to twice the rounding of the share. Both are measured between points and their neighbours at a
+    relative distance of 1e-3: that of the loss is the part of its change that the gradients do not
+    explain, that of ⟨w, g⟩ its second difference, leaf by leaf.
+
+    Cost: each leaf takes a forward pass for every scale and one more, at most twice that when there
+    are groups, and a backward pass; rounding takes eight passes. All run one after the other in two
+    compiled programs, in the memory of one training step.
 
     Args:
       loss_fn: params -> scalar loss, traceable and deterministic. A network with BN in training
@@ -209,7 +211,7 @@ def audit(
 
 
 class _Slopes(NamedTuple):
-    """Loss and gradient at a point, in what does not underflow: [leaves] each, but for the loss."""
+    """Loss and gradient at a point, without underflow; [leaves] each but loss and along."""
 
     loss: Array
     share: Array  # ⟨w, g⟩/(‖w‖·‖g‖)

@@ -11,18 +11,18 @@ class Row:
     """What the audit says about one leaf.
 
     Attributes:
-      path: of the leaf, as `jax.tree_util.keystr` prints it.
+      path: path of the leaf, as `jax.tree_util.keystr` prints it.
       kind: "invariant"; "no effect", invariant because the loss does not depend on the leaf at
         all; "homogeneous", L(a·w) = aᵏ·L(w) with k ≠ 0; or "none".
-      degree: of homogeneity: 0 where invariant, k where homogeneous, NaN where neither.
+      degree: degree of homogeneity: 0 where invariant, k where homogeneous, NaN where neither.
       deviation: largest |L(a·w) − L(w)| over the scales, relative to the loss.
       radial_share: ⟨w, g⟩/(‖w‖·‖g‖) at params, g the gradient; 0 where w or g is zero.
       norm: ‖w‖.
       gradient_norm: ‖g‖.
       size: number of elements.
-      pooled_share: ⟨w, g⟩/(‖w‖·‖g‖) over random points, in root mean square, weighted by ‖w‖·‖g‖:
-        with deviation what decides.
-      pooled_limit: what pooled_share may be of an invariant leaf.
+      pooled_share: ⟨w, g⟩/(‖w‖·‖g‖) over random points, in root mean square weighted by ‖w‖·‖g‖. It
+        decides, together with deviation.
+      pooled_limit: largest pooled_share of an invariant leaf.
     """
 
     path: str
@@ -47,13 +47,13 @@ class Row:
 
 
 class Rows(Mapping[str, Row]):
-    """Rows by path of the leaf, in the order of the tree.
+    """All that is found out: rows by path of the leaf, in the order of the tree.
 
     Attributes:
-      loss: at params.
-      scales: that leaves were multiplied by.
-      tolerance: what a deviation may be of an invariant leaf.
-      pooled_limit: what a pooled share may be, where rounding does not raise it for a leaf.
+      loss: loss at params.
+      scales: factors that leaves were multiplied by.
+      tolerance: largest deviation of an invariant leaf.
+      pooled_limit: largest pooled share of an invariant leaf, unless rounding raises it for a leaf.
       groups: paths of leaves that are invariant only together, all scaled by one factor: each
         group as small as it can be. A leaf can be in several.
     """

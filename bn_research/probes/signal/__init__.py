@@ -4,13 +4,14 @@
     print(probe_nnx(model, images))
     probe_signal(forward, params, batch).verdict
 
-For every layer: how large its pre-activations are and how they are distributed, how different they
-are for different examples, how large the gradient is that comes back to it, and between which
-factors the step from the layer before stretches a change. In words, what is wrong and what to do.
+For every layer it measures how large the pre-activations are and how they are distributed, how much
+they differ between examples, how large the gradient is that comes back to them, and by which
+factors the step from the layer before stretches a small change. The verdict says in words what is
+wrong and what to do.
 
 `layers` has what is found, for each layer; `probe` finds it, with `statistics` of each array and
-`jacobian` between two layers; `linen` and `nnx` make functions with layers of Flax's models;
-`verdict` says in words what it means; `table` and `figure` show it.
+the `jacobian` between two layers; `linen` and `nnx` mark the layers of Flax's models; `verdict`
+says what the numbers mean; `table` and `figure` show them.
 """
 
 from bn_research.probes.signal.layers import LayerSignal, SingularValues

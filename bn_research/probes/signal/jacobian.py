@@ -1,8 +1,8 @@
 """Singular values of the Jacobian from each layer to the next, of all layers at once.
 
 Small Jacobians are computed whole and decomposed. Of large ones only products are computed: two
-compiled programs give J_l·v_l, and J_lᵀ·u_l, for every layer l in about the time of a training
-step, and each layer's Golub-Kahan bidiagonalization takes turns with the others'. Vectors are kept
+compiled programs give J_l·v_l and J_lᵀ·u_l for every layer l, each in about the time of a training
+step, and the Golub-Kahan bidiagonalizations of all layers advance together. Vectors are kept
 orthogonal on the smaller side of J, which is enough for both sides (H. D. Simon, H. Zha, "Low-rank
 matrix approximation using the Lanczos bidiagonalization process with applications", SIAM J. Sci.
 Comput. 21 (2000) 2257-2274).
@@ -32,10 +32,7 @@ def layer_jacobians(
 ) -> list[SingularValues | None]:
     """Singular values of ∂h_l/∂h_{l−1} over the whole batch, None where there is no path.
 
-    Args:
-      program: the traced network.
-      iterations: of the bidiagonalization.
-      seed: of its random vectors.
+    iterations are those of the bidiagonalization; seed is that of its random vectors.
     """
     found: list[SingularValues | None] = [None] * len(program.layers)
     numbers = [i for i, path in enumerate(program.paths) if path is not None]
@@ -49,7 +46,7 @@ def layer_jacobians(
 
 
 def decomposed(matrix: np.ndarray) -> SingularValues:
-    """Of a matrix [m, n]; NaN where it is not finite."""
+    """Singular values of a matrix [m, n]; NaN where it is not finite."""
     if not np.all(np.isfinite(matrix)):
         return SingularValues(np.nan, np.nan, np.nan)
     values = np.linalg.svd(matrix, compute_uv=False)
@@ -144,7 +141,7 @@ def _in_turns(
 
 
 def _packed(vector: np.ndarray | None, shape: Any) -> tuple[np.ndarray, float]:
-    """A vector as the network takes it, of largest magnitude 1, and its scale."""
+    """A vector in the layer's shape and dtype, of largest magnitude 1, and its scale."""
     if vector is None:
         return np.zeros(shape.shape, shape.dtype), 0.0
     scale = float(np.max(np.abs(vector))) or 1.0

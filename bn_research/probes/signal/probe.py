@@ -37,10 +37,10 @@ class Signal(Layers):
 
     @property
     def verdict(self) -> str:
-        """What is wrong, a line each, and what to do; or "healthy", and the two growths.
+        """What is wrong and what to do, a line each; or "healthy" and the two growths.
 
-        After it what is not wrong, but has to be known: branches that start at zero, and kernels
-        that were left out.
+        Then what is no fault but has to be known: branches that start at zero, and kernels that
+        were left out.
         """
         return in_words(self)
 
@@ -49,7 +49,7 @@ class Signal(Layers):
         return as_table(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in what JSON holds; None for what is not finite."""
+        """The whole result as JSON can hold it; None for numbers that are not finite."""
         layers = []
         for layer in self.values():
             entry = {name: _plain(value) for name, value in vars(layer).items()}
@@ -91,39 +91,40 @@ def probe_signal(
 ) -> Signal:
     """Follows the signal through a network, forward and backward.
 
-    forward is traced, never called with numbers, and its layers are found in what it computes: it
-    may jit or checkpoint what it likes. Gradients are those by h_l + δ at δ = 0, all by one
-    backward pass. Layers come in the order in which they are computed.
+    forward is only traced, never called with numbers. Layers are found in the traced computation,
+    inside jit and checkpoint too, and come in the order in which they are computed. The gradient of
+    a layer h_l is that by δ, at δ = 0, of the loss with h_l + δ in the place of h_l; one backward
+    pass gives all of them.
 
-    A Jacobian of at most 256 rows or columns (batch × elements of a layer) is decomposed whole.
-    Of a larger one the extreme singular values are those of a Golub-Kahan bidiagonalization: the
-    largest is accurate after few iterations, the smallest is only bounded from above, closely where
-    few are close to 0. Its rms is √(‖J‖_F²/min(rows, columns)), ‖J‖_F by 4 random vectors.
+    A Jacobian of at most 256 rows or columns (batch × elements of a layer), and of at most 2²⁰
+    elements, is decomposed whole. Of a larger one a Golub-Kahan bidiagonalization gives the extreme
+    singular values: the largest is accurate after few iterations; the smallest is only an upper
+    bound, and a close one where few are close to 0. Its rms is √(‖J‖_F²/min(rows, columns)), with
+    ‖J‖_F estimated by 4 random vectors.
 
-    Cost: one training step without Jacobians, three where a layer or its gradient is 0. With them
-    2·iterations + 4 passes more, each at most a training step whatever the number of layers, one
-    more for small Jacobians, and in host memory iterations vectors of each layer's size; two or
-    three programs more to compile.
-    jacobians=False leaves that out. All of it is deterministic.
+    Cost without Jacobians: one training step, or three where a layer or its gradient is 0.
+    Jacobians add 2·iterations + 4 passes, each of at most a training step whatever the number of
+    layers, and one more for those decomposed whole; two or three programs to compile; and in host
+    memory `iterations` vectors of each layer's size. The result is deterministic.
 
     Args:
       forward: (params, batch) -> (output, intermediates), traceable; intermediates map the name of
         each layer to its pre-activations, floating-point [batch, ..., features].
-      params: a pytree.
-      batch: an array, or a pytree of arrays, of one example an entry of the first axis. Integers,
-        such as tokens, are allowed.
-      loss_fn: output -> scalar. By default Σ output·z / batch with z standard Gaussian: how a
-        gradient grows on its way does not take labels.
-      jacobians: whether to measure their singular values.
-      iterations: of the bidiagonalization, at least 1.
-      key: of z and of the random vectors; jax.random.key(0) by default.
-      axis_name: of the axis of devices over which forward shares statistics; it is run on one.
+      params: a pytree of arrays.
+      batch: an array or a pytree of arrays, with one example for each entry of the first axis.
+        Integers, such as tokens, are allowed.
+      loss_fn: output -> scalar. By default Σ output·z / batch size with z standard Gaussian: how a
+        gradient grows on its way can be seen without labels.
+      jacobians: whether to measure singular values of Jacobians.
+      iterations: steps of the bidiagonalization, at least 1.
+      key: key of z and of the random vectors; jax.random.key(0) by default.
+      axis_name: axis of devices over which forward shares statistics; it is run on one.
 
     Raises:
-      ValueError: an empty batch, or one with values that are not finite or that forward does not
-        take; no layer to probe, or one of another shape or dtype; a loss that is not a
-        floating-point scalar or not differentiable; iterations below 1. Before anything is
-        computed.
+      ValueError: a batch that is empty, that holds values that are not finite, or that forward does
+        not take; no layer to probe, or one of a shape or dtype that is not allowed; a loss that is
+        not a floating-point scalar or not differentiable; iterations below 1. Raised before
+        anything is computed.
     """
     examples = _check_batch(batch)
     if iterations < 1:
@@ -174,24 +175,16 @@ def probe_linen(
 ) -> Signal:
     """`probe_signal` of a Flax linen model, whose layers are found where they are called.
 
-    The layers are what the modules return that own a kernel: a parameter of that name, or any of
-    two or more axes, unless a module inside them owns one too. They are named by their path, such
-    as "stage1_block1/conv1"; a module called again gives another layer, "dense#2", and so does
-    each turn of `nn.scan` and `nn.RNN`, which are unrolled. Layers that `nn.vmap` stacks are named
-    "heads[0]", "heads[1]". Kernels that no layer stands for are named in the verdict.
+    A layer is what a module returns that owns a kernel and holds no other module that does. A
+    kernel is a parameter of that name, or any of two or more axes. A layer is named by the path of
+    its module, such as "stage1_block1/conv1". A module that is called again gives another layer,
+    "dense#2"; so does each turn of `nn.scan` and `nn.RNN`, which are unrolled. Layers that
+    `nn.vmap` stacks are named "heads[0]", "heads[1]". The verdict names the kernels that no layer
+    stands for.
 
-    Args:
-      model: a linen module.
-      variables: what `model.init` returned.
-      batch: as for `probe_signal`.
-      loss_fn: likewise.
-      jacobians: likewise.
-      iterations: likewise.
-      key: likewise.
-      axis_name: likewise.
-      **apply_options: for `model.apply`, such as `train=True` for BN in training mode and
-        `rngs={"dropout": key}`. Every collection of variables but params may change on the way;
-        what it changes to is dropped.
+    variables are what `model.init` returned; all collections but params may change on the way, and
+    the changes are dropped. apply_options go to `model.apply`, such as `train=True` for BN in
+    training mode and `rngs={"dropout": key}`. All other arguments are those of `probe_signal`.
 
     Raises:
       ValueError: as `probe_signal`; variables without params, or without any kernel; a layer that
@@ -233,15 +226,8 @@ def probe_nnx(
 ) -> Signal:
     """`probe_linen` of a Flax nnx model, which stays as it is.
 
-    Args:
-      model: an nnx module, in the mode that it is in: `model.train()` for BN in training mode.
-      batch: as for `probe_signal`.
-      loss_fn: likewise.
-      jacobians: likewise.
-      iterations: likewise.
-      key: likewise.
-      axis_name: likewise.
-      **call_options: for the call of the model.
+    It is probed in the mode that it is in: `model.train()` is for BN in training mode. call_options
+    go to the call of the model. All other arguments are those of `probe_signal`.
 
     Raises:
       ValueError: as `probe_linen`.
@@ -317,7 +303,7 @@ def _measure(
 def _with_branches(
     layers: Sequence[LayerSignal], program: Program, loss_of: LossFn, key: Array
 ) -> list[LayerSignal]:
-    """The layers, with what is known of those that are 0 or have a gradient of 0."""
+    """The layers, with `bypassed` and `starts_at_zero` where h or its gradient is 0."""
     silent = {i for i, layer in enumerate(layers) if layer.log10_gradient_rms == -math.inf}
     empty = {i for i, layer in enumerate(layers) if layer.log10_rms == -math.inf}
     if not silent | empty:
@@ -355,7 +341,7 @@ def _with_branches(
 def _alive(
     program: Program, loss_of: LossFn, args: Sequence[Any]
 ) -> tuple[dict[int, Array], dict[int, Array], dict[int, Array]]:
-    """Whether layers, their gradients and those by the batch's arrays are not 0, by number."""
+    """Which layers, gradients of layers and gradients of the batch's arrays are not 0."""
     zeros = _zeros(program)
     shifts = {
         i: jnp.zeros_like(args[i])
@@ -470,7 +456,7 @@ def _first(error: Exception) -> str:
 
 
 def _one_line(error: Exception, batch: Any) -> ValueError:
-    """What a network says of a batch, or of its own, in one line."""
+    """An error of the network, about a batch or about itself, in one line."""
     message, axis = _first(error), unbound_axis(error)
     if axis is not None:
         return ValueError(

@@ -25,20 +25,22 @@ def in_words(signal: Layers) -> str:
 def findings(signal: Layers) -> list[str]:
     """What is wrong, a line each, most fundamental first; or one line that starts with "healthy".
 
-    Values and gradients that are not finite come first. The signal is lost, or explodes, from the
-    first layer on after which the std of no pre-activation comes back to within `LOST` and
-    `EXPLODED`, and that of the output neither: what BN brings back is not lost. It is judged as it
-    is, not relative to the input, because so does a softmax. Examples look alike from the first
-    layer on after which no soft rank is above `COLLAPSED`, the output's neither; a head alone does
-    not count, since the mean over all examples that it adds to each is no loss.
+    Values that are not finite come first, and alone.
+
+    The signal is lost where the std is below `LOST` in a layer, in all layers after it and in the
+    output; the first such layer is named. It explodes likewise above `EXPLODED`. What BN brings
+    back is thus not lost. The limits are absolute, not relative to the input, because what a
+    softmax makes of numbers depends on their size. Examples look alike where the soft rank is below
+    `COLLAPSED`, likewise. The last layer alone does not count: a mean over all examples that a head
+    adds to each is no loss.
 
     The norm of the gradient is compared between the first and the last layer that have one. Units
-    are dead where both pre-activation ≤ 0 and gradient 0 hold for the whole batch; the last
+    are dead whose pre-activation is ≤ 0 and whose gradient is 0 for the whole batch; the last
     layer's are no units.
 
-    A branch that starts at zero spoils none of it: where its layers are 0 they are not judged as
-    values, and where their gradient is they are not judged by it. A gradient is lost where it is 0
-    on every path; a layer in a branch whose gradient stays 0 is said to be one.
+    A branch that starts at zero is no fault: layers in it are judged neither by values nor by
+    gradients that are 0. A gradient is lost where it is 0 on every path; where it stays 0 in a
+    branch alone, the finding says so.
     """
     layers = list(signal.values())
     broken = next((layer for layer in layers if not math.isfinite(layer.std)), None)
