@@ -1,6 +1,7 @@
 """The floors of the house: what a file may import, read from the source by `ast`."""
 
 import ast
+import graphlib
 import subprocess
 import sys
 from pathlib import Path
@@ -44,7 +45,7 @@ def module_name(path: Path) -> str:
 
 
 def imports_of(path: Path, source: str) -> set[str]:
-    """Dotted names that a file imports, wherever in it; `from a import b` gives a and a.b."""
+    """Dotted names that a file imports, wherever in it; `from a import b` gives a.b."""
     package = path.parent.parts
     names = set()
     for node in ast.walk(ast.parse(source)):
@@ -53,7 +54,7 @@ def imports_of(path: Path, source: str) -> set[str]:
         elif isinstance(node, ast.ImportFrom):
             base = package[: len(package) - node.level + 1] if node.level else ()
             module = ".".join((*base, *(node.module or "").split("."))).strip(".")
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
+            names |= {f"{module}.{alias.name}" for alias in node.names}
         elif isinstance(node, ast.Call) and node.args:
             called = ast.unparse(node.func)
             if called in ("__import__", "importlib.import_module", "import_module"):
@@ -94,6 +95,29 @@ def violations(path: Path, source: str) -> list[str]:
         if folder == target == "experiments" and room_of(name) not in (None, room_of(module)):
             wrong.append(f"{path}: imports {name}, another experiment's room")
     return wrong
+
+
+def circle(sources: dict[Path, str]) -> list[str]:
+    """Modules of which each imports the next and the last is the first; empty without any.
+
+    What only a function or a type checker imports counts too. An import of a file in another
+    package runs that package's __init__.
+    """
+    files = {module_name(path): path for path in sources}
+    graph = {}
+    for module, path in files.items():
+        graph[module] = set()
+        for name in imports_of(path, sources[path]):
+            parts = name.split(".")
+            prefixes = [".".join(parts[:count]) for count in range(1, len(parts) + 1)]
+            found = [prefix for prefix in prefixes if prefix in files]
+            graph[module] |= {package for package in found if not within(module, package)}
+            graph[module] |= set(found[-1:])
+    try:
+        graphlib.TopologicalSorter(graph).prepare()
+    except graphlib.CycleError as error:
+        return error.args[1][::-1]
+    return []
 
 
 def sources() -> list[Path]:
@@ -184,6 +208,44 @@ def test_a_bad_import_is_found(path, source):
 )
 def test_a_good_import_is_let_through(path, source):
     assert violations(Path(path), source) == []
+
+
+def test_no_file_imports_itself_through_others():
+    texts = {path: (ROOT / path).read_text(encoding="utf-8") for path in sources()}
+    library = {path: text for path, text in texts.items() if path.parts[0] == "bn_research"}
+    assert circle(library) == []
+
+
+@pytest.mark.parametrize(
+    ("back", "found"),
+    [
+        ("from p.q import a", True),
+        ("import p.q.a", True),
+        ("from . import a", True),
+        ("def f():\n    from p.q.a import X", True),
+        ("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from p.q.a import X", True),
+        ("from p.q import X", True),  # of p/q/__init__.py, which imports a
+        ("from p.c import X", True),  # another package's file, which imports a
+        ("from p.q.types import X", False),
+        ("from p.q import types", False),
+        ("from p.d.e import X", True),  # runs p/d/__init__.py, which imports a
+        ("import p", False),
+    ],
+)
+def test_a_circle_of_imports_is_found(back, found):
+    texts = {
+        "p/__init__.py": "",
+        "p/q/__init__.py": "from p.q.a import X",
+        "p/q/a.py": "from p.q.b import Y",
+        "p/q/b.py": back,
+        "p/q/types.py": "import typing",
+        "p/c.py": "from p.q.a import X",
+        "p/d/__init__.py": "from p.q import a",
+        "p/d/e.py": "",
+    }
+    modules = circle({Path(path): text for path, text in texts.items()})
+    assert bool(modules) == found
+    assert not found or (modules[0] == modules[-1] and "p.q.b" in modules)
 
 
 # They take seconds to import; only a run needs them.

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from bn_research.probes.scale_groups import smallest_groups
+from bn_research.probes.scale_invariance.groups import smallest_groups
 
 
 def slopes(*vectors, points=12, noise=0.0, sizes=1.0, seed=0):

@@ -27,7 +27,7 @@ from bn_research.probes.signal import (
     probe_nnx,
     probe_signal,
 )
-from bn_research.probes.signal_jacobian import singular_values
+from bn_research.probes.signal.jacobian import singular_values
 
 rng = np.random.default_rng(0)
 

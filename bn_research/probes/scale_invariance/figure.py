@@ -1,18 +1,13 @@
-"""An audit of scale invariance as a table for a terminal and as a figure."""
+"""An audit of scale invariance as a figure."""
 
-from __future__ import annotations
-
-import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
 from bn_research.claims.figures import PALETTE, Figure, new_figure, save_figure, shared_legend
-from bn_research.claims.formatting import aligned
-
-if typing.TYPE_CHECKING:
-    from bn_research.probes.scale_invariance import Audit, Row
+from bn_research.probes.scale_invariance.rows import Rows
+from bn_research.probes.scale_invariance.table import verdict
 
 _LOOKS = {
     "invariant": (PALETTE.blue, "o"),
@@ -25,53 +20,7 @@ _NAMED = 80  # leaves, above which the figure numbers them
 _FLOOR = 1e-9  # where a share of zero is drawn
 
 
-def verdict(audit: Audit, row: Row) -> str:
-    """Kind of a leaf, one of those that the figure tells apart."""
-    if row.scale_invariant:
-        return row.kind
-    if any(row.path in group for group in audit.groups):
-        return "only in a group"
-    return "homogeneous" if row.kind == "homogeneous" else "not invariant"
-
-
-def table(audit: Audit, learning_rate: float) -> str:
-    """See `Audit.table`."""
-    head = ("parameter", "scale", "degree", "deviation", "pooled", "radial", "‖w‖", "‖g‖", "η/‖w‖²")
-    cells = [
-        (
-            row.path or "params",
-            verdict(audit, row),
-            "–" if np.isnan(row.degree) else f"{row.degree:.3g}",
-            f"{row.deviation:.1e}",
-            _pooled(audit, row),
-            f"{row.radial_share:+.1e}",
-            f"{row.norm:.3g}",
-            f"{row.gradient_norm:.3g}",
-            f"{row.effective_learning_rate(learning_rate):.3g}",
-        )
-        for row in audit.values()
-    ]
-    lines = aligned([head, *cells], left=2)
-    lines.append(
-        f"invariant: deviation ≤ {audit.tolerance:.0e} and pooled ⟨w, g⟩/(‖w‖‖g‖) ≤ "
-        f"{audit.pooled_limit:.0e}, or what stands beside it"
-    )
-    for group in audit.groups:
-        lines.append(f"invariant only together: {', '.join(group)}")
-    decayed = audit.decay_sets_only_the_rate
-    lines.append(
-        f"weight decay only sets the learning rate of: {', '.join(decayed) if decayed else 'none'}"
-    )
-    return "\n".join(lines)
-
-
-def _pooled(audit: Audit, row: Row) -> str:
-    own = row.pooled_limit > audit.pooled_limit
-    limit = f" (≤ {row.pooled_limit:.0e})" if own else ""
-    return f"{row.pooled_share:.1e}{limit}"
-
-
-def draw(audit: Audit, path: str | Path, learning_rate: float) -> Figure:
+def draw(audit: Rows, path: str | Path, learning_rate: float) -> Figure:
     """See `Audit.figure`."""
     rows = list(audit.values())
     named = len(rows) <= _NAMED

@@ -7,16 +7,16 @@ from typing import Any
 import jax.numpy as jnp
 
 from bn_research.probes.perturbation import check_returned, is_layer, marked
-from bn_research.probes.signal_linen import library_of
+from bn_research.probes.signal.linen import library_of
 
 Path = tuple[Any, ...]
 
 
 class NnxForward:
-    """(state, batch) -> (output, no intermediates), like `signal_linen.LinenForward`.
+    """(state, batch) -> (output, {}), like `linen.LinenForward`.
 
     Attributes:
-      state: of the model, all its variables.
+      state: all variables of the model.
       left_out: after a call, the kernels that no layer stands for, in words.
     """
 
@@ -24,7 +24,7 @@ class NnxForward:
         """Looks for the modules that own a kernel.
 
         Raises:
-          ValueError: no nnx module, or one without a kernel.
+          ValueError: a model of another library, or one without a kernel.
         """
         nnx = self._nnx = library_of(model, "flax.nnx", "one of linen takes probe_linen")
         self._graph, self.state = nnx.split(model)
@@ -66,7 +66,7 @@ class NnxForward:
         return output, {}
 
     def _kernels(self, module: Any) -> list[str]:
-        """Names of the parameters that make it a layer."""
+        """Names of the parameters that make a module a layer."""
         return [
             name
             for name, value in vars(module).items()

@@ -1,4 +1,4 @@
-"""A probe of the signal as a table for a terminal, as a dict for JSON and as a figure."""
+"""A probe of the signal as a figure."""
 
 from __future__ import annotations
 
@@ -10,76 +10,19 @@ from typing import Any
 import numpy as np
 
 from bn_research.claims.figures import PALETTE, Figure, new_figure, save_figure
-from bn_research.claims.formatting import aligned
-from bn_research.probes import signal_verdict
+from bn_research.probes.signal.layers import Layers
+from bn_research.probes.signal.verdict import in_words
 
 if typing.TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from bn_research.probes.signal import LayerSignal, Signal
-
 _NAMED = 24  # layers, above which the figure numbers them
 _LOWEST = 1e-4  # of the largest singular value, where bars of smaller ones end
-_NONE = "–"
 
 
-def table(signal: Signal) -> str:
-    """See `Signal.table`."""
-    head = ("layer", "shape", "mean", "std", "dead", "mean²/var", "soft rank", "‖∂L/∂h‖", "σ(J)")
-    cells = [_cells(layer) for layer in signal.values()]
-    lines = aligned([head, *cells], left=2)
-    lines.append("σ(J): smallest, rms and largest singular value from the layer before; – unknown")
-    lines.append(f"growth: {signal_verdict.growths(signal)}")
-    return "\n".join([*lines, signal.verdict])
-
-
-def _cells(layer: LayerSignal) -> tuple[str, ...]:
-    jacobian = _NONE
-    if layer.jacobian is not None:
-        jacobian = " ".join(f"{value:.2g}" for value in layer.jacobian)
-    gradient = layer.log10_gradient_norm
-    return (
-        layer.name,
-        "×".join(map(str, layer.shape)),
-        f"{layer.mean:+.1e}",
-        f"{layer.std:.2e}",
-        f"{layer.dead_fraction:.0%}",
-        f"{layer.conditioning:.2g}",
-        f"{layer.soft_rank:.1f}/{layer.max_rank}",
-        _NONE if gradient is None else f"{10**gradient:.2e}",
-        jacobian,
-    )
-
-
-def as_dict(signal: Signal) -> dict[str, Any]:
-    """See `Signal.as_dict`."""
-    layers = []
-    for layer in signal.values():
-        entry = {name: _plain(value) for name, value in vars(layer).items()}
-        entry["shape"] = list(layer.shape)
-        if layer.jacobian is not None:
-            entry["jacobian"] = {
-                name: _plain(value) for name, value in layer.jacobian._asdict().items()
-            }
-        layers.append(entry)
-    return {
-        "layers": layers,
-        "loss": _plain(signal.loss),
-        "output_std": _plain(signal.output_std),
-        "output_soft_rank": _plain(signal.output_soft_rank),
-        "forward_growth": _plain(signal.forward_growth),
-        "backward_growth": _plain(signal.backward_growth),
-        "verdict": signal.verdict,
-    }
-
-
-def _plain(value: Any) -> Any:
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def draw(signal: Signal, path: str | Path) -> Figure:
+def draw(signal: Layers, path: str | Path) -> Figure:
     """See `Signal.figure`."""
-    layers = list(signal.values())
+    layers, verdict = list(signal.values()), in_words(signal)
     places = np.arange(1, len(layers) + 1)
     ranges = np.array([layer.jacobian or (np.nan,) * 3 for layer in layers], np.float64)
     has_jacobians = bool(np.any(np.isfinite(ranges) & (ranges > 0)))
@@ -117,7 +60,7 @@ def draw(signal: Signal, path: str | Path) -> Figure:
         fig,
         path,
         title="Signal at initialization",
-        alt=f"Pre-activations, gradients and soft rank of {len(layers)} layers; {signal.verdict}",
+        alt=f"Pre-activations, gradients and soft rank of {len(layers)} layers; {verdict}",
         caption="From the first layer to the last: standard deviation of the pre-activations, norm "
         "of the gradient with respect to them, "
         + (
@@ -127,7 +70,7 @@ def draw(signal: Signal, path: str | Path) -> Figure:
             else ""
         )
         + "and how many different directions the examples take (dotted: as many as there can be). "
-        "Zeros and what is unknown are left out. " + signal.verdict.replace("\n", " "),
+        "Zeros and what is unknown are left out. " + verdict.replace("\n", " "),
     )
 
 

@@ -1,15 +1,15 @@
 """Singular values of the Jacobian from each layer to the next, of all layers at once.
 
 Small Jacobians are computed whole and decomposed. Of large ones only products are computed: two
-compiled programs give J_l·v_l, and J_lᵀ·u_l, for every layer l in about the time of a training
-step, and each layer's Golub-Kahan bidiagonalization takes turns with the others'. Vectors are kept
+compiled programs give J_l·v_l and J_lᵀ·u_l for every layer l, each in about the time of a training
+step, and the Golub-Kahan bidiagonalizations of all layers advance together. Vectors are kept
 orthogonal on the smaller side of J, which is enough for both sides (H. D. Simon, H. Zha, "Low-rank
 matrix approximation using the Lanczos bidiagonalization process with applications", SIAM J. Sci.
 Comput. 21 (2000) 2257-2274).
 """
 
 from collections.abc import Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,14 @@ import numpy as np
 from jaxtyping import Array
 
 from bn_research.probes.perturbation import Program
+from bn_research.probes.signal.layers import SingularValues
 
 _WHOLE = 256  # rows or columns up to which J is decomposed whole,
 _WHOLE_ELEMENTS = 2**20  # and elements
 _PROBES = 2  # random vectors on either side of J for its Frobenius norm
 _ROUNDING = 1e-6  # of products, relative: what is smaller has no direction
 
-_Values = Generator[np.ndarray, np.ndarray, "SingularValues"]
-
-
-class SingularValues(NamedTuple):
-    """Of a Jacobian of m rows and n columns, which has min(m, n) of them."""
-
-    smallest: float
-    rms: float  # √(Σσ²/min(m, n))
-    largest: float
+_Values = Generator[np.ndarray, np.ndarray, SingularValues]
 
 
 def layer_jacobians(
@@ -39,10 +32,7 @@ def layer_jacobians(
 ) -> list[SingularValues | None]:
     """Singular values of ∂h_l/∂h_{l−1} over the whole batch, None where there is no path.
 
-    Args:
-      program: the traced network.
-      iterations: of the bidiagonalization.
-      seed: of its random vectors.
+    iterations are those of the bidiagonalization; seed is that of its random vectors.
     """
     found: list[SingularValues | None] = [None] * len(program.layers)
     numbers = [i for i, path in enumerate(program.paths) if path is not None]
@@ -56,7 +46,7 @@ def layer_jacobians(
 
 
 def decomposed(matrix: np.ndarray) -> SingularValues:
-    """Of a matrix [m, n]; NaN where it is not finite."""
+    """Singular values of a matrix [m, n]; NaN where it is not finite."""
     if not np.all(np.isfinite(matrix)):
         return SingularValues(np.nan, np.nan, np.nan)
     values = np.linalg.svd(matrix, compute_uv=False)
@@ -151,7 +141,7 @@ def _in_turns(
 
 
 def _packed(vector: np.ndarray | None, shape: Any) -> tuple[np.ndarray, float]:
-    """A vector as the network takes it, of largest magnitude 1, and its scale."""
+    """A vector in the layer's shape and dtype, of largest magnitude 1, and its scale."""
     if vector is None:
         return np.zeros(shape.shape, shape.dtype), 0.0
     scale = float(np.max(np.abs(vector))) or 1.0

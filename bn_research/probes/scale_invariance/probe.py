@@ -1,23 +1,9 @@
-"""Which parameters of a network are scale-invariant? An audit of any loss function.
-
-    audit(loss_fn, params)["['dense']['kernel']"].scale_invariant
-
-A loss is invariant to the scale of a leaf w where L(a·w) = L(w) for every a > 0, as for the
-weights in front of BN. Then ⟨w, ∇L⟩ = 0, the gradient at a·w is that at w over a, and what moves
-the network is the angle of a step, set by the effective learning rate η/‖w‖². Weight decay on such
-a leaf leaves the function alone and only sets that rate (van Laarhoven, "L2 regularization versus
-batch and weight normalization", 2017, arXiv 1706.05350).
-
-Some leaves are invariant only together: a kernel and its bias in front of an activation and BN,
-scale and bias of one BN in front of the next, all that is written to a residual stream.
-"""
+"""The audit: a loss, its slopes at random points, and the losses of scaled leaves."""
 
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,9 +11,11 @@ import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from bn_research.claims.figures import Figure
-from bn_research.probes import scale_invariance_report
 from bn_research.probes.one_device import with_axis_told
-from bn_research.probes.scale_groups import smallest_groups
+from bn_research.probes.scale_invariance.figure import draw
+from bn_research.probes.scale_invariance.groups import smallest_groups
+from bn_research.probes.scale_invariance.rows import Row, Rows
+from bn_research.probes.scale_invariance.table import as_table
 
 LossFn = Callable[[Any], Float[Array, ""]]
 
@@ -41,98 +29,19 @@ _SPREAD = 0.5  # of the random points, relative to a leaf's root mean square
 _SUBSTITUTE = 0.1  # standard deviation of what stands in for a leaf of zeros
 
 
-@dataclass(frozen=True)
-class Row:
-    """What the audit says about one leaf.
-
-    Attributes:
-      path: of the leaf, as `jax.tree_util.keystr` prints it.
-      kind: "invariant"; "no effect", invariant because the loss does not depend on the leaf at
-        all; "homogeneous", L(a·w) = aᵏ·L(w) with k ≠ 0; or "none".
-      degree: of homogeneity: 0 where invariant, k where homogeneous, NaN where neither.
-      deviation: largest |L(a·w) − L(w)| over the scales, relative to the loss.
-      radial_share: ⟨w, g⟩/(‖w‖·‖g‖) at params, g the gradient; 0 where w or g is zero.
-      norm: ‖w‖.
-      gradient_norm: ‖g‖.
-      size: number of elements.
-      pooled_share: ⟨w, g⟩/(‖w‖·‖g‖) over random points, in root mean square, weighted by ‖w‖·‖g‖:
-        with deviation what decides.
-      pooled_limit: what pooled_share may be of an invariant leaf.
-    """
-
-    path: str
-    kind: Literal["invariant", "no effect", "homogeneous", "none"]
-    degree: float
-    deviation: float
-    radial_share: float
-    norm: float
-    gradient_norm: float
-    size: int
-    pooled_share: float = math.nan  # of audits that were kept before there was one
-    pooled_limit: float = math.nan
-
-    @property
-    def scale_invariant(self) -> bool:
-        """Whether the loss is invariant to the scale of this leaf alone."""
-        return self.kind in ("invariant", "no effect")
-
-    def effective_learning_rate(self, learning_rate: float) -> float:
-        """η/‖w‖², the rate at which a step turns an invariant leaf; ∞ for a leaf of zeros."""
-        return learning_rate / self.norm**2 if self.norm else float("inf")
-
-
-class Audit(Mapping[str, Row]):
-    """Rows by path of the leaf, in the order of the tree.
-
-    Attributes:
-      loss: at params.
-      scales: that leaves were multiplied by.
-      tolerance: what a deviation may be of an invariant leaf.
-      pooled_limit: what a pooled share may be, where rounding does not raise it for a leaf.
-      groups: paths of leaves that are invariant only together, all scaled by one factor: each
-        group as small as it can be. A leaf can be in several.
-    """
-
-    def __init__(
-        self,
-        rows: Sequence[Row],
-        groups: Sequence[tuple[str, ...]],
-        *,
-        loss: float,
-        scales: Sequence[float],
-        tolerance: float,
-        pooled_limit: float | None = None,
-    ):
-        """Keeps what `audit` found."""
-        self._rows = {row.path: row for row in rows}
-        self.groups = tuple(groups)
-        self.loss, self.scales = loss, tuple(scales)
-        self.tolerance, self.pooled_limit = tolerance, pooled_limit or tolerance
-
-    def __getitem__(self, path: str) -> Row:
-        return self._rows[path]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._rows)
-
-    def __len__(self) -> int:
-        return len(self._rows)
+class Audit(Rows):
+    """What `audit` found out, as numbers, as a table and as a figure."""
 
     def __repr__(self) -> str:
         return self.table()
 
-    @property
-    def decay_sets_only_the_rate(self) -> tuple[str, ...]:
-        """Paths of leaves for which weight decay does nothing but set the learning rate."""
-        return tuple(path for path, row in self.items() if row.kind == "invariant")
-
     def table(self, learning_rate: float = 1.0) -> str:
         """All rows, the groups and what weight decay does, as text for a terminal."""
-        return scale_invariance_report.table(self, learning_rate)
+        return as_table(self, learning_rate)
 
     def figure(self, path: str | Path, learning_rate: float = 1.0) -> Figure:
         """Radial share and effective learning rate of every leaf, as a PNG file."""
-        return scale_invariance_report.draw(self, path, learning_rate)
+        return draw(self, path, learning_rate)
 
 
 def audit(
@@ -144,26 +53,28 @@ def audit(
 ) -> Audit:
     """Finds out to which of its leaves' scales a loss is invariant.
 
-    A leaf is invariant where |L(a·w) − L(w)| ≤ δ·|L| for every scale a, and where
-    |⟨w, g⟩| ≤ s·‖w‖·‖g‖ over random points around params, in root mean square: a leaf that
-    hardly moves this loss, such as a small bias, passes the first test and not the second. The loss
-    that counts is the larger of that at params and the median over those points, because one
-    fitted to 1e-6 consists of rounding. Leaves of zeros, which no factor changes, are given small
-    random values for all these tests; norms and radial share are those at params. Groups are
-    proposed by the null space of ⟨w, g⟩ over the points, and kept when both tests hold for them.
+    An invariant leaf w passes two tests: |L(a·w) − L(w)| ≤ δ·|L| for every scale a, and
+    |⟨w, g⟩| ≤ s·‖w‖·‖g‖ over random points around params, in root mean square. A leaf that hardly
+    moves the loss, such as a small bias, passes the first and not the second. |L| is the larger of
+    the loss at params and the median over the points, because a loss fitted to 1e-6 consists of
+    rounding. Leaves of zeros, which no factor changes, are given small random values for both
+    tests; norms and radial share are those at params. Groups are proposed by the null space of
+    ⟨w, g⟩ over the points, and kept when both tests hold for them.
 
-    An ε in BN gives deviations of the order of ε/σ², σ² the variance of what is normalized, and
-    shares that are larger by as much as ‖w‖·‖g‖ is small beside what the scale of BN's output
-    moves: tenfold, where a mean over many positions follows. By default δ = 1e-4 and s = 2e-3,
-    above those of ε = 1e-5 and below those of leaves that are not invariant, about 1/√(elements).
-    Where the loss rounds more coarsely, as in bfloat16, δ is raised to its rounding and s to twice
-    that of the share, which are measured between points and their neighbours at a relative distance
-    of 1e-3: that of the loss is what the gradients do not explain of its change, that of ⟨w, g⟩ its
-    second difference, leaf by leaf. For ε = 1e-3 give tolerance=1e-2.
+    An ε in BN gives deviations of the order of ε/σ², σ² the variance of what is normalized. Shares
+    are larger still, by the ratio of what the scale of BN's output moves to ‖w‖·‖g‖: tenfold, where
+    a mean over many positions follows. By default δ = 1e-4 and s = 2e-3, which is more than
+    ε = 1e-5 gives and less than leaves that are not invariant have, about 1/√(elements). For
+    ε = 1e-3 give tolerance=1e-2.
 
-    Cost: for each leaf one forward pass a scale and one more, twice that at most when there are
-    groups, and one backward pass, and eight for rounding; one after the other in two compiled
-    programs, in the memory of one training step.
+    Where the loss rounds more coarsely, as in bfloat16, δ is raised to the rounding of the loss and
+    s to twice the rounding of the share. Both are measured between points and their neighbours at a
+    relative distance of 1e-3: that of the loss is the part of its change that the gradients do not
+    explain, that of ⟨w, g⟩ its second difference, leaf by leaf.
+
+    Cost: each leaf takes a forward pass for every scale and one more, at most twice that when there
+    are groups, and a backward pass; rounding takes eight passes. All run one after the other in two
+    compiled programs, in the memory of one training step.
 
     Args:
       loss_fn: params -> scalar loss, traceable and deterministic. A network with BN in training
@@ -300,7 +211,7 @@ def audit(
 
 
 class _Slopes(NamedTuple):
-    """Loss and gradient at a point, in what does not underflow: [leaves] each, but for the loss."""
+    """Loss and gradient at a point, without underflow; [leaves] each but loss and along."""
 
     loss: Array
     share: Array  # ⟨w, g⟩/(‖w‖·‖g‖)

@@ -24,7 +24,7 @@ def log10_rms(x: Float[Array, "..."]) -> Float[Array, ""]:
 
 
 class Statistics(NamedTuple):
-    """Of one array [batch, ..., features]; scalars in float32 or wider.
+    """Statistics of one array [batch, ..., features]; scalars in float32 or wider.
 
     Mean and std are in units of the largest magnitude, so that none of them underflows.
     """

@@ -1,18 +1,9 @@
-"""Does the signal survive the initialization? A probe of any network, before it is trained.
-
-    print(probe_linen(model, variables, images, train=True))
-    print(probe_nnx(model, images))
-    probe_signal(forward, params, batch).verdict
-
-For every layer: how large its pre-activations are and how they are distributed, how different they
-are for different examples, how large the gradient is that comes back to it, and between which
-factors the step from the layer before stretches a change. In words, what is wrong and what to do.
-"""
+"""The probe: one pass forward and one backward, and the Jacobians between layers."""
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,162 +13,69 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bn_research.claims.figures import Figure
-from bn_research.probes import signal_linen, signal_nnx, signal_report, signal_verdict
 from bn_research.probes.one_device import unbound_axis
 from bn_research.probes.perturbation import Forward, Program, trace_layers
-from bn_research.probes.signal_jacobian import SingularValues, layer_jacobians
-from bn_research.probes.signal_statistics import Statistics, statistics
-from bn_research.probes.signal_statistics import log10_rms as log10_rms
+from bn_research.probes.signal import linen
+from bn_research.probes.signal.figure import draw
+from bn_research.probes.signal.jacobian import layer_jacobians
+from bn_research.probes.signal.layers import Layers, LayerSignal, SingularValues
+from bn_research.probes.signal.nnx import NnxForward
+from bn_research.probes.signal.statistics import Statistics, statistics
+from bn_research.probes.signal.table import as_table
+from bn_research.probes.signal.verdict import in_words
 
 LossFn = Callable[[Any], Float[Array, ""]]
 
 _WAKING = 1e-3  # standard deviation of what takes the place of parameters that are 0
 
 
-@dataclass(frozen=True)
-class LayerSignal:
-    """What the probe says about the pre-activations h [batch, ..., features] of one layer.
-
-    What is not finite in h makes NaN of the numbers. A gradient is None where it cannot be known:
-    the output does not depend on the layer, or a loop or a function with its own derivative rule
-    computes the layer and uses it inside.
-
-    Attributes:
-      name: of the layer.
-      shape: of h.
-      log10_rms: log₁₀ √⟨h²⟩ over all elements; −∞ for zeros.
-      mean: of all elements.
-      std: of all elements, around that mean.
-      dead_fraction: share of features that are ≤ 0 for all examples at all positions. A ReLU right
-        after them is dead on this batch; a BN in between shifts them first.
-      silent_fraction: share of features whose gradient is 0 for all examples at all positions.
-      conditioning: mean²/var: Σ_f mean_f² / Σ_f var_f, moments of each feature f over examples and
-        positions. Large where features hardly differ from one example to the next; ∞ for
-        constants other than 0.
-      soft_rank: (Σλ)²/Σλ², λ the eigenvalues of the Gram matrix h hᵀ of examples, positions and
-        features flattened, not centred: from 1 where all examples point the same way to max_rank
-        where they are orthogonal and of one length. It is r(h), the lower bound of the rank in
-        Daneshmand et al., "Batch normalization provably avoids rank collapse for randomly
-        initialised deep networks", 2020, arXiv 2003.01652, also known as participation ratio; that
-        paper's own "soft rank" counts singular values above a threshold. 0 for zeros.
-      max_rank: the smaller of the batch size and the elements of an example.
-      gradient_std: standard deviation of all elements of ∂L/∂h.
-      log10_gradient_rms: log₁₀ of their root mean square; −∞ for zeros.
-      jacobian: smallest, rms and largest singular value of the Jacobian of h by the layer before
-        it, over the whole batch; None for the first layer, where there is no path between the two
-        (parallel branches), and where they were not asked for. The smallest is an upper bound and
-        the largest a lower bound of the true one, see `probe_signal`.
-      bypassed: the layer, or its gradient, is 0 throughout, and gradient reaches what comes before
-        it, or the batch, on another path: the layer lies in a branch.
-      starts_at_zero: the layer is bypassed, and small numbers in the place of the parameters that
-        are 0 wake it, or it is not 0 in another of its calls: a branch that starts at zero, such as
-        a residual branch whose last scale does.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    log10_rms: float
-    mean: float
-    std: float
-    dead_fraction: float
-    silent_fraction: float | None
-    conditioning: float
-    soft_rank: float
-    max_rank: int
-    gradient_std: float | None
-    log10_gradient_rms: float | None
-    jacobian: SingularValues | None
-    bypassed: bool = False
-    starts_at_zero: bool = False
-
-    @property
-    def log10_gradient_norm(self) -> float | None:
-        """log₁₀ ‖∂L/∂h‖, the norm over all elements."""
-        if self.log10_gradient_rms is None:
-            return None
-        return self.log10_gradient_rms + 0.5 * math.log10(math.prod(self.shape))
-
-
-class Signal(Mapping[str, LayerSignal]):
-    """Layers by name, in the order in which they are computed.
-
-    Attributes:
-      loss: whose gradient was taken.
-      output_std: standard deviation of the output's elements; NaN for an output that is not one
-        floating-point array.
-      output_soft_rank: soft rank of the output; NaN likewise, or unless it is [batch, ...].
-      left_out: kernels of the model that no layer stands for, in words.
-    """
-
-    def __init__(
-        self,
-        layers: Sequence[LayerSignal],
-        *,
-        loss: float,
-        output_std: float = math.nan,
-        output_soft_rank: float = math.nan,
-        left_out: Sequence[str] = (),
-    ):
-        """Keeps what the probe found."""
-        self._layers = {layer.name: layer for layer in layers}
-        self.loss = loss
-        self.output_std, self.output_soft_rank = output_std, output_soft_rank
-        self.left_out = tuple(left_out)
-
-    def __getitem__(self, name: str) -> LayerSignal:
-        return self._layers[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._layers)
-
-    def __len__(self) -> int:
-        return len(self._layers)
+class Signal(Layers):
+    """What the probe found out, as numbers, in words, as a table and as a figure."""
 
     def __repr__(self) -> str:
         return self.table()
 
     @property
-    def forward_growth(self) -> float:
-        """Factor per layer of the pre-activations' std, from input to output.
-
-        exp of the slope of ln std over the number of the layer, by Theil and Sen: the median over
-        all pairs l < m of (ln std_m − ln std_l)/(m − l). A median over neighbours alone would show
-        nothing but one kind of step where two kinds take turns, as in residual blocks. Layers of
-        std 0 or not finite are left out; NaN without two others. The variance grows by the square.
-        """
-        return _growth([_log10(layer.std) for layer in self.values()])
-
-    @property
-    def backward_growth(self) -> float:
-        """Factor per layer of the norm of ∂L/∂h, from output to input.
-
-        As `forward_growth`, with the layers counted from the last to the first. Above 1 gradients
-        explode, below 1 they vanish. The squared norm grows by the square. It is the norm, not the
-        root mean square, so that pooling, which spreads a gradient over positions, is no decay.
-        """
-        sizes = [layer.log10_gradient_norm for layer in self.values()]
-        return _growth([math.nan if size is None else size for size in sizes][::-1])
-
-    @property
     def verdict(self) -> str:
-        """What is wrong, a line each, and what to do; or "healthy", and the two growths.
+        """What is wrong and what to do, a line each; or "healthy" and the two growths.
 
-        After it what is not wrong, but has to be known: branches that start at zero, and kernels
-        that were left out.
+        Then what is no fault but has to be known: branches that start at zero, and kernels that
+        were left out.
         """
-        return "\n".join([*signal_verdict.findings(self), *signal_verdict.notes(self)])
+        return in_words(self)
 
     def table(self) -> str:
         """All layers, the growths and the verdict, as text for a terminal."""
-        return signal_report.table(self)
+        return as_table(self)
 
     def as_dict(self) -> dict[str, Any]:
-        """All of it in what JSON holds; None for what is not finite."""
-        return signal_report.as_dict(self)
+        """The whole result as JSON can hold it; None for numbers that are not finite."""
+        layers = []
+        for layer in self.values():
+            entry = {name: _plain(value) for name, value in vars(layer).items()}
+            entry["shape"] = list(layer.shape)
+            if layer.jacobian is not None:
+                entry["jacobian"] = {
+                    name: _plain(value) for name, value in layer.jacobian._asdict().items()
+                }
+            layers.append(entry)
+        return {
+            "layers": layers,
+            "loss": _plain(self.loss),
+            "output_std": _plain(self.output_std),
+            "output_soft_rank": _plain(self.output_soft_rank),
+            "forward_growth": _plain(self.forward_growth),
+            "backward_growth": _plain(self.backward_growth),
+            "verdict": self.verdict,
+        }
 
     def figure(self, path: str | Path) -> Figure:
         """Std, gradient, singular values and soft rank of every layer, as a PNG file."""
-        return signal_report.draw(self, path)
+        return draw(self, path)
+
+
+def _plain(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def probe_signal(
@@ -193,39 +91,40 @@ def probe_signal(
 ) -> Signal:
     """Follows the signal through a network, forward and backward.
 
-    forward is traced, never called with numbers, and its layers are found in what it computes: it
-    may jit or checkpoint what it likes. Gradients are those by h_l + δ at δ = 0, all by one
-    backward pass. Layers come in the order in which they are computed.
+    forward is only traced, never called with numbers. Layers are found in the traced computation,
+    inside jit and checkpoint too, and come in the order in which they are computed. The gradient of
+    a layer h_l is that by δ, at δ = 0, of the loss with h_l + δ in the place of h_l; one backward
+    pass gives all of them.
 
-    A Jacobian of at most 256 rows or columns (batch × elements of a layer) is decomposed whole.
-    Of a larger one the extreme singular values are those of a Golub-Kahan bidiagonalization: the
-    largest is accurate after few iterations, the smallest is only bounded from above, closely where
-    few are close to 0. Its rms is √(‖J‖_F²/min(rows, columns)), ‖J‖_F by 4 random vectors.
+    A Jacobian of at most 256 rows or columns (batch × elements of a layer), and of at most 2²⁰
+    elements, is decomposed whole. Of a larger one a Golub-Kahan bidiagonalization gives the extreme
+    singular values: the largest is accurate after few iterations; the smallest is only an upper
+    bound, and a close one where few are close to 0. Its rms is √(‖J‖_F²/min(rows, columns)), with
+    ‖J‖_F estimated by 4 random vectors.
 
-    Cost: one training step without Jacobians, three where a layer or its gradient is 0. With them
-    2·iterations + 4 passes more, each at most a training step whatever the number of layers, one
-    more for small Jacobians, and in host memory iterations vectors of each layer's size; two or
-    three programs more to compile.
-    jacobians=False leaves that out. All of it is deterministic.
+    Cost without Jacobians: one training step, or three where a layer or its gradient is 0.
+    Jacobians add 2·iterations + 4 passes, each of at most a training step whatever the number of
+    layers, and one more for those decomposed whole; two or three programs to compile; and in host
+    memory `iterations` vectors of each layer's size. The result is deterministic.
 
     Args:
       forward: (params, batch) -> (output, intermediates), traceable; intermediates map the name of
         each layer to its pre-activations, floating-point [batch, ..., features].
-      params: a pytree.
-      batch: an array, or a pytree of arrays, of one example an entry of the first axis. Integers,
-        such as tokens, are allowed.
-      loss_fn: output -> scalar. By default Σ output·z / batch with z standard Gaussian: how a
-        gradient grows on its way does not take labels.
-      jacobians: whether to measure their singular values.
-      iterations: of the bidiagonalization, at least 1.
-      key: of z and of the random vectors; jax.random.key(0) by default.
-      axis_name: of the axis of devices over which forward shares statistics; it is run on one.
+      params: a pytree of arrays.
+      batch: an array or a pytree of arrays, with one example for each entry of the first axis.
+        Integers, such as tokens, are allowed.
+      loss_fn: output -> scalar. By default Σ output·z / batch size with z standard Gaussian: how a
+        gradient grows on its way can be seen without labels.
+      jacobians: whether to measure singular values of Jacobians.
+      iterations: steps of the bidiagonalization, at least 1.
+      key: key of z and of the random vectors; jax.random.key(0) by default.
+      axis_name: axis of devices over which forward shares statistics; it is run on one.
 
     Raises:
-      ValueError: an empty batch, or one with values that are not finite or that forward does not
-        take; no layer to probe, or one of another shape or dtype; a loss that is not a
-        floating-point scalar or not differentiable; iterations below 1. Before anything is
-        computed.
+      ValueError: a batch that is empty, that holds values that are not finite, or that forward does
+        not take; no layer to probe, or one of a shape or dtype that is not allowed; a loss that is
+        not a floating-point scalar or not differentiable; iterations below 1. Raised before
+        anything is computed.
     """
     examples = _check_batch(batch)
     if iterations < 1:
@@ -276,24 +175,16 @@ def probe_linen(
 ) -> Signal:
     """`probe_signal` of a Flax linen model, whose layers are found where they are called.
 
-    The layers are what the modules return that own a kernel: a parameter of that name, or any of
-    two or more axes, unless a module inside them owns one too. They are named by their path, such
-    as "stage1_block1/conv1"; a module called again gives another layer, "dense#2", and so does
-    each turn of `nn.scan` and `nn.RNN`, which are unrolled. Layers that `nn.vmap` stacks are named
-    "heads[0]", "heads[1]". Kernels that no layer stands for are named in the verdict.
+    A layer is what a module returns that owns a kernel and holds no other module that does. A
+    kernel is a parameter of that name, or any of two or more axes. A layer is named by the path of
+    its module, such as "stage1_block1/conv1". A module that is called again gives another layer,
+    "dense#2"; so does each turn of `nn.scan` and `nn.RNN`, which are unrolled. Layers that
+    `nn.vmap` stacks are named "heads[0]", "heads[1]". The verdict names the kernels that no layer
+    stands for.
 
-    Args:
-      model: a linen module.
-      variables: what `model.init` returned.
-      batch: as for `probe_signal`.
-      loss_fn: likewise.
-      jacobians: likewise.
-      iterations: likewise.
-      key: likewise.
-      axis_name: likewise.
-      **apply_options: for `model.apply`, such as `train=True` for BN in training mode and
-        `rngs={"dropout": key}`. Every collection of variables but params may change on the way;
-        what it changes to is dropped.
+    variables are what `model.init` returned; all collections but params may change on the way, and
+    the changes are dropped. apply_options go to `model.apply`, such as `train=True` for BN in
+    training mode and `rngs={"dropout": key}`. All other arguments are those of `probe_signal`.
 
     Raises:
       ValueError: as `probe_signal`; variables without params, or without any kernel; a layer that
@@ -301,7 +192,7 @@ def probe_linen(
         fit, with the shapes of both.
     """
     _check_batch(batch)
-    forward = signal_linen.LinenForward(model, variables, apply_options)
+    forward = linen.LinenForward(model, variables, apply_options)
     try:
         return probe_signal(
             forward,
@@ -313,10 +204,10 @@ def probe_linen(
             key=key,
             axis_name=axis_name,
         )
-    except signal_linen.ApplyError as error:
+    except linen.ApplyError as error:
         if unbound_axis(error):
             raise _one_line(error, batch) from error
-        mismatch = signal_linen.mismatch(model, variables, batch, apply_options)
+        mismatch = linen.mismatch(model, variables, batch, apply_options)
         if mismatch is None:
             raise _one_line(error, batch) from error
         raise ValueError(f"batch of {_shapes(batch)} does not fit variables: {mismatch}") from error
@@ -335,20 +226,13 @@ def probe_nnx(
 ) -> Signal:
     """`probe_linen` of a Flax nnx model, which stays as it is.
 
-    Args:
-      model: an nnx module, in the mode that it is in: `model.train()` for BN in training mode.
-      batch: as for `probe_signal`.
-      loss_fn: likewise.
-      jacobians: likewise.
-      iterations: likewise.
-      key: likewise.
-      axis_name: likewise.
-      **call_options: for the call of the model.
+    It is probed in the mode that it is in: `model.train()` is for BN in training mode. call_options
+    go to the call of the model. All other arguments are those of `probe_signal`.
 
     Raises:
       ValueError: as `probe_linen`.
     """
-    forward = signal_nnx.NnxForward(model, call_options)
+    forward = NnxForward(model, call_options)
     return probe_signal(
         forward,
         forward.state,
@@ -369,7 +253,7 @@ def linen_layers(
     Raises:
       ValueError: as `probe_linen`.
     """
-    forward = signal_linen.LinenForward(model, variables, apply_options)
+    forward = linen.LinenForward(model, variables, apply_options)
     return _values(forward, variables, batch, axis_name)
 
 
@@ -381,7 +265,7 @@ def nnx_layers(
     Raises:
       ValueError: as `probe_nnx`.
     """
-    forward = signal_nnx.NnxForward(model, call_options)
+    forward = NnxForward(model, call_options)
     return _values(forward, forward.state, batch, axis_name)
 
 
@@ -389,7 +273,7 @@ def _values(forward: Forward, params: Any, batch: Any, axis_name: str | None) ->
     _check_batch(batch)
     try:
         program = trace_layers(forward, params, batch, axis_name=axis_name)
-    except (TypeError, ValueError, NameError, signal_linen.ApplyError) as error:
+    except (TypeError, ValueError, NameError, linen.ApplyError) as error:
         raise _one_line(error, batch) from error
     layers = program.compiled(lambda args: program.run(args, {})[1])(program.args)
     return dict(zip(program.names, layers, strict=True))
@@ -419,7 +303,7 @@ def _measure(
 def _with_branches(
     layers: Sequence[LayerSignal], program: Program, loss_of: LossFn, key: Array
 ) -> list[LayerSignal]:
-    """The layers, with what is known of those that are 0 or have a gradient of 0."""
+    """The layers, with `bypassed` and `starts_at_zero` where h or its gradient is 0."""
     silent = {i for i, layer in enumerate(layers) if layer.log10_gradient_rms == -math.inf}
     empty = {i for i, layer in enumerate(layers) if layer.log10_rms == -math.inf}
     if not silent | empty:
@@ -457,7 +341,7 @@ def _with_branches(
 def _alive(
     program: Program, loss_of: LossFn, args: Sequence[Any]
 ) -> tuple[dict[int, Array], dict[int, Array], dict[int, Array]]:
-    """Whether layers, their gradients and those by the batch's arrays are not 0, by number."""
+    """Which layers, gradients of layers and gradients of the batch's arrays are not 0."""
     zeros = _zeros(program)
     shifts = {
         i: jnp.zeros_like(args[i])
@@ -510,21 +394,6 @@ def _layer(
         log10_gradient_rms=None if gradient is None else float(gradient.log10_rms),
         jacobian=jacobian,
     )
-
-
-def _log10(value: float) -> float:
-    return math.log10(value) if value > 0 else -math.inf
-
-
-def _growth(logs: Sequence[float]) -> float:
-    """Factor per layer, of log10s."""
-    values = np.asarray(logs, np.float64)
-    (places,) = np.nonzero(np.isfinite(values))
-    if len(places) < 2:
-        return math.nan
-    first, second = np.triu_indices(len(places), 1)
-    rises = values[places[second]] - values[places[first]]
-    return float(10 ** np.median(rises / (places[second] - places[first])))
 
 
 def _random_functional(output: Any, key: Array, examples: int) -> LossFn:
@@ -587,15 +456,13 @@ def _first(error: Exception) -> str:
 
 
 def _one_line(error: Exception, batch: Any) -> ValueError:
-    """What a network says of a batch, or of its own, in one line."""
+    """An error of the network, about a batch or about itself, in one line."""
     message, axis = _first(error), unbound_axis(error)
     if axis is not None:
         return ValueError(
             f"forward names the axis {axis!r}, which is not bound: give axis_name={axis!r}, and it "
             "runs on one device"
         )
-    if isinstance(error, signal_linen.ApplyError) or not message.startswith(
-        ("forward", "intermediates")
-    ):
+    if isinstance(error, linen.ApplyError) or not message.startswith(("forward", "intermediates")):
         message = f"forward does not take a batch of {_shapes(batch)}: {message}"
     return ValueError(message)

@@ -1,15 +1,11 @@
 """What a probe of the signal means, in words, and what to do."""
 
-from __future__ import annotations
-
 import math
-import typing
 from collections.abc import Callable, Sequence
 
 import numpy as np
 
-if typing.TYPE_CHECKING:
-    from bn_research.probes.signal import LayerSignal, Signal
+from bn_research.probes.signal.layers import Layers, LayerSignal
 
 LOST = 1e-4  # std of pre-activations, below which a softmax hardly tells classes apart
 EXPLODED = 1e4  # std of pre-activations, above which a softmax is one-hot
@@ -21,23 +17,30 @@ _LISTED = 4  # layers of branches that start at zero, and the number of the othe
 STEADY = 0.1  # growth per layer around 1 that calls for no rescaling
 
 
-def findings(signal: Signal) -> list[str]:
+def in_words(signal: Layers) -> str:
+    """See `Signal.verdict`."""
+    return "\n".join([*findings(signal), *notes(signal)])
+
+
+def findings(signal: Layers) -> list[str]:
     """What is wrong, a line each, most fundamental first; or one line that starts with "healthy".
 
-    Values and gradients that are not finite come first. The signal is lost, or explodes, from the
-    first layer on after which the std of no pre-activation comes back to within `LOST` and
-    `EXPLODED`, and that of the output neither: what BN brings back is not lost. It is judged as it
-    is, not relative to the input, because so does a softmax. Examples look alike from the first
-    layer on after which no soft rank is above `COLLAPSED`, the output's neither; a head alone does
-    not count, since the mean over all examples that it adds to each is no loss.
+    Values that are not finite come first, and alone.
+
+    The signal is lost where the std is below `LOST` in a layer, in all layers after it and in the
+    output; the first such layer is named. It explodes likewise above `EXPLODED`. What BN brings
+    back is thus not lost. The limits are absolute, not relative to the input, because what a
+    softmax makes of numbers depends on their size. Examples look alike where the soft rank is below
+    `COLLAPSED`, likewise. The last layer alone does not count: a mean over all examples that a head
+    adds to each is no loss.
 
     The norm of the gradient is compared between the first and the last layer that have one. Units
-    are dead where both pre-activation ≤ 0 and gradient 0 hold for the whole batch; the last
+    are dead whose pre-activation is ≤ 0 and whose gradient is 0 for the whole batch; the last
     layer's are no units.
 
-    A branch that starts at zero spoils none of it: where its layers are 0 they are not judged as
-    values, and where their gradient is they are not judged by it. A gradient is lost where it is 0
-    on every path; a layer in a branch whose gradient stays 0 is said to be one.
+    A branch that starts at zero is no fault: layers in it are judged neither by values nor by
+    gradients that are 0. A gradient is lost where it is 0 on every path; where it stays 0 in a
+    branch alone, the finding says so.
     """
     layers = list(signal.values())
     broken = next((layer for layer in layers if not math.isfinite(layer.std)), None)
@@ -56,7 +59,7 @@ def findings(signal: Signal) -> list[str]:
     return lines or [f"healthy: {growths(signal)}"]
 
 
-def notes(signal: Signal) -> list[str]:
+def notes(signal: Layers) -> list[str]:
     """What is no fault: branches that start at zero, and kernels that no layer stands for."""
     layers = list(signal.values())
     branches = [_named(signal, layer) for layer in layers if layer.starts_at_zero]
@@ -73,13 +76,13 @@ def notes(signal: Signal) -> list[str]:
     return lines
 
 
-def growths(signal: Signal) -> str:
+def growths(signal: Layers) -> str:
     """Both growths, in words."""
     forward, backward = signal.forward_growth, signal.backward_growth
     return f"forward {_factor(forward)}, backward {_factor(backward)} per layer"
 
 
-def _scale(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+def _scale(signal: Layers, layers: Sequence[LayerSignal]) -> list[str]:
     growth, out = signal.forward_growth, signal.output_std
     lost = _trailing(layers, lambda layer: layer.std < LOST)
     if lost is not None and not out >= LOST:
@@ -110,7 +113,7 @@ def _scale(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
     return []
 
 
-def _gradient(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+def _gradient(signal: Layers, layers: Sequence[LayerSignal]) -> list[str]:
     known = [
         (number, layer.log10_gradient_norm)
         for number, layer in enumerate(layers)
@@ -158,7 +161,7 @@ def _gradient(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
     ]
 
 
-def _stuck(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+def _stuck(signal: Layers, layers: Sequence[LayerSignal]) -> list[str]:
     stuck = [
         layer
         for layer in layers
@@ -172,7 +175,7 @@ def _stuck(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
     ]
 
 
-def _units(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+def _units(signal: Layers, layers: Sequence[LayerSignal]) -> list[str]:
     dead = [
         (min(layer.dead_fraction, layer.silent_fraction), number)
         for number, layer in enumerate(layers[:-1])
@@ -187,7 +190,7 @@ def _units(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
     ]
 
 
-def _examples(signal: Signal, layers: Sequence[LayerSignal]) -> list[str]:
+def _examples(signal: Layers, layers: Sequence[LayerSignal]) -> list[str]:
     lines = []
     largest = max(layers, key=lambda layer: layer.conditioning, default=None)
     if largest is not None and largest.conditioning > CONDITIONING:
@@ -219,7 +222,7 @@ def _at_last(layers: Sequence[LayerSignal], number: int) -> str:
     return "" if number == len(layers) - 1 else f", {layers[-1].std:.1g} at the last"
 
 
-def _named(signal: Signal, layer: LayerSignal) -> str:
+def _named(signal: Layers, layer: LayerSignal) -> str:
     return f"{list(signal).index(layer.name) + 1} ({layer.name})"
 
 

@@ -18,10 +18,10 @@ _numbers = itertools.count()
 
 
 def library_of(model: Any, library: str, otherwise: str) -> Any:
-    """The library of Flax that a model is a module of: who has one has loaded it.
+    """The library of Flax that a model is a module of; whoever has a model has loaded it.
 
     Raises:
-      ValueError: it is no module of it.
+      ValueError: a model of another library.
     """
     loaded = sys.modules.get(library)
     if loaded is None or not isinstance(model, loaded.Module):
@@ -37,7 +37,7 @@ class ApplyError(Exception):
 
 
 class LinenForward:
-    """(variables, batch) -> (output, no intermediates): layers are marked where they are computed.
+    """(variables, batch) -> (output, {}), with layers marked where they are computed.
 
     Attributes:
       left_out: after a call, the kernels that no layer stands for, in words.
@@ -47,8 +47,8 @@ class LinenForward:
         """Looks for the modules that own a kernel.
 
         Raises:
-          ValueError: no linen module; variables without params or without a kernel; apply options
-            that the probe sets.
+          ValueError: a model of another library; variables without params or without a kernel;
+            apply options that the probe sets.
         """
         self._linen = library_of(model, "flax.linen", "one of nnx takes probe_nnx")
         for name in ("mutable", "capture_intermediates"):
@@ -109,7 +109,7 @@ class LinenForward:
 
 
 def mismatch(model: Any, variables: Any, batch: Any, options: Mapping[str, Any]) -> str | None:
-    """The first parameter that this batch would need in another shape, in words."""
+    """The first parameter that the batch needs in another shape, in words; None without one."""
     options = {name: value for name, value in options.items() if name != "rngs"}
     try:
         needed = jax.eval_shape(lambda: model.init(jax.random.key(0), batch, **options))
