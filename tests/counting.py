@@ -34,7 +34,7 @@ def run(config, data, path, *, parallel):
     import jax
     import numpy as np
 
-    from bn_research.claims.verdict import REPRODUCED, Finding
+    from bn_research.claims.finding import REPRODUCED, Finding
     from bn_research.training.preemption import Preemption, Stopped
 
     index, count = jax.process_index(), jax.local_device_count()
@@ -123,7 +123,7 @@ def wait_for_step(workdir, step, processes, timeout=60):
 
 
 if __name__ == "__main__":
-    from bn_research.claims.registry import Claim
+    from bn_research.claims.claim import Claim
     from experiments.launch import Experiment, main
 
     CLAIM = Claim("sum-is-known", "The sum is known", "Gauss", "any", "n(n-1)/2 a step")

@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from sklearn import metrics
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.layers.linen import MOMENTS
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.lanes import Lanes

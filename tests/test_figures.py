@@ -138,7 +138,7 @@ def test_words_are_required(tmp_path, name):
 
 def test_neither_pyplot_nor_jax_is_loaded():
     code = (
-        "import sys, bn_research.claims.report; "
+        "import sys, bn_research.claims.html.overview; "
         "sys.exit(' '.join({'matplotlib.pyplot', 'jax', 'absl'} & set(sys.modules)) or None)"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.training.lanes import Lanes
 from experiments import init_sensitivity_signal, runner
 from experiments.init_sensitivity import EXPERIMENT, NETWORKS, PRESETS, Config, plan

@@ -16,7 +16,7 @@ import optax
 import pytest
 from scipy import stats
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.models.cnn import CNN
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.lanes import Lanes

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.probes.batch_noise import exact_moments
 from bn_research.probes.batch_noise_sampling import describe_population
 from experiments import regularization_noise as noise

@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import REPRODUCED, Finding
+from bn_research.claims.claim import Claim
+from bn_research.claims.finding import REPRODUCED, Finding
 from experiments import launch, launch_tensorboard
 from experiments.launch_tensorboard import curves, event_files
 from experiments.workdir import Ledger

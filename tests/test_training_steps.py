@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bn_research.claims.censoring import Bounded
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.bounded import Bounded
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.inception import Inception
 from bn_research.training.checkpoint import Checkpointer

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bn_research.claims import atomic, palette_png
-from bn_research.claims.registry import SLUG
+from bn_research.claims.claim import SLUG
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -50,7 +50,7 @@ PALETTE = Palette()
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure on disk, with the words that a report needs to show it.
+    """A figure on disk, with the words that a page needs to show it.
 
     Attributes:
         path: The PNG file.

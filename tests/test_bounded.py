@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bn_research.claims.censoring import Bounded, first_reaching, ratio
+from bn_research.claims.bounded import Bounded, first_reaching, ratio
 
 
 def exact(*values):

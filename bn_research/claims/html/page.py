@@ -6,10 +6,11 @@ from html import escape
 from string import Template
 from typing import Any
 
-from bn_research.claims import atomic, elements
+from bn_research.claims import atomic
 from bn_research.claims.figures import Figure
 from bn_research.claims.formatting import format_interval, format_measured
-from bn_research.claims.run import Run
+from bn_research.claims.html import elements
+from bn_research.claims.results import Run
 
 _UNFOLDED = 12  # numbers of a claim; the rest opens on demand
 _COLUMNS = ("Claim", "Source", "Criterion", "Expected", "Measured", "Verdict")

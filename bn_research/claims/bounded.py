@@ -12,8 +12,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
+from bn_research.claims.estimate import estimate
 from bn_research.claims.formatting import format_number
-from bn_research.claims.verdict import estimate
 
 
 class Bounded(NamedTuple):
@@ -92,7 +92,7 @@ def ratio(numerators: Sequence[Bounded], denominators: Sequence[Bounded]) -> Rat
     With :math:`r_i` between :math:`l_i` and :math:`h_i` (logarithms), the interval begins where the
     Student-t interval of the :math:`l_i` begins and ends where that of the :math:`h_i` ends: since
     :math:`E\,l \le E\,r \le E\,h`, each end errs on the safe side. It is that of
-    :func:`~bn_research.claims.verdict.estimate` where nothing is censored.
+    :func:`~bn_research.claims.estimate.estimate` where nothing is censored.
 
     Args:
         numerators: Positive; one for each seed.

@@ -1,86 +1,22 @@
-"""What a run leaves behind: ``results.json``, and its claims as a table for terminal or page."""
+"""Claims with what was measured as a table: for a terminal, or in Markdown."""
 
-import json
-import math
-import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from bn_research.claims import atomic
+from bn_research.claims.finding import VERDICTS, Finding
 from bn_research.claims.formatting import (
     display_width,
     format_interval,
     format_measured,
-    format_number,
     printable,
     wrap,
 )
-from bn_research.claims.registry import check_unique
-from bn_research.claims.verdict import VERDICTS, Finding
-
-SCHEMA = 1
 
 _HEADINGS = ("claim", "expected", "measured", "interval", "verdict")
 _MEASURED_SHOWN = 6  # a terminal is for a first look; results.json has them all
 _NARROWEST = 60  # below it no column has room for a word
-
-
-def results_document(
-    *,
-    experiment: str,
-    preset: str,
-    dataset: str,
-    seeds: Iterable[int],
-    wall_seconds: float,
-    findings: Sequence[Finding],
-) -> dict[str, Any]:
-    """Return the content of ``results.json``.
-
-    JSON has no infinity and no NaN: such a number becomes None, and the claim's note says which and
-    what it was. An interval that is open on one side, as a censored number's is, has None there,
-    and so have the numbers ``name, low`` and ``name, high``; one that is open on both is None.
-
-    Args:
-        experiment: Name of the experiment's module.
-        preset: Name of the preset.
-        dataset: Name of the data, or ``""`` where none is used.
-        seeds: The seeds that were run.
-        wall_seconds: How long it took.
-        findings: One for each claim.
-
-    Returns:
-        Plain dicts, lists, strings and numbers, in the order of schema 1.
-
-    Raises:
-        ValueError: Two findings share a claim id, or ``wall_seconds`` is negative or not finite.
-    """
-    if not 0 <= wall_seconds < math.inf:
-        raise ValueError(f"wall_seconds must be finite and not negative, got {wall_seconds}")
-    check_unique(finding.claim for finding in findings)
-    return {
-        "schema": SCHEMA,
-        "experiment": experiment,
-        "preset": preset,
-        "dataset": dataset,
-        "seeds": [int(seed) for seed in seeds],
-        "wall_seconds": float(wall_seconds),
-        "claims": [_claim_entry(finding) for finding in findings],
-    }
-
-
-def write_json(path: str | os.PathLike[str], document: Any) -> None:
-    """Write strict JSON atomically: equal documents in equal key order give equal bytes.
-
-    Keys keep the order of the document, which is the order a reader expects.
-
-    Raises:
-        ValueError: The document holds a number that is not finite; nothing is written.
-        TypeError: It holds something JSON does not know; nothing is written.
-    """
-    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
-    atomic.write_bytes(path, f"{text}\n".encode())
 
 
 def verdict_table(
@@ -126,7 +62,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
     """Lay the claims of a ``results.json`` out as a Markdown table, with the notes below it.
 
     Args:
-        results: What :func:`results_document` returned, or the same read back from JSON.
+        results: The document of ``results.json``.
     """
     lines = ["| claim | expected | measured | 95 % interval | verdict |", "|---|---|---|---|---|"]
     notes = []
@@ -144,44 +80,6 @@ def markdown_table(results: Mapping[str, Any]) -> str:
         if claim["note"]:
             notes.append(f"- `{claim['id']}`: {claim['note']}")
     return "\n".join([*lines, "", *notes])
-
-
-def _claim_entry(finding: Finding) -> dict[str, Any]:
-    claim = finding.claim
-    measured = {name: float(value) for name, value in finding.measured.items()}
-    lost = [
-        f"{name} ({format_number(value)})"
-        for name, value in measured.items()
-        if not math.isfinite(value) and not _is_open_end(name, measured)
-    ]
-    interval = None
-    if finding.interval is not None:
-        interval = [float(end) if math.isfinite(end) else None for end in finding.interval]
-        if interval == [None, None]:
-            lost.append(f"interval {format_interval(finding.interval)}")
-            interval = None
-    note = finding.note
-    if lost:
-        if note and not note.rstrip().endswith((".", "!", "?")):
-            note = f"{note.rstrip()}."
-        note = f"{note} Not finite, stored as null: {', '.join(lost)}.".lstrip()
-    return {
-        "id": claim.id,
-        "statement": claim.statement,
-        "source": claim.source,
-        "criterion": claim.criterion,
-        "expected": claim.expected,
-        "measured": {n: v if math.isfinite(v) else None for n, v in measured.items()},
-        "interval": interval,
-        "verdict": finding.verdict,
-        "note": note,
-    }
-
-
-def _is_open_end(name: str, measured: Mapping[str, float]) -> bool:
-    """Whether this is the end of an interval that the number itself stands beside."""
-    number, _, end = name.rpartition(", ")
-    return end in ("low", "high") and number in measured
 
 
 def _table_row(finding: Finding) -> list[list[str]]:

@@ -1,4 +1,4 @@
-"""Parts that the pages of reports share: pure functions from results to HTML.
+"""Parts that the pages share: pure functions from results to HTML.
 
 Everything that comes from outside passes through :func:`html.escape`. The same input gives the
 same bytes: no clock and no random identifier is consulted.
@@ -15,9 +15,9 @@ from string import Template
 from typing import Any
 
 from bn_research.claims.figures import Figure
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.claims.formatting import format_duration
-from bn_research.claims.images import embed
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.html.images import embed
 
 FAILED = "failed"  # of an experiment that came to no verdict
 
