@@ -8,8 +8,9 @@ this is done by the first figure, not by whoever asks an experiment for help.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 DPI = 150
+GREY = "#777777"  # of what others are compared with
 _INK = "#262626"
 _GRID = "#e3e3e3"
 _LABEL_GAP = 12.0  # points between two direct labels
@@ -134,6 +136,32 @@ def save_figure(
     return Figure(atomic.write_bytes(path, data), title, alt, caption, tuple(claims))
 
 
+def save_all(
+    draws: Iterable[Callable[..., Any]], folder: str | os.PathLike[str], *given: Any
+) -> list[Figure]:
+    """Figures drawn and saved, in the order of the page.
+
+    Args:
+      draws: Functions of what is given, such as ``loss_curves``, or partial ones. The docstring is
+        the title, without its full stop; the file is named after the function. Each returns the
+        Matplotlib figure and a dict of what else :func:`save_figure` takes: ``alt``, ``caption``
+        and, if any, ``claims``; a ``title`` or the name of a ``file`` there comes first. A function
+        that returns None draws nothing.
+      folder: Where the PNG files go.
+      *given: For each of the functions.
+    """
+    saved = []
+    for draw in draws:
+        if drawn := draw(*given):
+            fig, words = drawn
+            while isinstance(draw, functools.partial):
+                draw = draw.func
+            words = {"title": (draw.__doc__ or "").partition("\n")[0].removesuffix("."), **words}
+            name = words.pop("file", draw.__name__.strip("_"))
+            saved.append(save_figure(fig, Path(folder) / f"{name}.png", **words))
+    return saved
+
+
 def band(
     axis: Axes,
     x: ArrayLike,
@@ -144,6 +172,7 @@ def band(
     spread: str = "range",
     linestyle: str = "-",
     mark_lost: bool = True,
+    **look: Any,
 ) -> Line2D:
     """Draw the mean over seeds as a line, and their spread as a band around it.
 
@@ -161,6 +190,7 @@ def band(
             Student-t interval of the mean, which is very wide below 5 seeds.
         linestyle: As in Matplotlib.
         mark_lost: Whether to draw the crosses.
+        **look: Of the line, as Matplotlib takes it, such as a marker.
 
     Returns:
         The line.
@@ -178,7 +208,7 @@ def band(
     mean = _divide(np.sum(curves, axis=0, where=valid), valid.sum(axis=0))
     low, high = _SPREADS[spread](curves, valid, mean)
     axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    (line,) = axis.plot(x, mean, color=color, linestyle=linestyle, label=label)
+    (line,) = axis.plot(x, mean, color=color, linestyle=linestyle, label=label, **look)
     if mark_lost:
         for curve, kept in zip(curves, valid, strict=True):
             if kept.any() and not kept[-1]:
