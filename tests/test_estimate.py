@@ -2,9 +2,18 @@
 
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from bn_research.claims.estimate import estimate, paired_difference, slope
+from bn_research.claims.estimate import (
+    Estimate,
+    estimate,
+    median_interval,
+    paired_difference,
+    ratio_of_means,
+    slope,
+)
 
 
 def t_quantile_1(p):
@@ -111,3 +120,48 @@ def test_slope_of_two_points_has_no_interval():
 def test_slope_refuses(x, y, message):
     with pytest.raises(ValueError, match=message):
         slope(x, y)
+
+
+def test_words_and_rising_functions():
+    found = Estimate(0.5, 0.25, 1.0, 4)
+    assert str(found) == "0.5 [0.25, 1]"
+    assert found.mapped(lambda x: 100 * x) == Estimate(50, 25, 100, 4)
+    assert Estimate(0.0, -math.inf, math.inf, 1).mapped(np.exp) == Estimate(1, 0, math.inf, 1)
+
+
+def test_ratio_of_means_is_where_students_test_turns():
+    a, b = (np.random.default_rng(0).standard_normal((6, 2)) * 0.3 + [1.0, 2.0]).T
+    found = ratio_of_means(a, b)
+    assert found.low < found.mean < found.high and found.mean == pytest.approx(a.mean() / b.mean())
+    for end in found.interval:
+        assert stats.ttest_1samp(a - end * b, 0).pvalue == pytest.approx(0.05)
+    for end in ratio_of_means(a, b, confidence=0.8).interval:
+        assert stats.ttest_1samp(a - end * b, 0).pvalue == pytest.approx(0.2)
+    assert ratio_of_means(a, b - 2).interval == (-math.inf, math.inf)
+    assert ratio_of_means(a[:1], b[:1]).interval == (-math.inf, math.inf)
+    assert math.isnan(ratio_of_means([1.0, 2.0], [0.0, 0.0]).mean)
+    with pytest.raises(ValueError, match="paired by seed, got 2 and 1"):
+        ratio_of_means([1.0, 2.0], [1.0])
+
+
+def test_intervals_of_quotients_and_medians_cover_the_truth():
+    rng = np.random.default_rng(0)
+    quotients, medians = [], []
+    for _ in range(2000):
+        a, b = rng.normal(1, 0.4, 5), rng.normal(2, 0.4, 5)
+        low, high = ratio_of_means(a, b).interval
+        quotients.append(low <= 0.5 <= high)
+        low, high = median_interval(rng.exponential(size=12)).interval
+        medians.append(low <= math.log(2) <= high)
+    assert np.mean(quotients) == pytest.approx(0.95, abs=0.015)
+    assert 0.95 <= np.mean(medians) <= 0.98  # of 12: 1 − 2·P(Binomial(12, ½) < 3) = 0.961
+
+
+@pytest.mark.parametrize(
+    ("count", "low", "high"),
+    [(5, -math.inf, math.inf), (6, 1, 6), (10, 2, 9), (11, 2, 10), (25, 8, 18), (100, 40, 61)],
+)
+def test_interval_of_the_median(count, low, high):
+    """Ranks from tables of the sign test, two-sided 5 %."""
+    values = np.random.default_rng(0).permutation(np.arange(1, count + 1))
+    assert median_interval(values) == Estimate((count + 1) / 2, low, high, count)

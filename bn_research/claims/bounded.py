@@ -5,6 +5,7 @@ it, favours the arm that fails. Here such a number stays a pair of bounds throug
 intervals.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -12,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike
 
-from bn_research.claims.estimate import estimate
-from bn_research.claims.formatting import format_number
+from bn_research.claims.estimate import Estimate, estimate
+from bn_research.claims.formatting import format_interval, format_number
 
 
 class Bounded(NamedTuple):
@@ -58,6 +59,10 @@ class Ratio(NamedTuple):
             return self.mean.high
         return self.mean.low if self.mean.low > 0 else math.nan
 
+    def __str__(self) -> str:
+        """``32 [23.6, 43.4]``, or a bound of the mean in its place."""
+        return f"{self.mean} {format_interval(self.interval)}"
+
 
 def first_reaching(steps: ArrayLike, values: ArrayLike, target: float) -> Bounded:
     """First of the steps whose value is at least target; above the last step if there is none.
@@ -86,7 +91,7 @@ def first_reaching(steps: ArrayLike, values: ArrayLike, target: float) -> Bounde
     return Bounded(float(steps[-1]), math.inf)
 
 
-def ratio(numerators: Sequence[Bounded], denominators: Sequence[Bounded]) -> Ratio:
+def ratio(numerators: Sequence[Bounded | float], denominators: Sequence[Bounded | float]) -> Ratio:
     r"""Geometric mean of numerator/denominator over pairs, with bounds where there are bounds.
 
     With :math:`r_i` between :math:`l_i` and :math:`h_i` (logarithms), the interval begins where the
@@ -95,25 +100,19 @@ def ratio(numerators: Sequence[Bounded], denominators: Sequence[Bounded]) -> Rat
     :func:`~bn_research.claims.estimate.estimate` where nothing is censored.
 
     Args:
-        numerators: Positive; one for each seed.
-        denominators: Those of the same seeds, in the same order.
+      numerators: Positive, one for each seed; a plain number is one that was measured.
+      denominators: Those of the same seeds, in the same order.
 
     Raises:
-        ValueError: None, not as many of both, bounds out of order or not positive.
+      ValueError: None, not as many of both, bounds out of order or not positive.
     """
-    if not numerators or len(numerators) != len(denominators):
+    if not len(numerators) or len(numerators) != len(denominators):
         raise ValueError(
             f"numerators and denominators must be paired by seed, got {len(numerators)} and "
             f"{len(denominators)}"
         )
-    for number in (*numerators, *denominators):
-        if not 0 < number.low <= number.high:
-            raise ValueError(f"bounds must be positive and in order, got {tuple(number)}")
-    pairs = list(zip(numerators, denominators, strict=True))
-    lows = [_log_quotient(n.low, d.high) for n, d in pairs]
-    highs = [_log_quotient(n.high, d.low) for n, d in pairs]
-    low = estimate(lows) if np.all(np.isfinite(lows)) else None
-    high = estimate(highs) if np.all(np.isfinite(highs)) else None
+    pairs = [(_positive(n), _positive(d)) for n, d in zip(numerators, denominators, strict=True)]
+    low, high = _estimates(*zip(*itertools.starmap(_log_quotient, pairs), strict=True))
     return Ratio(
         Bounded(math.exp(low.mean) if low else 0.0, math.exp(high.mean) if high else math.inf),
         math.exp(low.low) if low else 0.0,
@@ -123,11 +122,76 @@ def ratio(numerators: Sequence[Bounded], denominators: Sequence[Bounded]) -> Rat
     )
 
 
-def _log_quotient(a: float, b: float) -> float:
-    """log(a/b), of which one may be infinite."""
-    if math.isinf(b):
-        return -math.inf
-    return math.inf if math.isinf(a) else math.log(a) - math.log(b)
+def geometric_mean(numbers: Sequence[Bounded | float]) -> Bounded:
+    """Geometric mean of positive numbers, a bound where one of them is."""
+    return ratio(numbers, [1.0] * len(numbers)).mean
+
+
+def bounded_slope(
+    x: Sequence[float],
+    numerators: Sequence[Bounded | float],
+    denominators: Sequence[Bounded | float],
+) -> Bounded:
+    """Least-squares slope of log(numerator/denominator) over x, as its bounds.
+
+    The slope is the sum of cᵢ·yᵢ with cᵢ = (xᵢ − x̄)/Σ(xⱼ − x̄)², so each bound of y enters by the
+    sign of its c.
+    """
+    centred = np.asarray(x, float) - np.mean(x)
+    low = high = 0.0
+    for weight, n, d in zip(centred / np.sum(centred**2), numerators, denominators, strict=True):
+        if weight:
+            ends = [float(weight) * end for end in _log_quotient(_positive(n), _positive(d))]
+            low, high = low + min(ends), high + max(ends)
+    return Bounded(low, high)
+
+
+def log_slope(
+    x: Sequence[float],
+    numerators: Sequence[Sequence[Bounded | float]],
+    denominators: Sequence[Sequence[Bounded | float]],
+) -> Estimate:
+    """Slope of log(numerator/denominator) over x: mean over seeds of `bounded_slope`.
+
+    Args:
+      x: Two or more different numbers.
+      numerators: At each x, those of all seeds.
+      denominators: Likewise.
+
+    Returns:
+      The slope with an interval that errs on the safe side, as that of `ratio`; NaN where the mean
+      has no bounds, infinite ends where nothing bounds them.
+    """
+    seeds = zip(zip(*numerators, strict=True), zip(*denominators, strict=True), strict=True)
+    bounds = [bounded_slope(x, n, d) for n, d in seeds]
+    low, high = _estimates(*zip(*bounds, strict=True))
+    return Estimate(
+        (low.mean + high.mean) / 2 if low and high else math.nan,
+        low.low if low else -math.inf,
+        high.high if high else math.inf,
+        len(bounds),
+    )
+
+
+def _positive(number: Bounded | float) -> Bounded:
+    bounds = number if isinstance(number, Bounded) else Bounded(number, number)
+    if not 0 < bounds.low <= bounds.high:
+        raise ValueError(f"bounds must be positive and in order, got {tuple(bounds)}")
+    return bounds
+
+
+def _estimates(lows: Sequence[float], highs: Sequence[float]) -> list[Estimate | None]:
+    """Those of lower and of upper bounds; None where one of them is infinite."""
+    return [estimate(ends) if np.all(np.isfinite(ends)) else None for ends in (lows, highs)]
+
+
+def _log_quotient(n: Bounded, d: Bounded) -> tuple[float, float]:
+    """Bounds of log(n/d)."""
+    return _log(n.low) - _log(d.high), _log(n.high) - _log(d.low)
+
+
+def _log(x: float) -> float:
+    return math.log(x) if math.isfinite(x) else math.inf
 
 
 def _exp(x: float) -> float:
