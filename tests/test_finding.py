@@ -14,6 +14,7 @@ from bn_research.claims.finding import (
     Finding,
     conjunction,
     decide,
+    verdict_of,
 )
 
 CLAIM = Claim("a-claim", "A holds.", "Notes", "A >= 1", "A = 2")
@@ -85,3 +86,10 @@ def test_finding_is_checked():
         Finding(CLAIM, {}, (2.0, 1.0), REPRODUCED)
     with pytest.raises(ValueError, match="interval must be a pair"):
         Finding(CLAIM, {}, estimate([1.0, 2.0]), REPRODUCED)
+
+
+def test_a_refutation_comes_first_and_neither_decides_nothing():
+    assert verdict_of(reproduced=True, refuted=False) == REPRODUCED
+    assert verdict_of(reproduced=False, refuted=True) == NOT_REPRODUCED
+    assert verdict_of(reproduced=True, refuted=True) == NOT_REPRODUCED
+    assert verdict_of(reproduced=False, refuted=False) == INCONCLUSIVE

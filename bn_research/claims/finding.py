@@ -82,6 +82,21 @@ def decide(
     return INCONCLUSIVE
 
 
+def verdict_of(*, reproduced: bool, refuted: bool) -> str:
+    """Verdict of the two conditions of a criterion on intervals; a refutation comes first.
+
+    ``verdict_of(reproduced=found.low > 0, refuted=found.high <= 0)``: a criterion may leave room
+    between the two, where nothing is decided.
+
+    Args:
+      reproduced: Whether the claim surely holds.
+      refuted: Whether it surely does not.
+    """
+    if refuted:
+        return NOT_REPRODUCED
+    return REPRODUCED if reproduced else INCONCLUSIVE
+
+
 def conjunction(*verdicts: str) -> str:
     """Verdict of a claim of several parts, which is as strong as its weakest part."""
     if not verdicts:
