@@ -17,7 +17,7 @@ _NO_MARKUP = str.maketrans("", "", "${}")  # of Matplotlib's formulas
 
 
 def line_ends(axis: Axes) -> str:
-    """Where each labelled line begins and ends: ``plain: 0.1 to 0.9; chance: 0.1``.
+    """Where each labelled line begins and ends: `plain: 0.1 to 0.9; chance: 0.1`.
 
     Left to right, one number where both are the same; points with error bars are a line too.
     Values that are not finite, lines that have no other, and vertical lines are left out.
@@ -41,7 +41,7 @@ def line_ends(axis: Axes) -> str:
 
 
 def panel_ends(panels: Mapping[str, Axes]) -> str:
-    """`line_ends` of each panel after its name, a sentence each: ``Low rate: plain: 0.1 to 0.9.``.
+    """`line_ends` of each panel after its name, a sentence each: `Low rate: plain: 0.1 to 0.9.`.
 
     A name begins with a capital here, however it is written.
     """

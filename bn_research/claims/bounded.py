@@ -29,7 +29,7 @@ class Bounded(NamedTuple):
         return self.low != self.high
 
     def __str__(self) -> str:
-        """``1500``, or ``> 3000``, ``< 0.2``, ``0.2 to 3`` where it is a bound."""
+        """`1500`, or `> 3000`, `< 0.2`, `0.2 to 3` where it is a bound."""
         low, high = format_number(self.low), format_number(self.high)
         if not self.is_censored:
             return low
@@ -49,7 +49,7 @@ class Ratio(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The pair ``(low, high)``."""
+        """The pair `(low, high)`."""
         return self.low, self.high
 
     @property
@@ -60,7 +60,7 @@ class Ratio(NamedTuple):
         return self.mean.low if self.mean.low > 0 else math.nan
 
     def __str__(self) -> str:
-        """``32 [23.6, 43.4]``, or a bound of the mean in its place."""
+        """`32 [23.6, 43.4]`, or a bound of the mean in its place."""
         return f"{self.mean} {format_interval(self.interval)}"
 
 
@@ -68,13 +68,13 @@ def first_reaching(steps: ArrayLike, values: ArrayLike, target: float) -> Bounde
     """First of the steps whose value is at least target; above the last step if there is none.
 
     Args:
-        steps: At which values were measured, rising.
-        values: One for each; NaN, of a run that is lost, reaches nothing.
-        target: To reach; for a loss, pass ``-loss`` and ``-target``.
+      steps: at which values were measured, rising.
+      values: one for each; NaN, of a run that is lost, reaches nothing.
+      target: to reach; for a loss, pass `-loss` and `-target`.
 
     Raises:
-        ValueError: No steps, steps that do not rise, another number of values, or a target that is
-            not a number.
+      ValueError: no steps, steps that do not rise, another number of values, or a target that is
+        not a number.
     """
     steps, values = np.asarray(steps, np.float64), np.asarray(values, np.float64)
     if steps.ndim != 1 or not len(steps) or values.shape != steps.shape:
@@ -92,19 +92,18 @@ def first_reaching(steps: ArrayLike, values: ArrayLike, target: float) -> Bounde
 
 
 def ratio(numerators: Sequence[Bounded | float], denominators: Sequence[Bounded | float]) -> Ratio:
-    r"""Geometric mean of numerator/denominator over pairs, with bounds where there are bounds.
+    """Geometric mean of numerator/denominator over pairs, with bounds where there are bounds.
 
-    With :math:`r_i` between :math:`l_i` and :math:`h_i` (logarithms), the interval begins where the
-    Student-t interval of the :math:`l_i` begins and ends where that of the :math:`h_i` ends: since
-    :math:`E\,l \le E\,r \le E\,h`, each end errs on the safe side. It is that of
-    :func:`~bn_research.claims.estimate.estimate` where nothing is censored.
+    With logarithms of ratios rᵢ between lᵢ and hᵢ, the interval begins where the Student-t interval
+    of the lᵢ begins and ends where that of the hᵢ ends: since E l ≤ E r ≤ E h, each end errs on the
+    safe side. It is that of `estimate` where nothing is censored.
 
     Args:
-      numerators: Positive, one for each seed; a plain number is one that was measured.
-      denominators: Those of the same seeds, in the same order.
+      numerators: positive, one for each seed; a plain number is one that was measured.
+      denominators: those of the same seeds, in the same order.
 
     Raises:
-      ValueError: None, not as many of both, bounds out of order or not positive.
+      ValueError: no pairs, not as many of both, bounds out of order or not positive.
     """
     if not len(numerators) or len(numerators) != len(denominators):
         raise ValueError(
@@ -153,14 +152,8 @@ def log_slope(
 ) -> Estimate:
     """Slope of log(numerator/denominator) over x: mean over seeds of `bounded_slope`.
 
-    Args:
-      x: Two or more different numbers.
-      numerators: At each x, those of all seeds.
-      denominators: Likewise.
-
-    Returns:
-      The slope with an interval that errs on the safe side, as that of `ratio`; NaN where the mean
-      has no bounds, infinite ends where nothing bounds them.
+    At each x stand the numbers of all seeds. The interval errs on the safe side, as that of `ratio`
+    does; the mean is NaN, and an end infinite, where nothing bounds it.
     """
     seeds = zip(zip(*numerators, strict=True), zip(*denominators, strict=True), strict=True)
     bounds = [bounded_slope(x, n, d) for n, d in seeds]

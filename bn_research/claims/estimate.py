@@ -1,4 +1,7 @@
-"""From numbers over seeds, or points of a line, to an estimate with its interval."""
+"""From numbers over seeds, or points of a line, to an estimate with its interval.
+
+Intervals have a coverage of 95 % unless another `confidence` is asked for.
+"""
 
 import math
 from collections.abc import Callable
@@ -20,32 +23,27 @@ class Estimate(NamedTuple):
 
     @property
     def interval(self) -> tuple[float, float]:
-        """The pair ``(low, high)``."""
+        """The pair `(low, high)`."""
         return self.low, self.high
 
     def __str__(self) -> str:
-        """``0.49 [0.45, 0.53]``."""
+        """`0.49 [0.45, 0.53]`."""
         return f"{format_number(self.mean)} {format_interval(self.interval)}"
 
     def mapped(self, function: Callable[[float], float]) -> "Estimate":
-        """Mean and ends under a rising function, such as ``numpy.exp`` of a mean logarithm."""
+        """Mean and ends under a rising function, such as `numpy.exp` of a mean logarithm."""
         mean, low, high = (float(function(number)) for number in self[:3])
         return Estimate(mean, low, high, self.count)
 
 
 def estimate(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    r"""Mean with its Student-t interval, :math:`\bar x \pm t_{n-1} s / \sqrt n`.
+    """Mean over seeds with its Student-t interval, x̄ ± t(n − 1)·s/√n.
 
-    Args:
-        values: One number per seed.
-        confidence: Coverage of the interval, between 0 and 1.
-
-    Returns:
-        The estimate. One value alone gives the interval ``(-inf, inf)``.
+    One value alone gives the interval `(-inf, inf)`.
 
     Raises:
-        ValueError: There are no values, or one of them is not finite. Decide beforehand what a
-            diverged seed means for the claim; leaving it out would bias the mean.
+      ValueError: there are no values, or one of them is not finite. Decide beforehand what a
+        diverged seed means for the claim; leaving it out would bias the mean.
     """
     values = _finite_vector(values, "values")
     _check_confidence(confidence)
@@ -58,26 +56,25 @@ def estimate(values: ArrayLike, *, confidence: float = 0.95) -> Estimate:
 
 
 def paired_difference(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Estimate of ``a - b`` for two arms that share their seeds.
+    """Estimate of `a - b` for two arms that share their seeds.
 
     Pairing removes what the seeds do to both arms alike, so the interval is narrower than that of
     two separate means.
 
     Raises:
-        ValueError: The arms differ in length, or a value is not finite.
+      ValueError: the arms differ in length, or a value is not finite.
     """
     a, b = _paired(a, b)
     return estimate(a - b, confidence=confidence)
 
 
 def slope(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    """Least-squares slope of ``y`` over ``x`` (pass logarithms to fit an exponent).
+    """Least-squares slope of `y` over `x` (pass logarithms to fit an exponent), with its interval.
 
-    Returns:
-        The slope with its interval; two points alone give the interval ``(-inf, inf)``.
+    Two points alone give the interval `(-inf, inf)`.
 
     Raises:
-        ValueError: Lengths differ, fewer than two points, all ``x`` equal, or a value not finite.
+      ValueError: lengths differ, fewer than two points, all `x` equal, or a value not finite.
     """
     x, y = _finite_vector(x, "x"), _finite_vector(y, "y")
     _check_confidence(confidence)
@@ -95,13 +92,13 @@ def slope(x: ArrayLike, y: ArrayLike, *, confidence: float = 0.95) -> Estimate:
 
 
 def ratio_of_means(a: ArrayLike, b: ArrayLike, *, confidence: float = 0.95) -> Estimate:
-    r"""Quotient of two means, paired by seed, with Fieller's interval.
+    """Quotient of two means, paired by seed, with Fieller's interval.
 
-    All :math:`\rho` for which the mean of :math:`a - \rho b` does not differ from 0 by Student's
-    t. Where the mean of b may be 0 these are no bounded interval, and ``(-inf, inf)`` is given.
+    All ρ for which the mean of a − ρ·b does not differ from 0 by Student's t. Where the mean of b
+    may be 0 these are no bounded interval, and `(-inf, inf)` is given.
 
     Raises:
-      ValueError: The arms differ in length, or a value is not finite.
+      ValueError: the arms differ in length, or a value is not finite.
 
     Source: E. C. Fieller, "Some problems in interval estimation", J. R. Stat. Soc. B 16 (1954).
     """
@@ -132,7 +129,7 @@ def median_interval(values: ArrayLike) -> Estimate:
     2·P(Binomial(n, 1/2) < k), whatever the distribution.
 
     Raises:
-      ValueError: There are no values, or one of them is not finite.
+      ValueError: there are no values, or one of them is not finite.
     """
     from scipy import stats
 

@@ -22,14 +22,14 @@ class Finding:
     """What a run found out about one claim.
 
     Attributes:
-        claim: The claim that was tested.
-        measured: Named numbers; one that is not finite is allowed, since it is a finding too.
-        interval: ``(low, high)`` of the quantity that the criterion is about, or None.
-        verdict: One of ``VERDICTS``.
-        note: Anything a reader must know: seeds that failed, controls that surprise.
+      claim: the claim that was tested.
+      measured: named numbers; one that is not finite is allowed, since it is a finding too.
+      interval: `(low, high)` of the quantity that the criterion is about, or None.
+      verdict: one of `VERDICTS`.
+      note: anything a reader must know: seeds that failed, controls that surprise.
 
     Raises:
-        ValueError: The verdict is unknown, or the interval is not an ordered pair.
+      ValueError: the verdict is unknown, or the interval is not an ordered pair.
     """
 
     claim: Claim
@@ -50,19 +50,19 @@ def decide(
     at_least: float = -math.inf,
     at_most: float = math.inf,
 ) -> str:
-    """Verdict of an interval against the closed range ``[at_least, at_most]``.
+    """Verdict of an interval against the closed range `[at_least, at_most]`.
 
     Args:
-        interval: An estimate, or a pair ``(low, high)``; ``(x, x)`` for an exact number.
-        at_least: Lower end of the range that the criterion allows.
-        at_most: Upper end of it.
+      interval: an estimate, or a pair `(low, high)`; `(x, x)` for an exact number.
+      at_least: lower end of the range that the criterion allows.
+      at_most: upper end of it.
 
     Returns:
-        ``REPRODUCED`` if the interval lies inside the range, ``NOT_REPRODUCED`` if the two are
-        disjoint, ``INCONCLUSIVE`` otherwise.
+      `REPRODUCED` if the interval lies inside the range, `NOT_REPRODUCED` if the two are
+      disjoint, `INCONCLUSIVE` otherwise.
 
     Raises:
-        ValueError: The interval is not an ordered pair, or the range is empty or without bounds.
+      ValueError: the interval is not an ordered pair, or the range is empty or without bounds.
     """
     low, high = _check_interval(
         interval.interval
@@ -85,12 +85,8 @@ def decide(
 def verdict_of(*, reproduced: bool, refuted: bool) -> str:
     """Verdict of the two conditions of a criterion on intervals; a refutation comes first.
 
-    ``verdict_of(reproduced=found.low > 0, refuted=found.high <= 0)``: a criterion may leave room
+    `verdict_of(reproduced=found.low > 0, refuted=found.high <= 0)`: a criterion may leave room
     between the two, where nothing is decided.
-
-    Args:
-      reproduced: Whether the claim surely holds.
-      refuted: Whether it surely does not.
     """
     if refuted:
         return NOT_REPRODUCED

@@ -1,7 +1,7 @@
 """Records of runs as numbers for verdicts, and what every note must tell of them.
 
-A record is what the ledger holds of one run: its settings, its ``seed``, how many of its steps
-``diverged``, and what was measured; None stands for a number that was not finite.
+A record is what the ledger holds of one run: its settings, its `seed`, how many of its steps
+`diverged`, and what was measured; None stands for a number that was not finite.
 """
 
 import math
@@ -24,7 +24,7 @@ def by_seed(records: Iterable[Record], **fields: Any) -> list[Any]:
 
 
 def numbers(records: Iterable[Record], pick: Pick) -> np.ndarray:
-    """A number, or a list of numbers, of each record: ``[seeds, ...]``, NaN in place of None."""
+    """A number, or a list of numbers, of each record: `[seeds, ...]`, NaN in place of None."""
     return np.array([_pick(record, pick) for record in records], dtype=np.float64)
 
 
@@ -40,9 +40,9 @@ def choose(records: Iterable[Record], score: Pick, *, fields: Sequence[str] = ()
     A setting loses to all others where the score of a run is not finite, or a run diverged.
 
     Args:
-      records: Of trainings for the choice, on seeds that no verdict sees.
-      score: To be low, such as the loss at the end.
-      fields: That make up a setting, whose runs are averaged; without any each run is its own.
+      records: of trainings for the choice, on seeds that no verdict sees.
+      score: to be low, such as the loss at the end.
+      fields: that make up a setting, whose runs are averaged; without any each run is its own.
     """
     settings: dict[Any, list[Record]] = {}
     for index, record in enumerate(records):
@@ -64,7 +64,7 @@ def at_end(value: float, grid: Iterable[float]) -> bool:
 
 
 def with_intervals(found: Mapping[str, float | Estimate | Ratio]) -> dict[str, float]:
-    """Numbers as a finding's ``measured`` holds them: of an estimate three, with both ends.
+    """Numbers as a finding's `measured` holds them: of an estimate three, with both ends.
 
     Of a ratio that is a bound only, the end that is known.
     """
@@ -80,14 +80,14 @@ def with_intervals(found: Mapping[str, float | Estimate | Ratio]) -> dict[str, f
 
 
 def lost(records: Sequence[Record], *, runs: str = "runs") -> str:
-    """Sentence of a note on runs with steps not taken; empty without any."""
+    """Sentence of a note on runs with steps that were not taken; empty without any."""
     count = sum(record["diverged"] > 0 for record in records)
     told = f". Of {len(records)} {runs} {count} had steps that were not finite and not taken"
     return told if count else ""
 
 
 def listed(words: str, names: Sequence[str], separator: str = ", ") -> str:
-    """Sentence of a note, ``. WORDS: a, b``; empty without names."""
+    """Sentence of a note, `. WORDS: a, b`; empty without names."""
     return f". {words}: {separator.join(names)}" if names else ""
 
 

@@ -1,6 +1,6 @@
 """Marks and axes that figures share: bands over seeds, points, rows, references, ticks.
 
-Each draws on an axis of :func:`bn_research.claims.figures.new_figure`.
+Each draws on an axis of `new_figure`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Look = str | tuple[str, str]  # a colour, or a colour and a line style
 
 
 def over_seeds(seeds: int) -> str:
-    """Words of a caption for :func:`~bn_research.claims.figures.band`, without the full stop."""
+    """Words of a caption for `band`, without the full stop."""
     return f"Line: mean of {seeds} seeds; band: lowest to highest"
 
 
@@ -35,15 +35,9 @@ def bands(
     names: Mapping[str, str] | None = None,
     **options: Any,
 ) -> None:
-    """A band over seeds for each entry, in their order.
+    """A `band` of the curves `[seeds, steps]` of each key, in their order.
 
-    Args:
-      axis: Where to draw.
-      x: One number per step.
-      curves: Values ``[seeds, steps]`` by key.
-      looks: Colour, or colour and line style, by key.
-      names: For the legend, by key; by default the keys.
-      **options: As :func:`~bn_research.claims.figures.band` takes them, for all.
+    The legend has the keys unless there are names for them. Options are those of `band`, for all.
     """
     for key, rows in curves.items():
         look = looks[key]
@@ -53,13 +47,9 @@ def bands(
 
 
 def points(axis: Axes, x: ArrayLike, values: ArrayLike, **look: Any) -> None:
-    """Means over seeds of values ``[seeds, points]``, with bars from the lowest to the highest.
+    """Means over seeds of values `[seeds, points]`, with bars from the lowest to the highest.
 
-    Args:
-      axis: Where to draw.
-      x: One number per point.
-      values: Of each seed.
-      **look: As Matplotlib's ``errorbar`` takes it; without a line unless it has one.
+    The look is as Matplotlib's `errorbar` takes it, without a line unless it has one.
     """
     values = np.asarray(values, dtype=np.float64)
     mean = values.mean(axis=0)
@@ -83,13 +73,9 @@ def name_rows(axis: Axes, names: Sequence[str]) -> None:
 
 
 def reference(axis: Axes, *, x: float | None = None, y: float | None = None, **look: Any) -> None:
-    """A thin line at a value to compare with: chance, a criterion, no change.
+    """A thin line across at y, or upright at x, to compare with: chance, a criterion, no change.
 
-    Args:
-      axis: Where to draw.
-      x: Where a vertical line stands; or else
-      y: where a horizontal one lies.
-      **look: As Matplotlib takes it; by default grey and dashed.
+    It is grey and dashed unless its look, as Matplotlib takes it, says otherwise.
     """
     options: dict[str, Any] = {"color": GREY, "linestyle": "--", "linewidth": 1.2} | look
     if x is not None:
@@ -107,11 +93,9 @@ def log_ticks(axis: Axes, values: Sequence[float], *, base: float = 2, side: str
 
 
 def padded(rows: Sequence[Any], length: int = 0) -> np.ndarray:
-    """Curves ``[seeds, steps]`` of unequal runs: NaN after a run's end, and in place of None.
+    """Curves `[seeds, steps]` of unequal runs: NaN after a run's end, and in place of None.
 
-    Args:
-      rows: Values of each run.
-      length: Of the curves at least; they are as long as the longest run.
+    They are as long as the longest run, or longer if so asked.
     """
     curves = np.full((len(rows), max([length, *map(len, rows)])), math.nan)
     for curve, values in zip(curves, rows, strict=True):
@@ -120,7 +104,7 @@ def padded(rows: Sequence[Any], length: int = 0) -> np.ndarray:
 
 
 def running_mean(curves: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the last ``window`` values at each step, of fewer at the first ones."""
+    """Mean of the last `window` values at each step, of fewer at the first ones."""
     return np.array(
         [[row[max(0, i + 1 - window) : i + 1].mean() for i in range(len(row))] for row in curves]
     )

@@ -75,25 +75,17 @@ def results_document(
     wall_seconds: float,
     findings: Sequence[Finding],
 ) -> dict[str, Any]:
-    """Return the content of ``results.json``.
+    """The content of `results.json`.
 
     JSON has no infinity and no NaN: such a number becomes None, and the claim's note says which and
     what it was. An interval that is open on one side, as a censored number's is, has None there,
-    and so have the numbers ``name, low`` and ``name, high``; one that is open on both is None.
+    and so have the numbers `name, low` and `name, high`; one that is open on both is None.
 
-    Args:
-        experiment: Name of the experiment's module.
-        preset: Name of the preset.
-        dataset: Name of the data, or ``""`` where none is used.
-        seeds: The seeds that were run.
-        wall_seconds: How long it took.
-        findings: One for each claim.
-
-    Returns:
-        Plain dicts, lists, strings and numbers, in the order of schema 1.
+    It is of plain dicts, lists, strings and numbers, in the order of schema 1. The dataset is `""`
+    where none is used.
 
     Raises:
-        ValueError: Two findings share a claim id, or ``wall_seconds`` is negative or not finite.
+      ValueError: two findings share a claim id, or `wall_seconds` is negative or not finite.
     """
     if not 0 <= wall_seconds < math.inf:
         raise ValueError(f"wall_seconds must be finite and not negative, got {wall_seconds}")
@@ -110,13 +102,13 @@ def results_document(
 
 
 def write_json(path: str | os.PathLike[str], document: Any) -> None:
-    """Write strict JSON atomically: equal documents in equal key order give equal bytes.
+    """Strict JSON in a file, written atomically: equal documents in one order give equal bytes.
 
     Keys keep the order of the document, which is the order a reader expects.
 
     Raises:
-        ValueError: The document holds a number that is not finite; nothing is written.
-        TypeError: It holds something JSON does not know; nothing is written.
+      ValueError: the document holds a number that is not finite; nothing is written.
+      TypeError: it holds something JSON does not know; nothing is written.
     """
     text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
     atomic.write_bytes(path, f"{text}\n".encode())
@@ -130,18 +122,11 @@ def write_run(
     command: str,
     figures: Sequence[Figure],
 ) -> None:
-    """Write `report.json` into a workdir, beside the files that a run leaves there anyway.
-
-    Args:
-        path: The workdir.
-        title: Of the page.
-        question: What the experiment asks.
-        command: The exact command line that gives these results.
-        figures: In the order of the page; their files lie in the workdir.
+    """`report.json` in a workdir, beside the files that a run leaves there anyway.
 
     Raises:
-        ValueError: A figure lies outside the workdir, which could then not be moved.
-        OSError: The file could not be written.
+      ValueError: a figure lies outside the workdir, which could then not be moved.
+      OSError: the file could not be written.
     """
     root = Path(path).resolve()
     entries = []
@@ -163,10 +148,10 @@ def write_run(
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a finished run back from its workdir.
+    """A finished run, read back from its workdir.
 
     Raises:
-        ValueError: A file is missing, damaged, or of another schema; in one line.
+      ValueError: a file is missing, damaged, or of another schema; in one line.
     """
     path = Path(path)
     if not path.is_dir():

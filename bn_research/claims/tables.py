@@ -22,19 +22,16 @@ _NARROWEST = 60  # below it no column has room for a word
 def verdict_table(
     findings: Sequence[Finding], *, width: int | None = None, encoding: str | None = None
 ) -> str:
-    """Lay the findings out as a table for the terminal, with the notes below it.
+    """Findings as a table for the terminal, with their notes below it.
 
     Args:
-        findings: One for each claim.
-        width: Columns it may take, at least 60; by default the terminal's, between 80 and 120.
-        encoding: What the terminal can show; by default that of standard output. ``"ascii"``
-            spells Greek letters and mathematical signs out.
-
-    Returns:
-        Lines joined by newlines, without one at the end.
+      findings: in the order of the table.
+      width: columns it may take; by default the terminal's, between 80 and 120.
+      encoding: what the terminal can show; by default that of standard output. `"ascii"`
+        spells Greek letters and mathematical signs out.
 
     Raises:
-        ValueError: ``width`` is too small.
+      ValueError: `width` is below 60.
     """
     width = width or min(max(shutil.get_terminal_size().columns, 80), 120)
     if width < _NARROWEST:
@@ -59,11 +56,7 @@ def verdict_table(
 
 
 def markdown_table(results: Mapping[str, Any]) -> str:
-    """Lay the claims of a ``results.json`` out as a Markdown table, with the notes below it.
-
-    Args:
-        results: The document of ``results.json``.
-    """
+    """Claims of a `results.json` as a Markdown table, with their notes below it."""
     lines = ["| claim | expected | measured | 95 % interval | verdict |", "|---|---|---|---|---|"]
     notes = []
     for claim in results["claims"]:
@@ -83,7 +76,7 @@ def markdown_table(results: Mapping[str, Any]) -> str:
 
 
 def _table_row(finding: Finding) -> list[list[str]]:
-    """Return the five cells, each a list of paragraphs."""
+    """The five cells, each a list of paragraphs."""
     measured = [f"{name} = {text}" for name, text in format_measured(finding.measured)]
     if len(measured) > _MEASURED_SHOWN:
         more = len(measured) - _MEASURED_SHOWN

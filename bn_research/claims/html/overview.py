@@ -92,19 +92,13 @@ def write_overview(
     runs: Sequence[Run],
     failures: Sequence[Failure],
 ) -> None:
-    """Write the page of all experiments as one HTML file.
+    """The page of all experiments as one HTML file, runs in their order.
 
-    Args:
-        path: Where to write.
-        title: Of the page.
-        introduction: What was tested, in a sentence or two.
-        command: The command line that gives this page.
-        runs: In the order of the page, each of another experiment.
-        failures: Experiments that came to no end.
+    The introduction says what was tested, the command line gives this page.
 
     Raises:
-        OSError: A figure cannot be read, or the page cannot be written.
-        ValueError: An experiment is given twice, or a figure is not a PNG.
+      OSError: a figure cannot be read, or the page cannot be written.
+      ValueError: an experiment is given twice, or a figure is not a PNG.
     """
     text = render(
         title=title, introduction=introduction, command=command, runs=runs, failures=failures
@@ -120,7 +114,7 @@ def render(
     runs: Sequence[Run],
     failures: Sequence[Failure],
 ) -> str:
-    """Return the whole page; the arguments are those of :func:`write_overview`."""
+    """The whole page; the arguments are those of `write_overview`."""
     placed = _places(runs)
     _check_different([*(p.experiment for p in placed), *(f.experiment for f in failures)])
     rows = [*_claim_rows(placed), *_failure_rows(failures)]
@@ -150,7 +144,7 @@ def _counts(rows: Sequence[_Row]) -> dict[str, int]:
 
 
 def _summary(rows: Sequence[_Row]) -> str:
-    """Return the counts of the verdicts, as a bar and in words."""
+    """The counts of the verdicts, as a bar and in words."""
     parts, words = "", ""
     for name, count in _counts(rows).items():
         kind = elements.verdict_class(name)
@@ -163,7 +157,7 @@ def _summary(rows: Sequence[_Row]) -> str:
 
 
 def _tools(rows: Sequence[_Row]) -> str:
-    """Return search, filters and order, hidden until the script that they need runs."""
+    """Search, filters and order, hidden until the script that they need runs."""
     buttons = "\n".join(
         f'<button type="button" class="{elements.verdict_class(name)}" data-verdict="{name}" '
         f'aria-pressed="false"><span aria-hidden="true">{elements.verdict_sign(name)}</span> '
@@ -194,12 +188,12 @@ def _tools(rows: Sequence[_Row]) -> str:
 
 
 def _section_anchor(experiment: str) -> str:
-    """Return the id of an experiment's section."""
+    """The id of an experiment's section."""
     return f"experiment-{_slug(experiment)}"
 
 
 def _places(runs: Sequence[Run]) -> list[_Place]:
-    """Count the figures through the page."""
+    """Runs with their figures counted through the page."""
     found, number = [], 1
     for run in runs:
         found.append(_Place(run, number))
@@ -208,7 +202,7 @@ def _places(runs: Sequence[Run]) -> list[_Place]:
 
 
 def _check_different(experiments: Sequence[str]) -> None:
-    """Raise ValueError if two are the same: one would take the other's links."""
+    """ValueError if two are the same: one would take the other's links."""
     anchors = list(map(_section_anchor, experiments))
     for index, (name, anchor) in enumerate(zip(experiments, anchors, strict=True)):
         if anchor in anchors[:index]:
@@ -216,7 +210,7 @@ def _check_different(experiments: Sequence[str]) -> None:
 
 
 def _claim_rows(places: Sequence[_Place]) -> Iterator[_Row]:
-    """Give each claim its row, in the order of the page."""
+    """A row for each claim, in the order of the page."""
     for place in places:
         for claim in place.run.results["claims"]:
             verdict = claim["verdict"]
@@ -232,7 +226,7 @@ def _claim_rows(places: Sequence[_Place]) -> Iterator[_Row]:
 
 
 def _failure_rows(failures: Sequence[Failure]) -> Iterator[_Row]:
-    """Give each experiment that failed its row, which leads to its log."""
+    """A row for each experiment that failed, which leads to its log."""
     for failure in failures:
         statement = f"The experiment {failure.experiment} came to no end"
         cells = (
@@ -247,7 +241,7 @@ def _failure_rows(failures: Sequence[Failure]) -> Iterator[_Row]:
 
 
 def _table(rows: Sequence[_Row], *, heading: str) -> str:
-    """Return the whole table; `heading` is the id of the heading that names it."""
+    """The whole table; `heading` is the id of the heading that names it."""
     if not rows:
         return "<p>No claim was tested.</p>"
     # Roles are spelled out, since the cards of narrow screens are `display: block`, which takes a
@@ -309,7 +303,7 @@ def _rank(verdict: str) -> str:
 
 
 def _figure_links(place: _Place, claim: str) -> tuple[str, str]:
-    """Return a link to the first figure that shows the claim, and one to its section."""
+    """A link to the first figure that shows the claim, and one to its section."""
     section = f'<a class="from" href="#{place.anchor}">{escape(place.experiment)}</a>'
     for index, figure in enumerate(place.run.figures):
         if claim in figure.claims:
@@ -320,7 +314,7 @@ def _figure_links(place: _Place, claim: str) -> tuple[str, str]:
 
 
 def _contents(placed: Sequence[_Place], failures: Sequence[Failure]) -> str:
-    """Return links to the sections, each with its verdicts."""
+    """Links to the sections, each with its verdicts."""
     entries = [
         (place.anchor, place.run.title, place.experiment, _signs(place.run)) for place in placed
     ]
@@ -337,7 +331,7 @@ def _contents(placed: Sequence[_Place], failures: Sequence[Failure]) -> str:
 
 
 def _run_section(place: _Place) -> str:
-    """Return the section of one run: question, claims, figures, configuration."""
+    """The section of one run: question, claims, figures, configuration."""
     run, anchor = place.run, place.anchor
     claims = "\n".join(_claim_entry(place, claim) for claim in run.results["claims"])
     figures = "\n".join(_figure(place, index, f) for index, f in enumerate(run.figures))
@@ -364,7 +358,7 @@ def _run_section(place: _Place) -> str:
 
 
 def _failure_section(failure: Failure) -> str:
-    """Return the section of an experiment that failed: command, reason and log."""
+    """The section of an experiment that failed: command, reason and log."""
     anchor = _section_anchor(failure.experiment)
     return f"""\
 <section class="experiment" id="{anchor}" aria-labelledby="{anchor}-title">
@@ -386,7 +380,7 @@ def _slug(name: str) -> str:
 
 
 def _signs(run: Run) -> str:
-    """Return how many claims came to each verdict, in signs that are read out as words."""
+    """How many claims came to each verdict, in signs that are read out as words."""
     found = [claim["verdict"] for claim in run.results["claims"]]
     return " ".join(
         f'<span class="sign {elements.verdict_class(verdict)}">{found.count(verdict)} '
