@@ -63,7 +63,7 @@ def measure(config, data, path, *, parallel):
 
 
 def judge(config, records):
-    from bn_research.claims.verdict import REPRODUCED, Finding
+    from bn_research.claims.finding import REPRODUCED, Finding
 
     measured, parallel = records
     return [Finding(CLAIMS[0], measured, None, REPRODUCED, note=parallel)]
@@ -132,7 +132,7 @@ def wait_for_step(workdir, step, processes, timeout=60):
 
 
 if __name__ == "__main__":
-    from bn_research.claims.registry import Claim
+    from bn_research.claims.claim import Claim
     from bn_research.lab.experiment import Experiment
     from bn_research.lab.launch import main
 

@@ -1,4 +1,4 @@
-"""Evidence: claims with their criteria, verdicts from intervals, figures and reports.
+"""Evidence: claims with their criteria, verdicts from intervals, figures and pages.
 
 Nothing here knows what batch normalization is or how a number came about; it needs NumPy, SciPy
 and Matplotlib, and no JAX.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,7 +17,7 @@ _NO_MARKUP = str.maketrans("", "", "${}")  # of Matplotlib's formulas
 
 
 def line_ends(axis: Axes) -> str:
-    """Where each labelled line begins and ends: ``plain: 0.1 to 0.9; chance: 0.1``.
+    """Where each labelled line begins and ends: `plain: 0.1 to 0.9; chance: 0.1`.
 
     Left to right, one number where both are the same; points with error bars are a line too.
     Values that are not finite, lines that have no other, and vertical lines are left out.
@@ -37,3 +38,13 @@ def line_ends(axis: Axes) -> str:
         label = label.translate(_NO_MARKUP)
         shown.append(f"{label}: {' to '.join(dict.fromkeys(ends))}")
     return "; ".join(shown)
+
+
+def panel_ends(panels: Mapping[str, Axes]) -> str:
+    """`line_ends` of each panel after its name, a sentence each: `Low rate: plain: 0.1 to 0.9.`.
+
+    A name begins with a capital here, however it is written.
+    """
+    return " ".join(
+        f"{name[:1].upper()}{name[1:]}: {line_ends(axis)}." for name, axis in panels.items()
+    )

@@ -6,17 +6,12 @@ from pathlib import Path
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> Path:
-    """Write ``data`` so that a reader of ``path`` sees the old file or the new one, never a part.
+    """Path of a file whose readers see the old content or the new, never a part.
 
-    Args:
-        path: Where to write; missing parent folders are created.
-        data: The whole content.
-
-    Returns:
-        The path.
+    Missing parent folders are created.
 
     Raises:
-        OSError: The file could not be written; the old file, if any, is untouched.
+      OSError: the file could not be written; the old file, if any, is untouched.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

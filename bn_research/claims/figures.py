@@ -1,15 +1,16 @@
 """Figures in one clean style: readable on paper and on a phone, for colour-blind readers too.
 
-Everything goes through :class:`matplotlib.figure.Figure`; pyplot and its global state, which
-leaks figures in a long run, are not used. Matplotlib and scipy take half a second to import, so
-this is done by the first figure, not by whoever asks an experiment for help.
+pyplot and its global state, which leaks figures in a long run, are not used. Matplotlib and scipy
+take half a second to import, so this is done by the first figure, not by whoever asks an experiment
+for help.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from bn_research.claims import atomic, palette_png
-from bn_research.claims.registry import SLUG
+from bn_research.claims.claim import SLUG
 
 if TYPE_CHECKING:
     import matplotlib.figure
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from matplotlib.lines import Line2D
 
 DPI = 150
+GREY = "#777777"  # of what others are compared with
 _INK = "#262626"
 _GRID = "#e3e3e3"
 _LABEL_GAP = 12.0  # points between two direct labels
@@ -50,14 +52,14 @@ PALETTE = Palette()
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A figure on disk, with the words that a report needs to show it.
+    """A figure on disk, with the words that a page needs to show it.
 
     Attributes:
-        path: The PNG file.
-        title: Short heading.
-        alt: What the picture shows, for those who do not see it.
-        caption: What to conclude from it, and what bands and marks mean.
-        claims: Ids of the claims whose verdicts rest on what it shows.
+      path: the PNG file.
+      title: short heading.
+      alt: what the picture shows, for those who do not see it.
+      caption: what to conclude from it, and what bands and marks mean.
+      claims: ids of the claims whose verdicts rest on what it shows.
     """
 
     path: Path
@@ -70,23 +72,23 @@ class Figure:
 def new_figure(
     *, columns: int = 1, rows: int = 1, width: float | None = None, height: float | None = None
 ) -> tuple[matplotlib.figure.Figure, Any]:
-    """Make a styled figure with its axes.
+    """A styled figure with its axes.
 
     Prefer rows to columns where readers use phones: side by side, panels shrink together with
     their text.
 
     Args:
-        columns: Panels side by side.
-        rows: Panels one above the other.
-        width: Of the whole figure, in inches; by default 4.6, or 3.4 for each of several columns.
-        height: Likewise; by default 3.1 for each row.
+      columns: panels side by side.
+      rows: panels one above the other.
+      width: of the whole figure, in inches; by default 4.6, or 3.4 for each of several columns.
+      height: likewise; by default 3.1 for each row.
 
     Returns:
-        The figure, and its axes as ``plt.subplots`` would give them: one object for one panel, a
-        vector for one row or column, else an array ``[rows, columns]``.
+      The figure, and its axes as `plt.subplots` would give them: one object for one panel, a
+      vector for one row or column, else an array `[rows, columns]`.
 
     Raises:
-        ValueError: ``columns`` or ``rows`` is below 1.
+      ValueError: `columns` or `rows` is below 1.
     """
     for name, value in (("columns", columns), ("rows", rows)):
         if value < 1:
@@ -114,11 +116,11 @@ def save_figure(
     caption: str,
     claims: Sequence[str] = (),
 ) -> Figure:
-    """Write the figure as a PNG, whose bytes depend on its content alone, and atomically.
+    """The figure as a PNG file, whose bytes depend on its content alone; written atomically.
 
     Raises:
-        ValueError: ``path`` does not end in ``.png``, a text is empty, or ``claims`` are not ids
-            of claims, each once.
+      ValueError: `path` does not end in `.png`, a text is empty, or `claims` are not ids
+        of claims, each once.
     """
     path = Path(path)
     if path.suffix != ".png":
@@ -134,6 +136,31 @@ def save_figure(
     return Figure(atomic.write_bytes(path, data), title, alt, caption, tuple(claims))
 
 
+def save_all(
+    draws: Iterable[Callable[..., Any]], folder: str | os.PathLike[str], *given: Any
+) -> list[Figure]:
+    """Figures drawn and saved, in the order of the page.
+
+    Args:
+      draws: functions of what is given, or partial ones. The first line of a docstring, without
+        its full stop, is the title; the file is named after the function. Each returns the
+        Matplotlib figure and a dict of what else `save_figure` takes: `alt`, `caption` and, if any,
+        `claims`; a `title`, or the name of a `file`, may stand there too. None draws nothing.
+      folder: of the PNG files.
+      *given: for each of the functions.
+    """
+    saved = []
+    for draw in draws:
+        if drawn := draw(*given):
+            fig, words = drawn
+            while isinstance(draw, functools.partial):
+                draw = draw.func
+            words = {"title": (draw.__doc__ or "").partition("\n")[0].removesuffix("."), **words}
+            name = words.pop("file", draw.__name__.strip("_"))
+            saved.append(save_figure(fig, Path(folder) / f"{name}.png", **words))
+    return saved
+
+
 def band(
     axis: Axes,
     x: ArrayLike,
@@ -144,29 +171,31 @@ def band(
     spread: str = "range",
     linestyle: str = "-",
     mark_lost: bool = True,
+    **look: Any,
 ) -> Line2D:
-    """Draw the mean over seeds as a line, and their spread as a band around it.
+    """The mean over seeds as a line, and their spread as a band around it.
 
     Values that are not finite are left out of the mean, step by step. A seed that has none from
     some step on (it diverged, or it stopped) gets a cross at its last value: from there on the
     line is the mean of the others.
 
     Args:
-        axis: Where to draw.
-        x: One number per step.
-        curves: Values ``[seeds, steps]``, or ``[steps]`` for one seed.
-        label: Name in the legend.
-        color: Of line and band.
-        spread: ``"range"``, from the smallest to the largest seed, or ``"interval"``, the 95 %
-            Student-t interval of the mean, which is very wide below 5 seeds.
-        linestyle: As in Matplotlib.
-        mark_lost: Whether to draw the crosses.
+      axis: of one panel.
+      x: one number per step.
+      curves: values `[seeds, steps]`, or `[steps]` for one seed.
+      label: in the legend.
+      color: of line and band.
+      spread: `"range"`, from the smallest to the largest seed, or `"interval"`, the 95 %
+        Student-t interval of the mean, which is very wide below 5 seeds.
+      linestyle: of the line, as Matplotlib takes it.
+      mark_lost: whether there are crosses.
+      **look: of the line likewise, such as a marker.
 
     Returns:
-        The line.
+      The line.
 
     Raises:
-        ValueError: Shapes do not match, or ``spread`` is unknown.
+      ValueError: shapes do not match, or `spread` is unknown.
     """
     x = np.asarray(x, dtype=np.float64)
     curves = np.atleast_2d(np.asarray(curves, dtype=np.float64))
@@ -178,7 +207,7 @@ def band(
     mean = _divide(np.sum(curves, axis=0, where=valid), valid.sum(axis=0))
     low, high = _SPREADS[spread](curves, valid, mean)
     axis.fill_between(x, low, high, color=color, alpha=0.18, linewidth=0)
-    (line,) = axis.plot(x, mean, color=color, linestyle=linestyle, label=label)
+    (line,) = axis.plot(x, mean, color=color, linestyle=linestyle, label=label, **look)
     if mark_lost:
         for curve, kept in zip(curves, valid, strict=True):
             if kept.any() and not kept[-1]:
@@ -188,11 +217,9 @@ def band(
 
 
 def shared_legend(fig: matplotlib.figure.Figure, *, columns: int | None = None) -> None:
-    """Add one legend for all panels, above them, where it covers no data.
+    """One legend for all panels, above them, where it covers no data; each label appears once.
 
-    Args:
-        fig: The figure; each label of its axes appears once.
-        columns: Entries side by side; by default as many as fit.
+    By default as many entries stand side by side as fit.
     """
     entries: dict[str, Any] = {}
     for axis in fig.axes:
@@ -215,7 +242,7 @@ def shared_legend(fig: matplotlib.figure.Figure, *, columns: int | None = None) 
 
 
 def end_labels(axis: Axes) -> None:
-    """Write each line's label at its right end, in its colour, moved apart where they collide.
+    """Each line's label at its right end, in its colour, moved apart where they collide.
 
     Better than a legend for up to about five lines. Call it last, when the limits are final.
     """
@@ -259,7 +286,7 @@ def _style(axis: Axes) -> None:
 
 
 def _spread_apart(positions: list[float]) -> list[float]:
-    """Move positions as little as it takes to lie ``_LABEL_GAP`` apart, keeping their order."""
+    """Positions moved as little as it takes to lie `_LABEL_GAP` apart, in their old order."""
     moved = list(positions)
     order = sorted(range(len(moved)), key=lambda i: (moved[i], i))
     for _ in range(100):
@@ -299,5 +326,5 @@ _SPREADS: dict[str, Callable[..., tuple[np.ndarray, np.ndarray]]] = {
 
 
 def _divide(total: np.ndarray, count: np.ndarray) -> np.ndarray:
-    """``total / count``, NaN and no warning where the count is zero or less."""
+    """`total / count`, NaN and no warning where the count is zero or less."""
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)

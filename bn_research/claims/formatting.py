@@ -41,7 +41,7 @@ _ASCII = str.maketrans(
 
 
 def format_number(value: float | None) -> str:
-    """Four significant digits: ``0.5``, ``−12.35``, ``50000``, ``3.2e-12``.
+    """Four significant digits: `0.5`, `−12.35`, `50000`, `3.2e-12`.
 
     Whole numbers below a million keep all their digits, for steps and counts. None stands for a
     number that was not finite when it was stored.
@@ -65,7 +65,7 @@ def format_number(value: float | None) -> str:
 
 
 def format_interval(interval: Sequence[float | None] | None) -> str:
-    """``[0.45, 0.53]``, ``[2.5, inf]`` where an end is open (infinite or None), or ``none``."""
+    """`[0.45, 0.53]`, `[2.5, inf]` where an end is open (infinite or None), or `none`."""
     if interval is None:
         return "none"
     low, high = interval
@@ -74,10 +74,10 @@ def format_interval(interval: Sequence[float | None] | None) -> str:
 
 
 def format_measured(measured: Mapping[str, float | None]) -> list[tuple[str, str]]:
-    """Names with their numbers, and with the interval where ``name, low`` and ``name, high`` stand.
+    """Names with their numbers, and with the interval where `name, low` and `name, high` stand.
 
-    Those two are not listed again: ``{"x": 1, "x, low": 0.5, "x, high": 2}`` is one entry,
-    ``("x", "1 [0.5, 2]")``.
+    Those two are not listed again: `{"x": 1, "x, low": 0.5, "x, high": 2}` is one entry,
+    `("x", "1 [0.5, 2]")`.
     """
 
     def ends(name: str) -> tuple[str, str]:
@@ -100,13 +100,11 @@ def format_measured(measured: Mapping[str, float | None]) -> list[tuple[str, str
 
 
 def headline(claim: Mapping[str, Any]) -> tuple[str, str]:
-    """Name and text of the measured number that a claim's interval is about: ``32 [23.6, 43.4]``.
+    """Name and text of the measured number that a claim's interval is about: `32 [23.6, 43.4]`.
 
     That is the number with this very interval, else the one in its middle, else the first inside
     it. Where none is, or there is no interval, it is the first number, as it is.
-
-    Args:
-        claim: An entry of ``results.json``, with a number at least in ``measured``.
+    The claim is an entry of `results.json` with a number at least in `measured`.
     """
     measured, interval = claim["measured"], claim["interval"]
     entries = format_measured(measured)
@@ -130,7 +128,7 @@ def headline(claim: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def format_duration(seconds: float) -> str:
-    """``0.8 s``, ``75 s``, ``12 min``, ``2 h 5 min``."""
+    """`0.8 s`, `75 s`, `12 min`, `2 h 5 min`."""
     if seconds < 120:
         return f"{format_number(seconds if seconds < 10 else round(seconds))} s"
     minutes = round(seconds / 60)
@@ -139,7 +137,7 @@ def format_duration(seconds: float) -> str:
 
 
 def display_width(text: str) -> int:
-    """Terminal columns that ``text`` takes: 0 for a combining accent, 2 for a wide character."""
+    """Terminal columns that `text` takes: 0 for a combining accent, 2 for a wide character."""
     return sum(
         0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
         for c in text
@@ -150,8 +148,8 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
     """Lines of a table whose columns line up: the first `left` to the left, the rest to the right.
 
     Args:
-      rows: Cells of each line, the head first; all of one length.
-      left: Columns of names.
+      rows: cells of each line, the head first; all of one length.
+      left: columns of names.
     """
     widths = [max(map(display_width, column)) for column in zip(*rows, strict=True)]
 
@@ -165,8 +163,8 @@ def aligned(rows: Sequence[Sequence[str]], *, left: int) -> list[str]:
 def printable(text: str, encoding: str) -> str:
     """One line that a terminal can show: no control characters, nothing it cannot encode.
 
-    What the encoding lacks is spelled out where there is a usual way (``σ`` becomes ``sigma``) and
-    becomes ``?`` elsewhere.
+    What the encoding lacks is spelled out where there is a usual way (`σ` becomes `sigma`) and
+    becomes `?` elsewhere.
     """
     text = "".join(c if c.isprintable() else " " for c in text)
     try:
@@ -179,9 +177,9 @@ def printable(text: str, encoding: str) -> str:
 
 
 def wrap(text: str, width: int) -> list[str]:
-    """Lines of at most ``width`` columns; a word too long is broken, after a hyphen if it can be.
+    """Lines of at most `width` columns; a word too long is broken, after a hyphen if it can be.
 
-    Unlike :mod:`textwrap` this counts columns, not code points.
+    Unlike `textwrap` this counts columns, not code points.
     """
     lines = [""]
     for word in text.split():
@@ -200,7 +198,7 @@ def wrap(text: str, width: int) -> list[str]:
 
 
 def _fitting(word: str, width: int) -> str:
-    """Return the longest head that fits, cut after a hyphen, ``_`` or ``/`` if one is there."""
+    """The longest head that fits, cut after a hyphen, `_` or `/` if one is there."""
     end = 1  # at least one character, or a wide one in a column of width 1 would never end
     while end < len(word) and display_width(word[: end + 1]) <= width:
         end += 1

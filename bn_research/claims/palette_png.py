@@ -15,15 +15,11 @@ _EXACT = 128  # of them, the most frequent: paper, lines, bands and whatever els
 
 
 def encode(fig: matplotlib.figure.Figure, *, dpi: int) -> bytes:
-    """Draw a figure on white and return it as a PNG whose bytes depend on its content alone.
+    """A figure on white as a PNG, whose bytes depend on its content alone.
 
     Up to 256 colours are kept as they are. Of more, the most frequent 128 are, and each of the
     others, mostly edges of lines and letters, becomes the nearest one of the palette. There is no
     dithering, which would speckle flat areas.
-
-    Args:
-        fig: The figure.
-        dpi: Pixels in an inch, written into the file too.
     """
     from PIL import Image  # not needed by whoever asks an experiment for help
 

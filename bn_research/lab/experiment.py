@@ -9,9 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from bn_research.claims.claim import Claim, check_unique
 from bn_research.claims.figures import Figure
-from bn_research.claims.registry import Claim, check_unique
-from bn_research.claims.verdict import Finding
+from bn_research.claims.finding import Finding
 
 _FILES = {  # of a room, where it does not hold them itself
     "prepare": ("measurements", "training"),

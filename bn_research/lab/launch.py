@@ -29,10 +29,10 @@ from pathlib import Path
 from typing import Any
 
 from bn_research.claims.figures import Figure
-from bn_research.claims.page import write_report
-from bn_research.claims.report import results_document, verdict_table, write_json
-from bn_research.claims.run import read_run, write_run
-from bn_research.claims.verdict import NOT_REPRODUCED, Finding
+from bn_research.claims.finding import NOT_REPRODUCED, Finding
+from bn_research.claims.html.page import write_report
+from bn_research.claims.results import read_run, results_document, write_json, write_run
+from bn_research.claims.tables import verdict_table
 from bn_research.data import DataError
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.flags import Options, UsageError, default_path, parse

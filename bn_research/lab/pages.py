@@ -21,7 +21,7 @@ from typing import Any
 
 from bn_research.claims import atomic
 from bn_research.claims.formatting import format_duration, headline
-from bn_research.claims.report import markdown_table
+from bn_research.claims.tables import markdown_table
 from bn_research.lab.quotations import QuoteError, Results, fill
 from bn_research.lab.rooms import reading_order
 

@@ -20,10 +20,10 @@ from typing import NamedTuple
 from absl import flags
 from tqdm import tqdm
 
+from bn_research.claims.finding import NOT_REPRODUCED, VERDICTS
 from bn_research.claims.formatting import format_duration
-from bn_research.claims.overview import write_overview
-from bn_research.claims.run import Failure, Run, read_run
-from bn_research.claims.verdict import NOT_REPRODUCED, VERDICTS
+from bn_research.claims.html.overview import write_overview
+from bn_research.claims.results import Failure, Run, read_run
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.flags import UsageError
 from bn_research.lab.rooms import PACKAGE, experiment_names, load_all

@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from bn_research.claims.registry import check_unique
+from bn_research.claims.claim import check_unique
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.flags import UsageError
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from bn_research.claims.report import write_json
+from bn_research.claims.results import write_json
 
 _PACKAGES = (
     "bn_research absl-py flax jax jaxlib ml_collections numpy optax orbax-checkpoint scikit-learn "

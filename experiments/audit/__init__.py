@@ -38,8 +38,8 @@ import optax
 from tqdm import tqdm
 
 from bn_research.claims import atomic
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
+from bn_research.claims.claim import Claim
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.images import Images, load_images

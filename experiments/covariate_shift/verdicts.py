@@ -6,17 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.censoring import Bounded, Ratio, ratio
+from bn_research.claims.bounded import Bounded, Ratio, ratio
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import paired_difference
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding, decide
 from bn_research.claims.formatting import format_interval, format_number
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Finding,
-    decide,
-    paired_difference,
-)
 from bn_research.models.spec import num_logits, num_weight_layers
 
 PLAIN, SAME, OWN = "plain", "BN, the plain network's settings", "BN, its own best"

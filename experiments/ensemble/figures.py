@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from bn_research.claims.alt_text import line_ends
+from bn_research.claims.estimate import estimate
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -16,7 +17,6 @@ from bn_research.claims.figures import (
     shared_legend,
 )
 from bn_research.claims.formatting import format_number
-from bn_research.claims.verdict import estimate
 from experiments.ensemble.scores import BINS
 from experiments.ensemble.verdicts import (
     PUBLISHED,

@@ -5,17 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Estimate,
-    Finding,
-    decide,
-    estimate,
-    paired_difference,
-)
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import Estimate, estimate, paired_difference
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding, decide
 
 VARIED, SEEDS = "six settings", "one setting"  # the two kinds of ensemble
 

@@ -40,13 +40,8 @@ import numpy as np
 from tqdm import tqdm
 
 from bn_research import data
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Finding,
-)
+from bn_research.claims.claim import Claim
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.workdir import Ledger
 from bn_research.models.spec import num_logits, parse_spec

@@ -5,20 +5,17 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.formatting import format_interval, format_number
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import Estimate, estimate, paired_difference, slope
+from bn_research.claims.finding import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     REPRODUCED,
-    Estimate,
     Finding,
     conjunction,
     decide,
-    estimate,
-    paired_difference,
-    slope,
 )
+from bn_research.claims.formatting import format_interval, format_number
 from bn_research.models.spec import num_logits
 
 PLAIN = "plain"  # the role whose claim is about every rate, not about the best

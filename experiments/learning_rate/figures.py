@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from bn_research.claims.alt_text import line_ends
-from bn_research.claims.censoring import Bounded
+from bn_research.claims.bounded import Bounded
 from bn_research.claims.figures import (
     PALETTE,
     Figure,

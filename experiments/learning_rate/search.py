@@ -19,7 +19,7 @@ from typing import Any, NamedTuple, TypeVar
 import jax
 import numpy as np
 
-from bn_research.claims.censoring import Bounded
+from bn_research.claims.bounded import Bounded
 from bn_research.lab.arms import Arm, Trainer
 from bn_research.models.cnn import NormPlacement
 

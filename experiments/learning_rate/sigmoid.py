@@ -5,9 +5,10 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import estimate
+from bn_research.claims.finding import Finding, conjunction, decide
 from bn_research.claims.formatting import format_interval, format_number
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import Finding, conjunction, decide, estimate
 from bn_research.lab.arms import Arm, Trainer
 from bn_research.models.cnn import NormPlacement
 from experiments.learning_rate.search import final_loss

@@ -6,18 +6,18 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.censoring import Bounded, Ratio, ratio
-from bn_research.claims.formatting import format_interval, format_number
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
+from bn_research.claims.bounded import Bounded, Ratio, ratio
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import estimate
+from bn_research.claims.finding import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     REPRODUCED,
     Finding,
     conjunction,
     decide,
-    estimate,
 )
+from bn_research.claims.formatting import format_interval, format_number
 from bn_research.models.cnn import NormPlacement
 from experiments.learning_rate.search import Searches, Setting, final_loss
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.censoring import Bounded, Ratio, ratio
+from bn_research.claims.bounded import Bounded, Ratio, ratio
 from bn_research.models.spec import num_logits
 
 TRAINS = 0.2  # nats below the loss of guessing

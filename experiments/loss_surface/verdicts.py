@@ -6,17 +6,11 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.censoring import Bounded, Ratio
+from bn_research.claims.bounded import Bounded, Ratio
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import estimate
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, Finding, conjunction, decide
 from bn_research.claims.formatting import format_interval, format_number
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    Finding,
-    conjunction,
-    decide,
-    estimate,
-)
 from bn_research.models.spec import num_logits
 from experiments.loss_surface.summaries import (
     TRAINS,

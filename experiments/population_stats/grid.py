@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bn_research.claims.verdict import Estimate, estimate
+from bn_research.claims.estimate import Estimate, estimate
 from experiments.population_stats.measurements import ALGORITHM2, average
 
 LEVELS = ("low", "high")  # of the rate

@@ -6,15 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Estimate,
-    Finding,
-    estimate,
-)
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import Estimate, estimate
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
 from experiments.population_stats.grid import (
     LEVELS,
     Cell,

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from bn_research.claims.alt_text import line_ends
+from bn_research.claims.estimate import Estimate, estimate, paired_difference
 from bn_research.claims.figures import PALETTE, Figure, new_figure, save_figure, shared_legend
 from bn_research.claims.formatting import format_number
-from bn_research.claims.verdict import Estimate, estimate, paired_difference
 from bn_research.models.cnn import DROPOUT_PLACEMENTS
 from experiments.regularization.dropout_verdicts import CELLS, gains
 

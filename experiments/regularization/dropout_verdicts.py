@@ -5,19 +5,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bn_research.claims.formatting import format_number
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import Estimate, estimate, paired_difference
+from bn_research.claims.finding import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     REPRODUCED,
-    Estimate,
     Finding,
     conjunction,
     decide,
-    estimate,
-    paired_difference,
 )
+from bn_research.claims.formatting import format_number
 from bn_research.models.cnn import DROPOUT_PLACEMENTS
 
 UNSHIFTED = 0.05  # of |ratio − 1|: up to it a BN layer counts as left alone

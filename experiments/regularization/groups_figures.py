@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from bn_research.claims.alt_text import line_ends
+from bn_research.claims.estimate import estimate
 from bn_research.claims.figures import (
     PALETTE,
     Figure,
@@ -19,7 +20,6 @@ from bn_research.claims.figures import (
     shared_legend,
 )
 from bn_research.claims.formatting import format_number
-from bn_research.claims.verdict import estimate
 from experiments.regularization.groups_verdicts import (
     DOSE,
     FROZEN,

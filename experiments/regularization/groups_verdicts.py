@@ -6,17 +6,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import Estimate, estimate, paired_difference
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
 from bn_research.claims.formatting import format_number
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Estimate,
-    Finding,
-    estimate,
-    paired_difference,
-)
 
 FLAT = 0.5  # points of accuracy: half of the paper's 1 %
 RECOVERED = 0.5  # part of the gap's change that noise of the measured law must bring back

@@ -5,15 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    Estimate,
-    Finding,
-    conjunction,
-    decide,
-    estimate,
-)
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import Estimate, estimate
+from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide
 from bn_research.probes.batch_noise import exact_moments, noise_law
 
 REACH = 2  # |x̃|, from the centre: 95 % of Gaussian features

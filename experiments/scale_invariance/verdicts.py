@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import estimate
+from bn_research.claims.finding import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     REPRODUCED,
     Finding,
     conjunction,
-    estimate,
 )
 from experiments.scale_invariance import identities
 from experiments.scale_invariance.dynamics import largest_product

@@ -6,17 +6,15 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import estimate, paired_difference, slope
+from bn_research.claims.finding import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     REPRODUCED,
     Finding,
     conjunction,
     decide,
-    estimate,
-    paired_difference,
-    slope,
 )
 from experiments.signal_propagation.measurements import (
     JACOBIAN_BATCH,

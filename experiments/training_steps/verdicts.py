@@ -5,16 +5,15 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.censoring import Bounded, Ratio, first_reaching, ratio
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
+from bn_research.claims.bounded import Bounded, Ratio, first_reaching, ratio
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import Estimate, paired_difference
+from bn_research.claims.finding import (
     INCONCLUSIVE,
     NOT_REPRODUCED,
     REPRODUCED,
-    Estimate,
     Finding,
     conjunction,
-    paired_difference,
 )
 from experiments.training_steps.arms import (
     BASELINE,

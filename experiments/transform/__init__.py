@@ -46,17 +46,9 @@ import numpy as np
 from tqdm import tqdm
 
 from bn_research import data
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    REPRODUCED,
-    Estimate,
-    Finding,
-    conjunction,
-    decide,
-    estimate,
-    slope,
-)
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import Estimate, estimate, slope
+from bn_research.claims.finding import INCONCLUSIVE, REPRODUCED, Finding, conjunction, decide
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.workdir import Ledger
 from bn_research.normalization import batch_norm

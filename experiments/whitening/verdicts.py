@@ -5,17 +5,11 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.censoring import Bounded, Ratio, first_reaching, ratio
+from bn_research.claims.bounded import Bounded, Ratio, first_reaching, ratio
+from bn_research.claims.claim import Claim
+from bn_research.claims.estimate import estimate, paired_difference
+from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide
 from bn_research.claims.formatting import format_interval, format_number
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    Finding,
-    conjunction,
-    decide,
-    estimate,
-    paired_difference,
-)
 from experiments.whitening.inputs import TRANSFORMS
 
 _DEVIATION = 0.02  # of steps and eigenvalues from theory

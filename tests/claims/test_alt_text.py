@@ -2,7 +2,7 @@
 
 import math
 
-from bn_research.claims.alt_text import line_ends
+from bn_research.claims.alt_text import line_ends, panel_ends
 from bn_research.claims.figures import band, new_figure
 
 
@@ -29,3 +29,11 @@ def test_points_with_error_bars_are_told_and_vertical_lines_and_areas_are_not():
 
 def test_of_no_lines_there_is_nothing_to_say():
     assert line_ends(new_figure()[1]) == ""
+
+
+def test_panels_are_sentences():
+    _, (above, below) = new_figure(rows=2)
+    above.plot([0, 1], [1, 2], label="BN")
+    below.plot([0, 1], [3, 3], label="plain")
+    told = panel_ends({"low rate": above, "ECE": below})
+    assert told == "Low rate: BN: 1 to 2. ECE: plain: 3."

@@ -1,5 +1,6 @@
 """Figures: bytes that do not change, bands that tell the truth, text that does not collide."""
 
+import functools
 import math
 import struct
 import subprocess
@@ -16,6 +17,7 @@ from bn_research.claims.figures import (
     band,
     end_labels,
     new_figure,
+    save_all,
     save_figure,
     shared_legend,
 )
@@ -136,9 +138,44 @@ def test_words_are_required(tmp_path, name):
     assert not list(tmp_path.iterdir())
 
 
+def test_figures_are_saved_under_the_names_of_their_functions(tmp_path):
+    words = {"alt": "The loss falls.", "caption": "Mean over seeds."}
+
+    def _loss(config, records):
+        """Loss of training.
+
+        More on it.
+        """
+        assert (config, records) == ("config", "records")
+        return draw(), words | {"claims": ("a-claim",)}
+
+    def accuracy(config, records):
+        """Does it train?"""
+        return draw(), words
+
+    def named(what, config, records):
+        return draw(), words | {"title": f"Of {what}", "file": f"of_{what}"}
+
+    def nothing(config, records):
+        """Not drawn."""
+
+    draws = [_loss, nothing, accuracy, functools.partial(named, "both")]
+    found = save_all(draws, tmp_path, "config", "records")
+    assert [figure.path.name for figure in found] == ["loss.png", "accuracy.png", "of_both.png"]
+    assert [figure.title for figure in found] == ["Loss of training", "Does it train?", "Of both"]
+    assert found[0].claims == ("a-claim",) and found[0].alt == words["alt"]
+    assert all(figure.path.exists() for figure in found)
+
+
+def test_a_band_takes_looks_of_its_line():
+    _, axis = new_figure()
+    line = band(axis, [0, 1], [1, 2], label="a", color="black", marker="o", markersize=5)
+    assert (line.get_marker(), line.get_markersize(), line.get_linewidth()) == ("o", 5, 1.8)
+
+
 def test_neither_pyplot_nor_jax_is_loaded():
     code = (
-        "import sys, bn_research.claims.report; "
+        "import sys, bn_research.claims.html.overview; "
         "sys.exit(' '.join({'matplotlib.pyplot', 'jax', 'absl'} & set(sys.modules)) or None)"
     )
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

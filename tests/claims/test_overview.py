@@ -9,9 +9,9 @@ import pytest
 from PIL import Image, ImageChops
 
 from bn_research.claims.figures import Figure
-from bn_research.claims.images import embed
-from bn_research.claims.overview import Failure, render, write_overview
-from bn_research.claims.run import Run
+from bn_research.claims.html.images import embed
+from bn_research.claims.html.overview import render, write_overview
+from bn_research.claims.results import Failure, Run
 
 EVIL = "</script><script>alert('x')</script>\"&"
 VERDICTS = ("reproduced", "not reproduced", "inconclusive")

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from bn_research.claims.formatting import headline
-from bn_research.claims.overview import Failure, write_overview
-from bn_research.claims.run import read_run
+from bn_research.claims.html.overview import write_overview
+from bn_research.claims.results import Failure, read_run
 
 playwright = pytest.importorskip("playwright.sync_api")
 

@@ -6,11 +6,10 @@ import shutil
 
 import pytest
 
+from bn_research.claims.claim import Claim
 from bn_research.claims.figures import new_figure, save_figure
-from bn_research.claims.registry import Claim
-from bn_research.claims.report import results_document, write_json
-from bn_research.claims.run import read_run, write_run
-from bn_research.claims.verdict import REPRODUCED, Finding
+from bn_research.claims.finding import REPRODUCED, Finding
+from bn_research.claims.results import read_run, results_document, write_json, write_run
 
 CONFIG = {"experiment": "demo", "seeds": 2, "train": {"rate": 0.1}}
 ENVIRONMENT = {"python": "3.11", "versions": {"jax": "0.10"}}

@@ -13,7 +13,7 @@ import optax
 import pytest
 from scipy import stats
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from bn_research.training.lanes import Lanes
 from bn_research.training.loop import History, batch_at, run_steps

@@ -14,7 +14,7 @@ import pytest
 from flax.traverse_util import flatten_dict
 from sklearn import metrics
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from bn_research.lab.workdir import WorkdirError
 from bn_research.layers.linen import MOMENTS

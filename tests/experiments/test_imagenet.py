@@ -22,7 +22,7 @@ import optax
 import pytest
 from imagenet_like import make_imagenet_like
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.parallel import create_parallel

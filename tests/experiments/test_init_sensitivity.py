@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab import runner
 from bn_research.lab.launch import main
 from bn_research.training.lanes import Lanes

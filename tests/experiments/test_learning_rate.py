@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from bn_research.claims.censoring import Bounded
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.bounded import Bounded
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab import runner
 from bn_research.lab.launch import main
 from bn_research.training.lanes import Lanes

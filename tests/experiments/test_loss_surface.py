@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from bn_research.probes.step_direction import FACTORS
 from bn_research.training.lanes import Lanes

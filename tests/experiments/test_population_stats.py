@@ -16,7 +16,7 @@ import optax
 import pytest
 from scipy import stats
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.images import Images
 from bn_research.lab.launch import main
 from bn_research.lab.runner import Runner

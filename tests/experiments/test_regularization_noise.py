@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.images import load_images
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger

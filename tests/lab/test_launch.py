@@ -13,9 +13,9 @@ import time
 
 import pytest
 
+from bn_research.claims.claim import Claim
 from bn_research.claims.figures import Figure
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import NOT_REPRODUCED, REPRODUCED, Finding
+from bn_research.claims.finding import NOT_REPRODUCED, REPRODUCED, Finding
 from bn_research.lab import launch as launch_module
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.launch import main

@@ -20,8 +20,8 @@ STEADY = '''
 """Is one number what it is?"""
 import dataclasses, os, sys
 from bn_research.claims.figures import new_figure, save_figure
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import Finding, decide
+from bn_research.claims.claim import Claim
+from bn_research.claims.finding import Finding, decide
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.launch import main
 from bn_research.lab.workdir import Ledger

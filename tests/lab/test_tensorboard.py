@@ -12,8 +12,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import REPRODUCED, Finding
+from bn_research.claims.claim import Claim
+from bn_research.claims.finding import REPRODUCED, Finding
 from bn_research.lab import launch, tensorboard
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.tensorboard import curves, event_files

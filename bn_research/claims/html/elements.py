@@ -1,7 +1,7 @@
-"""Parts that the pages of reports share: pure functions from results to HTML.
+"""Parts that the pages share: pure functions from results to HTML.
 
-Everything that comes from outside passes through :func:`html.escape`. The same input gives the
-same bytes: no clock and no random identifier is consulted.
+Everything that comes from outside passes through `escape`. The same input gives the same bytes: no
+clock and no random identifier is consulted.
 """
 
 import base64
@@ -15,9 +15,9 @@ from string import Template
 from typing import Any
 
 from bn_research.claims.figures import Figure
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.claims.formatting import format_duration
-from bn_research.claims.images import embed
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
+from bn_research.claims.html.images import embed
 
 FAILED = "failed"  # of an experiment that came to no verdict
 
@@ -68,36 +68,36 @@ number; the note says which.</p>
 
 
 def resource(name: str) -> str:
-    """Return a style sheet or a script of this package."""
+    """A style sheet or a script of this package."""
     return importlib.resources.files(__package__).joinpath(name).read_text("utf-8")
 
 
 def document(*, title: str, style: str, body: str, script: str = "") -> str:
-    """Return a page that needs no other file; `body` is whole, with its script if it has one."""
+    """A page that needs no other file; `body` is whole, with its script if it has one."""
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode("ascii")
     allowed = f"; script-src 'sha256-{digest}'" if script else ""
     return _DOCUMENT.substitute(title=escape(title), style=style, body=body, allowed=allowed)
 
 
 def badge(verdict: str) -> str:
-    """Return a verdict with its colour and sign."""
+    """A verdict with its colour and sign."""
     sign = verdict_sign(verdict)
     mark = f'<span aria-hidden="true">{sign}</span> ' if sign else ""
     return f'<span class="badge {verdict_class(verdict)}">{mark}{escape(verdict)}</span>'
 
 
 def verdict_class(verdict: str) -> str:
-    """Return the class by which the style sheet colours a verdict."""
+    """The class by which the style sheet colours a verdict."""
     return _BADGES.get(verdict, ("other", ""))[0]
 
 
 def verdict_sign(verdict: str) -> str:
-    """Return the sign that says the same as the colour."""
+    """The sign that says the same as the colour."""
     return _BADGES.get(verdict, ("other", ""))[1]
 
 
 def facts(results: Mapping[str, Any]) -> str:
-    """Return experiment, preset, data, seeds and time in one line."""
+    """Experiment, preset, data, seeds and time in one line."""
     seeds = results["seeds"]
     parts = [
         f"Experiment <strong>{escape(str(results['experiment']))}</strong>",
@@ -111,7 +111,7 @@ def facts(results: Mapping[str, Any]) -> str:
 
 
 def numbers(entries: Sequence[tuple[str, str]], *, shown: int) -> str:
-    """Return names and numbers as a list, folded after the first `shown` ones."""
+    """Names and numbers as a list, folded after the first `shown` ones."""
     if not entries:
         return "<p>none</p>"
     rest = entries[shown:]
@@ -127,17 +127,17 @@ def _numbers(entries: Sequence[tuple[str, str]]) -> str:
 
 
 def figure(shown: Figure, *, anchor: str = "", label: str = "", more: str = "") -> str:
-    """Return a figure with its heading, alternative text and caption.
+    """A figure with its heading, alternative text and caption.
 
     Args:
-        shown: The figure; its file is read.
-        anchor: Its id on the page, if links lead to it.
-        label: What stands before the title, such as its number.
-        more: HTML below the caption.
+      shown: the figure; its file is read.
+      anchor: its id on the page, if links lead to it.
+      label: what stands before the title, such as its number.
+      more: HTML below the caption.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not a PNG.
+      OSError: the file cannot be read.
+      ValueError: it is not a PNG.
     """
     uri, width, height = embed(shown.path)
     name = f' id="{escape(anchor)}"' if anchor else ""
@@ -151,18 +151,18 @@ def figure(shown: Figure, *, anchor: str = "", label: str = "", more: str = "") 
 
 
 def command(line: str) -> str:
-    """Return a command as a block."""
+    """A command as a block."""
     return f"<pre>{code(line)}</pre>"
 
 
 def code(line: str) -> str:
-    """Return a command, each word a box: a narrow screen would break ``--preset`` after ``--``."""
+    """A command, each word a box: a narrow screen would break `--preset` after `--`."""
     words = re.sub(r"\S+", lambda word: f"<span>{escape(word[0])}</span>", line)
     return f'<code class="command">{words}</code>'
 
 
 def pairs(mapping: Mapping[str, Any]) -> str:
-    """Return names and values as a table; nested mappings become dotted names."""
+    """Names and values as a table; nested mappings become dotted names."""
     rows = "\n".join(
         f'<tr><th scope="row">{escape(name)}</th><td>{escape(value)}</td></tr>'
         for name, value in _flatten(mapping)
@@ -181,7 +181,7 @@ def _flatten(mapping: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def reading(*, with_failures: bool = False) -> str:
-    """Return the section that says what the verdicts mean."""
+    """The section that says what the verdicts mean."""
     more = (
         f"<div><dt>{badge(FAILED)}</dt><dd>The experiment came to no end; its log is in its "
         "section.</dd></div>\n"

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from bn_research.claims.registry import Claim, check_unique
+from bn_research.claims.claim import Claim, check_unique
 
 TEXTS = {
     "id": "no-training-without-bn",

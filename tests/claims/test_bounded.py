@@ -1,12 +1,21 @@
 """Censored numbers: bounds stay bounds, and intervals still cover the truth."""
 
+import itertools
 import math
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from bn_research.claims.censoring import Bounded, first_reaching, ratio
+from bn_research.claims.bounded import (
+    Bounded,
+    bounded_slope,
+    first_reaching,
+    geometric_mean,
+    log_slope,
+    ratio,
+)
+from bn_research.claims.estimate import estimate
 
 
 def exact(*values):
@@ -76,7 +85,44 @@ def test_intervals_cover_the_truth_however_much_is_censored(limit):
     assert np.mean(covered) >= 0.93
 
 
+def test_plain_numbers_are_measured_ones():
+    assert ratio([4.0, 6], [2, 3.0]) == ratio(exact(4, 6), exact(2, 3))
+    assert geometric_mean([2.0, 8.0]) == pytest.approx((4, 4))
+    assert geometric_mean([2.0, Bounded(8.0, math.inf)]) == pytest.approx((4, math.inf))
+
+
+def test_slope_is_that_of_scipy_and_bounds_are_those_of_the_corners():
+    rng = np.random.default_rng(1)
+    x, n, d = np.log([8, 32, 128]), np.exp(rng.normal(size=3)), np.exp(rng.normal(size=3))
+    expected = stats.linregress(x, np.log(n / d)).slope
+    assert bounded_slope(x, n, exact(*d)) == pytest.approx((expected, expected), abs=1e-12)
+    wide = [Bounded(v, v * w) for v, w in zip(n, (1.5, 3.0, 2.0), strict=True)]
+    corners = [
+        stats.linregress(x, np.log(np.array(ends) / d)).slope for ends in itertools.product(*wide)
+    ]
+    found = bounded_slope(x, wide, exact(*d))
+    np.testing.assert_allclose(found, [min(corners), max(corners)], atol=1e-12)
+    open_end = [1.0, 1.0, Bounded(1.0, math.inf)]
+    assert bounded_slope(x, open_end, [1.0] * 3) == pytest.approx((0, math.inf))
+
+
+def test_slopes_over_seeds():
+    x, powers = np.log([8, 32, 128]), np.array([0.5, 0.7, 0.4])
+    numerators = [np.exp(at * powers) for at in x]
+    ones = [[1.0] * 3] * 3
+    found = log_slope(x, numerators, ones)
+    np.testing.assert_allclose(found, estimate(powers), atol=1e-12)
+    cut = [*numerators[:2], [Bounded(value, math.inf) for value in numerators[2]]]
+    above = log_slope(x, cut, ones)
+    assert above.low == pytest.approx(found.low) and above.high == math.inf
+    assert math.isnan(above.mean) and above.count == 3
+    both = log_slope(x, cut, cut)
+    assert both.interval == (-math.inf, math.inf)
+
+
 def test_words():
+    assert str(ratio([2.0, 2.0], [1.0, 1.0])) == "2 [2, 2]"
+    assert str(ratio([Bounded(2.0, math.inf)] * 2, [1.0, 1.0])) == "> 2 [2, inf]"
     assert str(Bounded(1500, 1500)) == "1500"
     assert str(Bounded(3000, math.inf)) == "> 3000"
     assert str(Bounded(0, 0.2)) == "< 0.2"

@@ -8,8 +8,10 @@ from html.parser import HTMLParser
 
 import pytest
 
-from bn_research.claims import atomic, elements, page
+from bn_research.claims import atomic
+from bn_research.claims.claim import Claim
 from bn_research.claims.figures import Figure, new_figure, save_figure
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
 from bn_research.claims.formatting import (
     aligned,
     display_width,
@@ -21,11 +23,10 @@ from bn_research.claims.formatting import (
     printable,
     wrap,
 )
-from bn_research.claims.page import write_report
-from bn_research.claims.registry import Claim
-from bn_research.claims.report import results_document, verdict_table, write_json
-from bn_research.claims.run import Run
-from bn_research.claims.verdict import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
+from bn_research.claims.html import elements, page
+from bn_research.claims.html.page import write_report
+from bn_research.claims.results import Run, results_document, write_json
+from bn_research.claims.tables import verdict_table
 
 EVIL = "<script>alert('x')</script>"
 CLAIM_KEYS = "id statement source criterion expected measured interval verdict note".split()

@@ -1,18 +1,23 @@
-"""A finished run on disk: written by an experiment, read back by whatever makes pages of it.
+"""What a run leaves behind in its workdir: written by an experiment, read by whatever shows it.
 
 `results.json`, `config.json` and `environment.json` hold the numbers; `report.json` holds what a
-report says beside them: the question, the command, and the words of each figure.
+page says beside them: the question, the command, and the words of each figure.
 """
 
 import json
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from bn_research.claims import atomic
+from bn_research.claims.claim import check_unique
 from bn_research.claims.figures import Figure
-from bn_research.claims.report import SCHEMA, write_json
-from bn_research.claims.verdict import VERDICTS
+from bn_research.claims.finding import VERDICTS, Finding
+from bn_research.claims.formatting import format_interval, format_number
+
+SCHEMA = 1
 
 _NUMBER = (int, float)
 _RESULTS = {
@@ -40,7 +45,7 @@ _FIGURE = {"file": str, "title": str, "alt": str, "caption": str, "claims": list
 
 
 class Run(NamedTuple):
-    """What a report shows of one run of one experiment."""
+    """What a page shows of one run of one experiment."""
 
     title: str
     question: str  # what the experiment asks, in a sentence or two
@@ -52,13 +57,61 @@ class Run(NamedTuple):
 
 
 class Failure(NamedTuple):
-    """What a report shows of an experiment that came to no end."""
+    """What a page shows of an experiment that came to no end."""
 
     experiment: str
     command: str
     status: int  # of its process; negative for a signal, as in `subprocess`
     reason: str  # in one line
     log: str  # the end of what it printed
+
+
+def results_document(
+    *,
+    experiment: str,
+    preset: str,
+    dataset: str,
+    seeds: Iterable[int],
+    wall_seconds: float,
+    findings: Sequence[Finding],
+) -> dict[str, Any]:
+    """The content of `results.json`.
+
+    JSON has no infinity and no NaN: such a number becomes None, and the claim's note says which and
+    what it was. An interval that is open on one side, as a censored number's is, has None there,
+    and so have the numbers `name, low` and `name, high`; one that is open on both is None.
+
+    It is of plain dicts, lists, strings and numbers, in the order of schema 1. The dataset is `""`
+    where none is used.
+
+    Raises:
+      ValueError: two findings share a claim id, or `wall_seconds` is negative or not finite.
+    """
+    if not 0 <= wall_seconds < math.inf:
+        raise ValueError(f"wall_seconds must be finite and not negative, got {wall_seconds}")
+    check_unique(finding.claim for finding in findings)
+    return {
+        "schema": SCHEMA,
+        "experiment": experiment,
+        "preset": preset,
+        "dataset": dataset,
+        "seeds": [int(seed) for seed in seeds],
+        "wall_seconds": float(wall_seconds),
+        "claims": [_claim_entry(finding) for finding in findings],
+    }
+
+
+def write_json(path: str | os.PathLike[str], document: Any) -> None:
+    """Strict JSON in a file, written atomically: equal documents in one order give equal bytes.
+
+    Keys keep the order of the document, which is the order a reader expects.
+
+    Raises:
+      ValueError: the document holds a number that is not finite; nothing is written.
+      TypeError: it holds something JSON does not know; nothing is written.
+    """
+    text = json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False)
+    atomic.write_bytes(path, f"{text}\n".encode())
 
 
 def write_run(
@@ -69,18 +122,11 @@ def write_run(
     command: str,
     figures: Sequence[Figure],
 ) -> None:
-    """Write `report.json` into a workdir, beside the files that a run leaves there anyway.
-
-    Args:
-        path: The workdir.
-        title: Of the report.
-        question: What the experiment asks.
-        command: The exact command line that gives these results.
-        figures: In the order of the report; their files lie in the workdir.
+    """`report.json` in a workdir, beside the files that a run leaves there anyway.
 
     Raises:
-        ValueError: A figure lies outside the workdir, which could then not be moved.
-        OSError: The file could not be written.
+      ValueError: a figure lies outside the workdir, which could then not be moved.
+      OSError: the file could not be written.
     """
     root = Path(path).resolve()
     entries = []
@@ -102,10 +148,10 @@ def write_run(
 
 
 def read_run(path: str | os.PathLike[str]) -> Run:
-    """Read a finished run back from its workdir.
+    """A finished run, read back from its workdir.
 
     Raises:
-        ValueError: A file is missing, damaged, or of another schema; in one line.
+      ValueError: a file is missing, damaged, or of another schema; in one line.
     """
     path = Path(path)
     if not path.is_dir():
@@ -127,6 +173,44 @@ def read_run(path: str | os.PathLike[str]) -> Run:
         config=_read(path / "config.json", {}),
         environment=_read(path / "environment.json", {}),
     )
+
+
+def _claim_entry(finding: Finding) -> dict[str, Any]:
+    claim = finding.claim
+    measured = {name: float(value) for name, value in finding.measured.items()}
+    lost = [
+        f"{name} ({format_number(value)})"
+        for name, value in measured.items()
+        if not math.isfinite(value) and not _is_open_end(name, measured)
+    ]
+    interval = None
+    if finding.interval is not None:
+        interval = [float(end) if math.isfinite(end) else None for end in finding.interval]
+        if interval == [None, None]:
+            lost.append(f"interval {format_interval(finding.interval)}")
+            interval = None
+    note = finding.note
+    if lost:
+        if note and not note.rstrip().endswith((".", "!", "?")):
+            note = f"{note.rstrip()}."
+        note = f"{note} Not finite, stored as null: {', '.join(lost)}.".lstrip()
+    return {
+        "id": claim.id,
+        "statement": claim.statement,
+        "source": claim.source,
+        "criterion": claim.criterion,
+        "expected": claim.expected,
+        "measured": {n: v if math.isfinite(v) else None for n, v in measured.items()},
+        "interval": interval,
+        "verdict": finding.verdict,
+        "note": note,
+    }
+
+
+def _is_open_end(name: str, measured: Mapping[str, float]) -> bool:
+    """Whether this is the end of an interval that the number itself stands beside."""
+    number, _, end = name.rpartition(", ")
+    return end in ("low", "high") and number in measured
 
 
 def _read(path: Path, shape: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,14 +12,14 @@ class Claim:
     """One testable sentence, with the criterion that was fixed before the run.
 
     Attributes:
-        id: Slug in lower case, words joined by single hyphens: ``"no-training-without-bn"``.
-        statement: The claim, as one sentence.
-        source: Who claims it.
-        criterion: What counts as reproduced and what as not reproduced, in words.
-        expected: What the source or the theory leads one to expect.
+      id: slug in lower case, words joined by single hyphens: `"no-training-without-bn"`.
+      statement: the claim, as one sentence.
+      source: who claims it.
+      criterion: what counts as reproduced and what as not reproduced, in words.
+      expected: what the source or the theory leads one to expect.
 
     Raises:
-        ValueError: A field is empty or not text, or ``id`` is not a slug.
+      ValueError: a field is empty or not text, or `id` is not a slug.
     """
 
     id: str
@@ -43,7 +43,7 @@ class Claim:
 
 
 def check_unique(claims: Iterable[Claim]) -> None:
-    """Raise ValueError if two claims share an id: one would hide the other in the results."""
+    """ValueError if two claims share an id: one would hide the other in the results."""
     seen: set[str] = set()
     for claim in claims:
         if claim.id in seen:

@@ -1,4 +1,4 @@
-"""The HTML of ``report.html``: what one run has found, on one page."""
+"""The HTML of `report.html`: what one run has found, on one page."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -6,10 +6,11 @@ from html import escape
 from string import Template
 from typing import Any
 
-from bn_research.claims import atomic, elements
+from bn_research.claims import atomic
 from bn_research.claims.figures import Figure
 from bn_research.claims.formatting import format_interval, format_measured
-from bn_research.claims.run import Run
+from bn_research.claims.html import elements
+from bn_research.claims.results import Run
 
 _UNFOLDED = 12  # numbers of a claim; the rest opens on demand
 _COLUMNS = ("Claim", "Source", "Criterion", "Expected", "Measured", "Verdict")
@@ -45,17 +46,17 @@ $reading
 
 
 def write_report(path: str | os.PathLike[str], run: Run) -> None:
-    """Write the HTML file of one run, which needs no other file, no network and no script.
+    """The HTML file of one run, which needs no other file, no network and no script.
 
     Raises:
-        OSError: A figure cannot be read, or the report cannot be written.
-        ValueError: A figure is not a PNG.
+      OSError: a figure cannot be read, or the report cannot be written.
+      ValueError: a figure is not a PNG.
     """
     atomic.write_bytes(path, render(run).encode())
 
 
 def render(run: Run) -> str:
-    """Return the whole page."""
+    """The whole page."""
     body = _BODY.substitute(
         title=escape(run.title),
         question=escape(run.question),

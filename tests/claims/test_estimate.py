@@ -1,25 +1,19 @@
-"""Intervals against closed forms, verdicts at their borders."""
+"""Intervals against closed forms."""
 
-import itertools
 import math
 
+import numpy as np
 import pytest
+from scipy import stats
 
-from bn_research.claims.registry import Claim
-from bn_research.claims.verdict import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
+from bn_research.claims.estimate import (
     Estimate,
-    Finding,
-    conjunction,
-    decide,
     estimate,
+    median_interval,
     paired_difference,
+    ratio_of_means,
     slope,
 )
-
-CLAIM = Claim("a-claim", "A holds.", "Notes", "A >= 1", "A = 2")
 
 
 def t_quantile_1(p):
@@ -128,69 +122,46 @@ def test_slope_refuses(x, y, message):
         slope(x, y)
 
 
+def test_words_and_rising_functions():
+    found = Estimate(0.5, 0.25, 1.0, 4)
+    assert str(found) == "0.5 [0.25, 1]"
+    assert found.mapped(lambda x: 100 * x) == Estimate(50, 25, 100, 4)
+    assert Estimate(0.0, -math.inf, math.inf, 1).mapped(np.exp) == Estimate(1, 0, math.inf, 1)
+
+
+def test_ratio_of_means_is_where_students_test_turns():
+    a, b = (np.random.default_rng(0).standard_normal((6, 2)) * 0.3 + [1.0, 2.0]).T
+    found = ratio_of_means(a, b)
+    assert found.low < found.mean < found.high and found.mean == pytest.approx(a.mean() / b.mean())
+    for end in found.interval:
+        assert stats.ttest_1samp(a - end * b, 0).pvalue == pytest.approx(0.05)
+    for end in ratio_of_means(a, b, confidence=0.8).interval:
+        assert stats.ttest_1samp(a - end * b, 0).pvalue == pytest.approx(0.2)
+    assert ratio_of_means(a, b - 2).interval == (-math.inf, math.inf)
+    assert ratio_of_means(a[:1], b[:1]).interval == (-math.inf, math.inf)
+    assert math.isnan(ratio_of_means([1.0, 2.0], [0.0, 0.0]).mean)
+    with pytest.raises(ValueError, match="paired by seed, got 2 and 1"):
+        ratio_of_means([1.0, 2.0], [1.0])
+
+
+def test_intervals_of_quotients_and_medians_cover_the_truth():
+    rng = np.random.default_rng(0)
+    quotients, medians = [], []
+    for _ in range(2000):
+        a, b = rng.normal(1, 0.4, 5), rng.normal(2, 0.4, 5)
+        low, high = ratio_of_means(a, b).interval
+        quotients.append(low <= 0.5 <= high)
+        low, high = median_interval(rng.exponential(size=12)).interval
+        medians.append(low <= math.log(2) <= high)
+    assert np.mean(quotients) == pytest.approx(0.95, abs=0.015)
+    assert 0.95 <= np.mean(medians) <= 0.98  # of 12: 1 − 2·P(Binomial(12, ½) < 3) = 0.961
+
+
 @pytest.mark.parametrize(
-    ("interval", "verdict"),
-    [
-        ((1.0, 2.0), REPRODUCED),  # the range is closed
-        ((1.2, 1.2), REPRODUCED),
-        ((0.9999, 2.0), INCONCLUSIVE),
-        ((1.0, 2.0001), INCONCLUSIVE),
-        ((0.0, 3.0), INCONCLUSIVE),
-        ((0.0, 1.0), INCONCLUSIVE),  # touches
-        ((2.0, 3.0), INCONCLUSIVE),
-        ((0.0, 0.9999), NOT_REPRODUCED),
-        ((2.0001, math.inf), NOT_REPRODUCED),
-        ((-math.inf, math.inf), INCONCLUSIVE),
-    ],
+    ("count", "low", "high"),
+    [(5, -math.inf, math.inf), (6, 1, 6), (10, 2, 9), (11, 2, 10), (25, 8, 18), (100, 40, 61)],
 )
-def test_decide_at_the_borders(interval, verdict):
-    assert decide(interval, at_least=1.0, at_most=2.0) == verdict
-
-
-def test_decide_with_one_bound_and_an_estimate():
-    assert decide((3.0, math.inf), at_least=3.0) == REPRODUCED
-    assert decide((0.0, 0.5), at_most=0.5) == REPRODUCED
-    assert decide((0.0, 0.5), at_least=0.6) == NOT_REPRODUCED
-    # The mean and the count lie outside, low and high inside: only the latter matter.
-    assert decide(Estimate(9.0, 1.0, 2.0, 5), at_least=1.0, at_most=2.0) == REPRODUCED
-    assert decide(estimate([5.0]), at_least=1.0) == INCONCLUSIVE
-
-
-@pytest.mark.parametrize("interval", [(2.0, 1.0), (math.nan, 1.0), (0.0, math.nan), (1.0,)])
-def test_decide_refuses_what_is_no_interval(interval):
-    with pytest.raises(ValueError, match="interval must be a pair"):
-        decide(interval, at_least=1.0)
-
-
-def test_decide_refuses_a_criterion_that_cannot_fail_or_cannot_hold():
-    with pytest.raises(ValueError, match="must be given"):
-        decide((0.0, 1.0))
-    with pytest.raises(ValueError, match="at_least must not exceed at_most"):
-        decide((0.0, 1.0), at_least=2.0, at_most=1.0)
-    with pytest.raises(ValueError, match="at_least must not exceed at_most"):
-        decide((0.0, 1.0), at_least=math.nan)
-
-
-def test_conjunction_is_as_strong_as_its_weakest_part():
-    weakest_first = (NOT_REPRODUCED, INCONCLUSIVE, REPRODUCED)
-    for parts in itertools.product(weakest_first, repeat=3):
-        assert conjunction(*parts) == min(parts, key=weakest_first.index)
-    assert conjunction(REPRODUCED) == REPRODUCED
-
-
-def test_conjunction_refuses_nothing_and_unknown_words():
-    with pytest.raises(ValueError, match="empty"):
-        conjunction()
-    with pytest.raises(ValueError, match="'maybe'"):
-        conjunction(REPRODUCED, "maybe")
-
-
-def test_finding_is_checked():
-    Finding(CLAIM, {"a": math.nan}, None, REPRODUCED)
-    Finding(CLAIM, {}, (-math.inf, math.inf), INCONCLUSIVE)
-    with pytest.raises(ValueError, match="'Reproduced'"):
-        Finding(CLAIM, {}, None, "Reproduced")
-    with pytest.raises(ValueError, match="interval must be a pair"):
-        Finding(CLAIM, {}, (2.0, 1.0), REPRODUCED)
-    with pytest.raises(ValueError, match="interval must be a pair"):
-        Finding(CLAIM, {}, estimate([1.0, 2.0]), REPRODUCED)
+def test_interval_of_the_median(count, low, high):
+    """Ranks from tables of the sign test, two-sided 5 %."""
+    values = np.random.default_rng(0).permutation(np.arange(1, count + 1))
+    assert median_interval(values) == Estimate((count + 1) / 2, low, high, count)

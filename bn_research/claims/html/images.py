@@ -17,13 +17,13 @@ class Embedded(NamedTuple):
 
 
 def embed(path: str | os.PathLike[str]) -> Embedded:
-    """Return a PNG as lossless WebP, which takes a fifth less than a PNG.
+    """A PNG as lossless WebP, which takes a fifth less.
 
     Up to 128 colours are kept as they are; of more, each pixel gets one of 128 near to its own.
 
     Raises:
-        OSError: The file cannot be read.
-        ValueError: It is not a whole PNG.
+      OSError: the file cannot be read.
+      ValueError: it is not a whole PNG.
     """
     from PIL import Image, UnidentifiedImageError  # not needed by who asks for help
 
