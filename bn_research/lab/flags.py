@@ -12,7 +12,6 @@ from ml_collections import ConfigDict, config_flags
 
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.fields import in_words
-from bn_research.lab.tensorboard import obstacle
 
 _PARALLEL = ("auto", "jit", "pmap", "shard_map")
 
@@ -76,8 +75,11 @@ def parse(experiment: Experiment, argv: list[str]) -> Options | None:
         raise UsageError(in_words(error)) from error
     _check(resolved, experiment.presets[basic.preset])
     path = Path(basic.workdir or default_path(experiment, basic.preset))
-    if basic.tensorboard and (missing := obstacle()):
-        raise UsageError(missing)
+    if basic.tensorboard:
+        from bn_research.lab.tensorboard import obstacle
+
+        if missing := obstacle():
+            raise UsageError(missing)
     parallel = basic.parallel if experiment.distributed else None
     job = _job(basic) if experiment.distributed else None
     return Options(basic.preset, resolved, path, basic.strict, basic.tensorboard, parallel, job)
