@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from bn_research.claims.results import write_json
 
 _PACKAGES = (
@@ -216,6 +218,17 @@ class Ledger:
                 os.fsync(file.fileno())
             self._records[name] = record
         return self._records[name]
+
+    def get_all(
+        self, measures: Mapping[str, Callable[[], Mapping[str, Any]]], *, unit: str
+    ) -> list[dict[str, Any]]:
+        """Records in order, each as of `get`, with a progress bar in this unit."""
+        with tqdm(measures.items(), unit=unit, dynamic_ncols=True) as bar:
+            records = []
+            for name, measure in bar:
+                bar.set_description(name)
+                records.append(self.get(name, measure))
+        return records
 
 
 def environment() -> dict[str, Any]:
