@@ -166,7 +166,7 @@ def _first_prose(text: str) -> str:
 
 
 def _command(experiment: Experiment, preset: str, config: Any, path: Path) -> str:
-    """The command that gives this run: preset, workdir, and fields that differ from the preset's."""
+    """The command that gives this run: its preset, workdir, and fields unlike the preset's."""
     base = dataclasses.asdict(experiment.presets[preset])
     changed = [
         f"--config.{field}={value}"
