@@ -34,32 +34,51 @@ fallen as the square of its norm.
 | edge-of-stability | rate·λmax about 2 at the end, without BN |
 """
 
-import dataclasses
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
+from bn_research.lab.fields import (
+    Count,
+    Network,
+    OrNone,
+    Positive,
+    Several,
+    Some,
+    whole_dispatches,
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    seeds: int = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
+    seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
     dataset: str = "digits"
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: int = 0  # height and width the images are resized to; 0 keeps theirs
-    network: str = "c8 c8 P c16 P f32 f10"
-    batch_size: int = 64  # of SGD
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # of SGD, both arms choose from them
-    num_steps: int = 200  # of SGD
-    steps_per_dispatch: int = 10  # the surface is measured before the first of them
-    curvature_steps: tuple[int, ...] = (0, 50, 190)  # of SGD, at which λmax is measured
-    num_iterations: int = 12  # of Lanczos
-    fixed_examples: int = 256  # of the batch of λmax and of gradient descent
-    descent_factors: tuple[float, ...] = (1, 4, 8, 16, 32, 64, 128)  # times 2/λmax
-    descent_steps: int = 40
-    edge_factor: float = 2.0  # likewise, of the descent along which λmax is followed
-    edge_steps: int = 100
+    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
+    network: Network = "c8 c8 P c16 P f32 f10"
+    batch_size: Several = 64  # of SGD
+    rates: Some[Positive] = (0.03, 0.1, 0.3, 1.0, 3.0)  # of SGD, both arms choose from them
+    num_steps: Count = 200  # of SGD
+    steps_per_dispatch: Count = 10  # the surface is measured before the first of them
+    curvature_steps: Some[OrNone] = (0, 50, 190)  # of SGD, at which λmax is measured
+    num_iterations: Count = 12  # of Lanczos
+    fixed_examples: Several = 256  # of the batch of λmax and of gradient descent
+    descent_factors: Some[Positive] = (1.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # times 2/λmax
+    descent_steps: Count = 40
+    edge_factor: Positive = 2.0  # likewise, of the descent along which λmax is followed
+    edge_steps: Count = 100
+
+    def __post_init__(self) -> None:
+        """ValueError where steps are no whole dispatches, or λmax is not due at the start."""
+        whole_dispatches(self, "num_steps", "descent_steps", "edge_steps")
+        begun = range(0, self.num_steps, self.steps_per_dispatch)
+        if 0 not in self.curvature_steps or not set(self.curvature_steps) <= set(begun):
+            raise ValueError(
+                f"curvature_steps={self.curvature_steps} is not allowed: 0 and multiples of "
+                f"steps_per_dispatch={self.steps_per_dispatch} below num_steps={self.num_steps}"
+            )
 
 
 PRESETS = {
@@ -87,13 +106,9 @@ PRESETS = {
         num_steps=500,
         steps_per_dispatch=20,
         curvature_steps=(0, 120, 480),
-        descent_factors=(1, 8, 11, 16, 23, 32, 45, 64, 91, 128),
+        descent_factors=(1.0, 8.0, 11.0, 16.0, 23.0, 32.0, 45.0, 64.0, 91.0, 128.0),
         edge_steps=300,
     ),
 }
 
-EXPERIMENT = Experiment(
-    __name__,
-    title="Is the loss surface smoother with batch normalization?",
-    presets=PRESETS,
-)
+EXPERIMENT = Experiment(__name__, "Is the loss surface smoother with batch normalization?", PRESETS)

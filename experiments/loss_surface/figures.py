@@ -53,8 +53,8 @@ def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
         file="along_the_step_lower_rate",
         title="How loss and gradient change along the step, at the next lower rate",
     )
-    figures = [_along_the_step, lower, _profile, _sharpness, _stable_rates, _edge_of_stability]
-    return save_all(figures, folder, config, records)
+    draws = (_along_the_step, lower, _profile, _sharpness, _stable_rates, _edge_of_stability)
+    return save_all(draws, folder, config, records)
 
 
 def _roles(records: Records) -> tuple[str, ...]:
@@ -110,9 +110,9 @@ def _profile(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
             runs = records.surfaces[role]
             surfaces = [r["surface"] for r in runs if index < len(r["surface"]["loss"])]
             if surfaces:
-                start = numbers(surfaces, lambda found, at=index: [found["start_loss"][at]])
-                loss = numbers(surfaces, lambda found, at=index: found["loss"][at]) - start
-                curves = np.pad(loss, ((0, 0), (1, 0)))
+                start = np.array([[found["start_loss"][index]] for found in surfaces], float)
+                loss = np.array([found["loss"][index] for found in surfaces], float)
+                curves = np.pad(loss - start, ((0, 0), (1, 0)))
                 band(axis, (0, *FACTORS), curves, label=_label(role, runs), color=_COLORS[role])
         reference(axis, y=0, linestyle=":", linewidth=1)
         axis.set_title(f"step {index * config.steps_per_dispatch}", fontsize=10.5, loc="left")
@@ -199,12 +199,11 @@ def _edge_of_stability(config: Config, records: Records) -> tuple[Any, dict[str,
     fig, axes = new_figure(rows=2, width=5.0, height=6.2)
     steps = np.arange(config.edge_steps)
     for arm, runs in records.edges.items():
-        look = dict(
-            label=f"{arm}, η ≈ {numbers(runs, 'rate').mean():.2g}", color=_COLORS[ARMS[arm]]
-        )
+        label, color = f"{arm}, η ≈ {numbers(runs, 'rate').mean():.2g}", _COLORS[ARMS[arm]]
         curves = [edge_curve(config, record) for record in runs]
-        band(axes[0], steps[:: config.steps_per_dispatch], curves, **look)
-        band(axes[1], steps, padded([r["loss"] for r in runs], config.edge_steps), **look)
+        band(axes[0], steps[:: config.steps_per_dispatch], curves, label=label, color=color)
+        losses = padded([record["loss"] for record in runs], config.edge_steps)
+        band(axes[1], steps, losses, label=label, color=color)
     reference(axes[0], y=2, color="black", label="2")
     axes[0].set_yscale("log")
     axes[1].set_yscale("log")

@@ -6,8 +6,7 @@ a dispatch observes is of the state that it begins with.
 """
 
 import functools
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +15,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bn_research.lab.compiler import compiler_options
+from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, check_network, load_images
 from bn_research.lab.runner import Runner
+from bn_research.lab.settings import (
+    Programs,
+    Setting,
+    Training,
+    creator,
+    per_structure,
+    sweep,
+    train,
+)
 from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.cnn import CNN
@@ -29,128 +37,30 @@ from bn_research.training.cores import use_cpu_cores
 from bn_research.training.loop import History, batch_at, run_steps
 from bn_research.training.metrics import cross_entropy_metrics
 from bn_research.training.optimizers import create_optimizer
-from bn_research.training.state import TrainState, create_train_state
+from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, StepMetrics, make_train_step
-from bn_research.training.sweep import Member, Sweep
-from experiments.loss_surface import Config, verdicts
-
-_LEAST = {
-    "seeds": 1,
-    "image_size": 0,
-    "num_steps": 1,
-    "steps_per_dispatch": 1,
-    "curvature_steps": 0,
-    "num_iterations": 1,
-    "descent_steps": 1,
-    "edge_steps": 1,
-}
-
-
-def prepare(config: Config) -> Images:
-    """The images; each core becomes a device, for the sweeps."""
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int) or number < least:
-                raise ValueError(
-                    f"{name}={value} is not allowed: whole numbers from {least} up are needed"
-                )
-    for name in ("num_steps", "descent_steps", "edge_steps"):
-        if getattr(config, name) % config.steps_per_dispatch:
-            raise ValueError(
-                f"{name}={getattr(config, name)} is not allowed: it must be a multiple of "
-                f"steps_per_dispatch={config.steps_per_dispatch}"
-            )
-    for name in ("rates", "descent_factors", "curvature_steps"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name}={values} is not allowed: give one or more, all different")
-    for name in ("rates", "descent_factors"):
-        values = getattr(config, name)
-        if not all(isinstance(v, int | float) and 0 < v < math.inf for v in values):
-            raise ValueError(f"{name}={values} is not allowed: give positive numbers")
-    if not 0 < config.edge_factor < math.inf:
-        raise ValueError(f"edge_factor={config.edge_factor} is not allowed: it must be positive")
-    begun = range(0, config.num_steps, config.steps_per_dispatch)
-    if 0 not in config.curvature_steps or not set(config.curvature_steps) <= set(begun):
-        raise ValueError(
-            f"curvature_steps={config.curvature_steps} is not allowed: 0 and multiples of "
-            f"steps_per_dispatch={config.steps_per_dispatch} below num_steps={config.num_steps}"
-        )
-    use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-    )
-    check_network(config.network, images, config.dataset)
-    count = len(images.train.label)
-    for name in ("batch_size", "fixed_examples"):
-        if not 2 <= getattr(config, name) <= count:
-            raise ValueError(
-                f"{name}={getattr(config, name)} is not allowed: it must lie between 2 and {count}"
-            )
-    return images
+from experiments.loss_surface import Config
+from experiments.loss_surface.verdicts import (
+    ARMS,
+    LOW,
+    LOW_BN,
+    OWN,
+    PLAIN,
+    SAME,
+    Records,
+    final_loss,
+    sharpness_at_start,
+)
 
 
-def measure(config: Config, images: Images, path: Path) -> verdicts.Records:
-    """Records of the rates' choice, of SGD in every role, and of gradient descent by one batch."""
-    seeds = range(config.seeds)
-    descents_of_an_arm = len(config.descent_factors) * config.descent_steps + config.edge_steps
-    total = (
-        2 * len(config.rates) * config.num_steps
-        + 5 * config.seeds * config.num_steps
-        + 2 * config.seeds * descents_of_an_arm
-    )
-    ledger = Ledger(path / "metrics.jsonl")
-    with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
-        trained = {arm: _Trainer(runner, config, images, arm) for arm in verdicts.ARMS}
+class Run(Setting, traced="rate is_descent is_watched"):
+    """What a network is trained with."""
 
-        def sgd(arm: str, rate: float) -> list[dict[str, Any]]:
-            return trained[arm]("SGD", [Run(rate, seed, config.num_steps) for seed in seeds])
-
-        best = {}
-        for arm in verdicts.ARMS:
-            # Rates are chosen on a seed that no verdict sees.
-            trials = [
-                Run(rate, config.seeds, config.num_steps, is_watched=False) for rate in config.rates
-            ]
-            best[arm] = min(trained[arm]("tune", trials), key=verdicts.final_loss)["rate"]
-        # At its best rate a plain network is near the end of its stability, and some seeds die.
-        lower = max((r for r in config.rates if r < best["plain"]), default=best["plain"])
-        surfaces = {
-            verdicts.PLAIN: sgd("plain", best["plain"]),
-            verdicts.SAME: sgd("BN", best["plain"]),
-            verdicts.OWN: sgd("BN", best["BN"]),
-            verdicts.LOW: sgd("plain", lower),
-            verdicts.LOW_BN: sgd("BN", lower),
-        }
-        descents, edges = {}, {}
-        for arm, role in verdicts.ARMS.items():
-            limits = [2 / found.low for found in verdicts.sharpness_at_start(surfaces[role])]
-
-            def runs(factor: float, steps: int, watched: bool, limits=limits) -> list[Run]:
-                rates = [factor * limit for limit in limits]
-                return [Run(rates[s], s, steps, is_descent=True, is_watched=watched) for s in seeds]
-
-            grid = config.descent_factors
-            unwatched = [run for f in grid for run in runs(f, config.descent_steps, False)]
-            records = trained[arm]("descent", unwatched)
-            for index, factor in enumerate(grid):
-                descents[arm, factor] = records[index * config.seeds :][: config.seeds]
-            followed = runs(config.edge_factor, config.edge_steps, True)
-            edges[arm] = trained[arm]("descent", followed)
-    return verdicts.Records(surfaces, descents, edges)
-
-
-class Hyper(NamedTuple):
-    """What differs between the members of a sweep."""
-
-    rate: Array  # shape=(), float32
-    is_descent: Array  # shape=(), bool: by the whole fixed batch, in place of SGD
-    is_watched: Array  # shape=(), bool: measure, which costs more than the steps
+    network: str
+    rate: float
+    is_descent: bool = False  # by the whole fixed batch, in place of SGD
+    is_watched: bool = True  # measured, which costs more than the steps
+    arm: str = "plain"  # or "BN"
 
 
 class Data(NamedTuple):
@@ -168,27 +78,163 @@ class Observed(NamedTuple):
     frozen: HessianEigenvalues  # of SGD with BN: likewise, BN a fixed affine map
 
 
-class Run(NamedTuple):
-    """A training."""
+def prepare(config: Config) -> Images:
+    """The images; each core becomes a device, for the sweeps."""
+    use_cpu_cores()
+    images = load_images(
+        config.dataset,
+        data_dir=config.data_dir,
+        manual_dir=config.manual_dir,
+        scale="standardized",
+        size=config.image_size,
+    )
+    check_network(config.network, images, config.dataset)
+    at_most(config, len(images.train.label), "the training set", "batch_size", "fixed_examples")
+    return images
 
-    rate: float
-    seed: int
-    num_steps: int
-    is_descent: bool = False
-    is_watched: bool = True
+
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """Chooses the rates, then follows SGD in every role, and gradient descent by one batch."""
+    seeds, grid = range(config.seeds), config.descent_factors
+    total = (2 * len(config.rates) + 5 * config.seeds) * config.num_steps + 2 * config.seeds * (
+        len(grid) * config.descent_steps + config.edge_steps
+    )
+    fixed = jax.tree.map(lambda leaf: leaf[: config.fixed_examples], images.train)
+    shape = images.train.image.shape[1:]
+    ledger = Ledger(path / "metrics.jsonl")
+    with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
+
+        def trained(runs: Iterable[tuple[Run, int]], num_steps: int) -> list[dict[str, Any]]:
+            return train(
+                runner,
+                [Training(run, seed, num_steps) for run, seed in runs],
+                lambda run: programs(run, config, shape),
+                Data(images.train, fixed),
+                record=functools.partial(_record, config),
+                name=_name,
+                describe=lambda t: f"{_purpose(t.setting)}, {t.setting.arm}",
+            )
+
+        best = {}
+        for arm in ARMS:
+            # Rates are chosen on a seed that no verdict sees.
+            trials = [Run(config.network, r, is_watched=False, arm=arm) for r in config.rates]
+            found = trained([(trial, config.seeds) for trial in trials], config.num_steps)
+            best[arm] = min(found, key=final_loss)["rate"]
+        # At its best rate a plain network is near the end of its stability, and some seeds die.
+        lower = max((r for r in config.rates if r < best["plain"]), default=best["plain"])
+        surfaces = {
+            role: trained(
+                [(Run(config.network, rate, arm=arm), seed) for seed in seeds], config.num_steps
+            )
+            for role, arm, rate in (
+                (PLAIN, "plain", best["plain"]),
+                (SAME, "BN", best["plain"]),
+                (OWN, "BN", best["BN"]),
+                (LOW, "plain", lower),
+                (LOW_BN, "BN", lower),
+            )
+        }
+        descents, edges = {}, {}
+        for arm, role in ARMS.items():
+            limits = [2 / sharpness.low for sharpness in sharpness_at_start(surfaces[role])]
+            descent = Run(config.network, 0.0, is_descent=True, is_watched=False, arm=arm)
+            found = trained(
+                ((descent.replace(rate=f * limits[seed]), seed) for f in grid for seed in seeds),
+                config.descent_steps,
+            )
+            for index, factor in enumerate(grid):
+                descents[arm, factor] = found[index * config.seeds :][: config.seeds]
+            followed = descent.replace(is_watched=True)
+            edges[arm] = trained(
+                ((followed.replace(rate=config.edge_factor * limits[s]), s) for s in seeds),
+                config.edge_steps,
+            )
+    return Records(surfaces, descents, edges)
+
+
+def _purpose(run: Run) -> str:
+    return "descent" if run.is_descent else "SGD" if run.is_watched else "tune"
+
+
+def _name(training: Training) -> str:
+    run, num_steps, seed = training.setting, training.num_steps, training.seed
+    watched = "" if run.is_watched else " unwatched"
+    return f"{_purpose(run)} {run.arm} rate={run.rate:.9g} steps={num_steps} seed={seed}{watched}"
+
+
+def _record(
+    config: Config, training: Training, state: TrainState, history: History
+) -> dict[str, Any]:
+    """The surface of each dispatch is kept, and λmax where it was measured."""
+    run, observed = training.setting, history.observed
+    record = {
+        "network": run.network,
+        "rate": run.rate,
+        "seed": training.seed,
+        "num_steps": training.num_steps,
+        **run.as_record(),
+        "loss": history.loss,
+        "diverged": history.diverged,
+    }
+    if not run.is_watched:
+        return record
+    steps = np.arange(len(observed.surface.smoothness)) * config.steps_per_dispatch
+    due = run.is_descent | np.isin(steps, config.curvature_steps)
+    if not run.is_descent:
+        record |= {"surface_steps": steps, "surface": observed.surface._asdict()}
+    record["curvature_steps"] = steps[due]
+    for kind in ("through",) if run.is_descent or run.arm == "plain" else ("through", "frozen"):
+        found = getattr(observed, kind)._asdict()
+        record[kind] = {name: leaf[due, 0] for name, leaf in found.items()}
+    return record
+
+
+@per_structure
+def programs(run: Run, config: Config, shape: tuple[int, ...]) -> Programs:
+    """Members are SGD or gradient descent, watched or not; observes `Observed`."""
+    model = create_model(run.network, run.arm)
+    size, num_steps = config.batch_size, config.steps_per_dispatch
+
+    def init(key: Array, run: Run) -> Any:
+        return model.init(key, jnp.zeros((1, *shape)), train=False)
+
+    def optimizer(run: Run) -> Any:
+        return create_optimizer("sgd", run.rate)
+
+    def advance(state: TrainState, run: Run, data: Data) -> tuple[TrainState, StepMetrics]:
+        observed = _observe(model, config, state, run, data)
+        step = make_train_step(_apply_fn(model), optimizer(run))
+
+        def descend() -> tuple[TrainState, StepMetrics]:
+            return jax.lax.scan(lambda s, _: step(s, data.fixed), state, length=num_steps)
+
+        def stochastic() -> tuple[TrainState, StepMetrics]:
+            return run_steps(step, state, data.train, batch_size=size, num_steps=num_steps)
+
+        state, metrics = jax.lax.cond(run.is_descent, descend, stochastic)
+        return state, metrics._replace(observed=observed)
+
+    return Programs(creator(init, optimizer), sweep(advance, steps_per_dispatch=num_steps))
 
 
 def create_model(network: str, arm: str) -> CNN:
-    """The network of an arm, with BN on all layers but the head or without, and He's kernels."""
+    """The network of an arm: plain, or BN on all layers but the head."""
     # Without momentum the running statistics are those of the last batch, which can be frozen.
     norm = functools.partial(BatchNorm, momentum=0.0)
     placement: Any = "none" if arm == "plain" else "hidden"
     return CNN(network, norm, placement, kernel_init=kernel_initializer("he"))
 
 
-def batch_loss(model: CNN, batch: Batch) -> LossFn:
-    """Params → mean cross-entropy of a batch, normalized by the batch's own statistics."""
-    return _loss(model, {}, batch, train=True)
+def batch_loss(model: CNN, batch: Batch, stats: Any = None) -> LossFn:
+    """Params → mean cross-entropy of a batch, normalized by its own statistics or those given."""
+
+    def loss_fn(params: Any) -> Float[Array, ""]:
+        variables = {"params": params, "batch_stats": stats or {}}
+        logits, _ = _apply_fn(model)(variables, batch.image, train=stats is None)
+        return cross_entropy_metrics(logits, batch.label).loss / len(batch.label)
+
+    return loss_fn
 
 
 def frozen_loss(model: CNN, params: Any, batch: Batch) -> LossFn:
@@ -197,7 +243,7 @@ def frozen_loss(model: CNN, params: Any, batch: Batch) -> LossFn:
     At `params` its value is that of `batch_loss`; its derivatives are not.
     """
     _, stats = _apply_fn(model)({"params": params, "batch_stats": {}}, batch.image, train=True)
-    return _loss(model, stats, batch, train=False)
+    return batch_loss(model, batch, stats)
 
 
 def step_surface(
@@ -209,20 +255,15 @@ def step_surface(
     return loss_along_step(loss_fn, params, direction)
 
 
-def top_eigenvalues(loss_fn: LossFn, params: Any, *, num_iterations: int) -> HessianEigenvalues:
-    """One eigenvalue at each end of the spectrum."""
-    key = jax.random.key(0)
-    return hessian_top_eigenvalues(loss_fn, params, num_iterations=num_iterations, key=key)
-
-
-def observe(model: CNN, config: Config, state: TrainState, hyper: Hyper, data: Data) -> Observed:
-    """What is due at the state that a dispatch begins with."""
+def _observe(model: CNN, config: Config, state: TrainState, run: Run, data: Data) -> Observed:
     params = state.params
-    top = functools.partial(top_eigenvalues, num_iterations=config.num_iterations)
+    top = functools.partial(  # one eigenvalue at each end of the spectrum
+        hessian_top_eigenvalues, num_iterations=config.num_iterations, key=jax.random.key(0)
+    )
 
     def surface() -> StepSurface:
         batch = batch_at(state, data.train, config.batch_size)
-        return step_surface(model, params, batch, hyper.rate)
+        return step_surface(model, params, batch, run.rate)
 
     def through() -> HessianEigenvalues:
         return top(batch_loss(model, data.fixed), params)
@@ -230,114 +271,13 @@ def observe(model: CNN, config: Config, state: TrainState, hyper: Hyper, data: D
     def frozen() -> HessianEigenvalues:
         return top(frozen_loss(model, params, data.fixed), params)
 
-    is_sgd = ~hyper.is_descent & hyper.is_watched
+    is_sgd = ~run.is_descent & run.is_watched
     is_due = is_sgd & jnp.any(jnp.array(config.curvature_steps) == state.step)
     return Observed(
         _if(is_sgd, surface),
-        _if(is_due | (hyper.is_descent & hyper.is_watched), through),
+        _if(is_due | (run.is_descent & run.is_watched), through),
         _missing(through) if model.placement == "none" else _if(is_due, frozen),
     )
-
-
-def sweep_program(model: CNN, config: Config) -> Sweep:
-    """Members are SGD or gradient descent, watched or not; observes `Observed`."""
-    num_steps = config.steps_per_dispatch
-
-    def advance(state: TrainState, hyper: Hyper, data: Data) -> tuple[TrainState, StepMetrics]:
-        observed = observe(model, config, state, hyper, data)
-        step = make_train_step(_apply_fn(model), create_optimizer("sgd", hyper.rate))
-
-        def descend() -> tuple[TrainState, StepMetrics]:
-            return jax.lax.scan(lambda s, _: step(s, data.fixed), state, length=num_steps)
-
-        def stochastic() -> tuple[TrainState, StepMetrics]:
-            batch_size = config.batch_size
-            return run_steps(step, state, data.train, batch_size=batch_size, num_steps=num_steps)
-
-        state, metrics = jax.lax.cond(hyper.is_descent, descend, stochastic)
-        return state, metrics._replace(observed=observed)
-
-    # Fixed, so that it need not be measured: its numbers are those of single runs everywhere.
-    return Sweep(
-        advance,
-        steps_per_dispatch=num_steps,
-        strategy="devices",
-        compiler_options=compiler_options(1),
-    )
-
-
-def create_program(model: CNN, shape: tuple[int, ...]) -> Any:
-    """(key, hyper) → state before the first step, for images of a shape; biases are 0."""
-
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key: Array, hyper: Hyper) -> TrainState:
-        return create_train_state(
-            lambda key: model.init(key, jnp.zeros((1, *shape)), train=False),
-            create_optimizer("sgd", hyper.rate),
-            key,
-        )
-
-    return create
-
-
-class _Trainer:
-    """Trains the network of an arm, each run once in the life of a workdir."""
-
-    def __init__(self, runner: Runner, config: Config, images: Images, arm: str):
-        model = create_model(config.network, arm)
-        self._runner, self._config, self._arm = runner, config, arm
-        self._create = create_program(model, images.train.image.shape[1:])
-        self._sweep = sweep_program(model, config)
-        fixed = jax.tree.map(lambda leaf: leaf[: config.fixed_examples], images.train)
-        self._data = Data(images.train, fixed)
-
-    def __call__(self, purpose: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """Records of runs; the purpose tells them from others with the same settings."""
-        named = {self._name(purpose, run): run for run in runs}
-        members = [
-            Member(name, run.seed, _hyper(run), run.num_steps) for name, run in named.items()
-        ]
-
-        def record(member: Member, state: TrainState, history: History) -> dict[str, Any]:
-            run = named[member.name]
-            kept = {"loss": history.loss, "diverged": history.diverged}
-            if run.is_watched:
-                kept |= self._observed(run, history.observed)
-            return {"network": self._config.network, **run._asdict(), "arm": self._arm, **kept}
-
-        self._runner.describe(f"{purpose}, {self._arm}")
-        return self._runner.train(self._create, self._sweep, members, self._data, record=record)
-
-    def _name(self, purpose: str, run: Run) -> str:
-        watched = "" if run.is_watched else " unwatched"
-        return (
-            f"{purpose} {self._arm} rate={run.rate:.9g} steps={run.num_steps} seed={run.seed}"
-            + watched
-        )
-
-    def _observed(self, run: Run, observed: Observed) -> dict[str, Any]:
-        """What the ledger keeps: the surface of each dispatch, λmax where it was measured."""
-        steps = np.arange(len(observed.surface.smoothness)) * self._config.steps_per_dispatch
-        if run.is_descent:
-            return {"curvature_steps": steps, "through": _ends(observed.through)}
-        due = np.isin(steps, self._config.curvature_steps)
-        at = functools.partial(jax.tree.map, lambda leaf: leaf[due])
-        kept = {
-            "surface_steps": steps,
-            "surface": observed.surface._asdict(),
-            "curvature_steps": steps[due],
-            "through": _ends(at(observed.through)),
-        }
-        return kept if self._arm == "plain" else kept | {"frozen": _ends(at(observed.frozen))}
-
-
-def _ends(found: HessianEigenvalues) -> dict[str, np.ndarray]:
-    """Largest and smallest eigenvalue with their residuals, one of each for each time."""
-    return {name: np.asarray(leaf)[..., 0] for name, leaf in found._asdict().items()}
-
-
-def _hyper(run: Run) -> Hyper:
-    return Hyper(jnp.float32(run.rate), jnp.bool_(run.is_descent), jnp.bool_(run.is_watched))
 
 
 def _if(condition: Array, measure: Any) -> Any:
@@ -348,15 +288,6 @@ def _if(condition: Array, measure: Any) -> Any:
 def _missing(measure: Any) -> Any:
     shapes = jax.eval_shape(measure)
     return jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes)
-
-
-def _loss(model: CNN, stats: Any, batch: Batch, *, train: bool) -> LossFn:
-    def loss_fn(params: Any) -> Float[Array, ""]:
-        variables = {"params": params, "batch_stats": stats}
-        logits, _ = _apply_fn(model)(variables, batch.image, train=train)
-        return cross_entropy_metrics(logits, batch.label).loss / len(batch.label)
-
-    return loss_fn
 
 
 def _apply_fn(model: CNN) -> Any:

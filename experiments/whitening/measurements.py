@@ -1,4 +1,4 @@
-r"""Image sets as a network's inputs: raw, centred, scaled and whitened.
+r"""Regression, and trainings on images: raw, centred, scaled and whitened.
 
 With μ and Σ = V·diag(λ)·Vᵀ the mean and the biased covariance of the pixels over the training set,
 d of them, and with ε̄ = ε·tr(Σ)/d,
@@ -20,19 +20,108 @@ A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009, ap
 """
 
 import functools
-import math
-from collections.abc import Iterator
-from typing import NamedTuple
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
+from bn_research.lab.arms import Arm, Trainer
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, check_network, load_images
+from bn_research.lab.runner import Runner
+from bn_research.lab.workdir import Ledger
 from bn_research.normalization.whitening import batch_covariance, covariance, merge_covariance
+from bn_research.training.cores import use_cpu_cores
+from bn_research.training.step import Batch
+from experiments.whitening import Config
+from experiments.whitening.regression import TRANSFORMS, hessian, measure_regression
+from experiments.whitening.verdicts import PLACES, Records, choose, other
 
-TRANSFORMS = ("raw", "centred", "scaled", "zca", "pca")
 _CHUNK = 8192  # images turned into float64 at once: bounds the memory beside the result
+
+
+def prepare(config: Config) -> Images:
+    """The images; each core becomes a device, for the sweeps."""
+    use_cpu_cores()
+    images = load_images(
+        config.dataset,
+        data_dir=config.data_dir,
+        manual_dir=config.manual_dir,
+        scale="unit",
+        size=config.image_size,
+        limit=config.examples or None,
+    )
+    check_network(config.network, images, config.dataset)
+    at_most(config, len(images.train.label), "the training set", "batch_size")
+    return images
+
+
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """Regression for each seed, then each kind of images: its spectrum, its trainings."""
+    kinds = {name: (name, config.epsilon) for name in TRANSFORMS}
+    kinds |= {other(epsilon): ("zca", epsilon) for epsilon in config.other_epsilons}
+    arms = len(kinds) * len(PLACES)
+    total = arms * (len(config.rates) + config.seeds) * config.num_steps
+    spectra, trained = {}, []
+    ledger = Ledger(path / "metrics.jsonl")
+    with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
+        regressions = [
+            runner.get(
+                f"regression seed={seed}",
+                measure_regression,
+                seed,
+                config.features,
+                config.condition_numbers,
+                config.mean_norms,
+                config.regression_examples,
+            )
+            for seed in range(config.seeds)
+        ]
+        for name, (transform, epsilon) in kinds.items():
+            train, test = transform_inputs(
+                np.asarray(images.train.image),
+                np.asarray(images.test.image),
+                transform,
+                epsilon=epsilon,
+            )
+            spectra[name] = runner.get(f"second moment {name}", second_moment, train)
+            transformed = images._replace(
+                train=Batch(jnp.asarray(train), images.train.label),
+                test=Batch(jnp.asarray(test), images.test.label),
+            )
+            trainer = Trainer(
+                transformed, runner, steps_per_dispatch=config.steps_per_dispatch, tag=name
+            )
+            trained += [{**record, "inputs": name} for record in _train(config, trainer)]
+    return Records(regressions, spectra, trained)
+
+
+def _train(config: Config, trainer: Trainer) -> list[dict[str, Any]]:
+    """Records of all placements on one kind of inputs, each at its best rate."""
+    arms = [
+        Arm(
+            config.network,
+            placement,
+            initializer="he",
+            use_bias=True,
+            batch_size=config.batch_size,
+            learning_rate=rate,
+            num_steps=config.num_steps,
+        )
+        for placement, rate in itertools.product(PLACES, config.rates)
+    ]
+    trials = trainer.tune([(arm, config.seeds) for arm in arms])
+    runs = []
+    for placement in PLACES:
+        rate = choose(config, [trial for trial in trials if trial["placement"] == placement])
+        (best,) = (arm for arm in arms if (arm.placement, arm.learning_rate) == (placement, rate))
+        runs += [(best, seed) for seed in range(config.seeds)]
+    return trainer.train(runs)
 
 
 class InputTransform(NamedTuple):
@@ -138,15 +227,9 @@ def apply_transform(
 
 
 def second_moment(images: Float[np.ndarray, "n *image"]) -> SecondMoment:
-    """Condition of E[x̃·x̃ᵀ] over the images, with x̃ = (x, 1).
-
-    Raises:
-      ValueError: integer pixels, or no images.
-    """
-    _check_images(images)
+    """Condition of E[x̃·x̃ᵀ] over the images, with x̃ = (x, 1)."""
     mean, sigma = _moments(images)
-    extended = np.append(mean, 1.0)
-    values = np.linalg.eigvalsh(np.pad(sigma, (0, 1)) + np.outer(extended, extended))
+    values = np.linalg.eigvalsh(hessian(sigma, mean))
     # Rounding to float32 is noise of relative size 2^-24, and its square adds to the eigenvalues.
     values = values[values > np.finfo(np.float32).eps ** 2 * len(values) * values[-1]]
     largest, smallest = float(values[-1]), float(values[0])
