@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bn_research.lab.fields import at_most
-from bn_research.lab.images import Images, check_network, load_images
+from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import (
     Programs,
@@ -81,13 +81,7 @@ class Observed(NamedTuple):
 def prepare(config: Config) -> Images:
     """The images; each core becomes a device, for the sweeps."""
     use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-    )
+    images = images_of(config, scale="standardized")
     check_network(config.network, images, config.dataset)
     at_most(config, len(images.train.label), "the training set", "batch_size", "fixed_examples")
     return images
@@ -280,7 +274,7 @@ def _observe(model: CNN, config: Config, state: TrainState, run: Run, data: Data
     )
 
 
-def _if(condition: Array, measure: Any) -> Any:
+def _if(condition: Any, measure: Any) -> Any:
     """What is measured, or NaN in its place at no cost."""
     return jax.lax.cond(condition, measure, lambda: _missing(measure))
 

@@ -21,7 +21,8 @@ A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009, ap
 
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,7 +33,7 @@ from jaxtyping import Float
 
 from bn_research.lab.arms import Arm, Trainer
 from bn_research.lab.fields import at_most
-from bn_research.lab.images import Images, check_network, load_images
+from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
 from bn_research.normalization.whitening import batch_covariance, covariance, merge_covariance
@@ -48,14 +49,7 @@ _CHUNK = 8192  # images turned into float64 at once: bounds the memory beside th
 def prepare(config: Config) -> Images:
     """The images; each core becomes a device, for the sweeps."""
     use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="unit",
-        size=config.image_size,
-        limit=config.examples or None,
-    )
+    images = images_of(config, scale="unit", limit=config.examples)
     check_network(config.network, images, config.dataset)
     at_most(config, len(images.train.label), "the training set", "batch_size")
     return images
@@ -125,25 +119,10 @@ def _train(config: Config, trainer: Trainer) -> list[dict[str, Any]]:
 
 
 class InputTransform(NamedTuple):
-    """An affine map of flattened images, y = matrix·(x − mean); for "scaled" a vector of factors.
+    """An affine map of flattened images, y = matrix·(x − mean)."""
 
-    None stands for a mean of 0, or for the identity.
-    """
-
-    mean: np.ndarray | None  # shape=(d,), dtype=float64
-    matrix: np.ndarray | None  # shape=(d, d), or (d,) for a diagonal; dtype=float64
-
-
-class SecondMoment(NamedTuple):
-    """Eigenvalues of E[x̃·x̃ᵀ], x̃ = (x, 1): the Hessian of a linear unit with a bias.
-
-    Gradient descent never moves along directions of eigenvalue zero, so they do not count.
-    """
-
-    condition_number: float  # largest over smallest
-    largest: float
-    smallest: float  # above zero, to the rounding of float32 inputs
-    rank: int  # of d + 1
+    mean: np.ndarray  # shape=(d,), dtype=float64
+    matrix: np.ndarray  # shape=(d, d), or (d,) for the diagonal of one; dtype=float64
 
 
 def transform_inputs(
@@ -189,12 +168,15 @@ def fit_transform(
         raise ValueError(f"name={name!r} is unknown: allowed are {', '.join(TRANSFORMS)}")
     if not 0 <= epsilon < math.inf:
         raise ValueError(f"epsilon={epsilon} is not allowed: it must be ≥ 0")
-    _check_images(images)
-    if name == "raw":
-        return InputTransform(None, None)
+    if not np.issubdtype(images.dtype, np.floating):
+        raise ValueError(
+            f"images have dtype {images.dtype}: they must be floating point, over the full scale"
+        )
+    if len(images) == 0:
+        raise ValueError("images is empty: at least one image is needed")
     mean, sigma = _moments(images)
-    if name == "centred":
-        return InputTransform(mean, None)
+    if name in ("raw", "centred"):
+        return InputTransform(mean if name == "centred" else 0 * mean, np.ones_like(mean))
     added = epsilon * np.trace(sigma) / len(sigma)
     if name == "scaled":
         variances = np.diag(sigma)  # exactly 0 for constants: their moments are about themselves
@@ -217,23 +199,30 @@ def apply_transform(
     flat = result.reshape(len(images), -1)  # a view
     start = 0
     for chunk in _chunks(images):
-        if fitted.mean is not None:
-            chunk = chunk - fitted.mean
-        if fitted.matrix is not None:
-            chunk = chunk * fitted.matrix if fitted.matrix.ndim == 1 else chunk @ fitted.matrix.T
+        chunk = chunk - fitted.mean
+        chunk = chunk * fitted.matrix if fitted.matrix.ndim == 1 else chunk @ fitted.matrix.T
         flat[start : start + len(chunk)] = chunk
         start += len(chunk)
     return result
 
 
-def second_moment(images: Float[np.ndarray, "n *image"]) -> SecondMoment:
-    """Condition of E[x̃·x̃ᵀ] over the images, with x̃ = (x, 1)."""
+def second_moment(images: Float[np.ndarray, "n *image"]) -> dict[str, float]:
+    """Eigenvalues of E[x̃·x̃ᵀ], x̃ = (x, 1): the Hessian of a linear unit with a bias.
+
+    "condition_number" is "largest" over "smallest", the smallest above zero to the rounding of
+    float32 inputs; "rank" counts those. Gradient descent never moves along the others.
+    """
     mean, sigma = _moments(images)
     values = np.linalg.eigvalsh(hessian(sigma, mean))
     # Rounding to float32 is noise of relative size 2^-24, and its square adds to the eigenvalues.
     values = values[values > np.finfo(np.float32).eps ** 2 * len(values) * values[-1]]
     largest, smallest = float(values[-1]), float(values[0])
-    return SecondMoment(largest / smallest, largest, smallest, len(values))
+    return {
+        "condition_number": largest / smallest,
+        "largest": largest,
+        "smallest": smallest,
+        "rank": len(values),
+    }
 
 
 def _moments(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -253,12 +242,3 @@ def _chunks(images: np.ndarray) -> Iterator[np.ndarray]:
 def _inverse_roots(values: np.ndarray, varies: np.ndarray, added: float) -> np.ndarray:
     """1/√(values + added), and 0 where nothing varies."""
     return np.where(varies, 1 / np.sqrt(np.where(varies, values + added, 1)), 0)
-
-
-def _check_images(images: np.ndarray) -> None:
-    if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(
-            f"images have dtype {images.dtype}: they must be floating point, over the full scale"
-        )
-    if len(images) == 0:
-        raise ValueError("images is empty: at least one image is needed")
