@@ -37,15 +37,7 @@ fallen as the square of its norm.
 from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Network,
-    OrNone,
-    Positive,
-    Several,
-    Some,
-    whole_dispatches,
-)
+from bn_research.lab.fields import Count, Network, OrNone, Positive, Several, Some, whole_dispatches
 
 
 @dataclass(frozen=True)

@@ -9,31 +9,13 @@ from typing import Any
 import numpy as np
 
 from bn_research.claims.alt_text import line_ends, panel_ends
-from bn_research.claims.figures import (
-    PALETTE,
-    Figure,
-    band,
-    new_figure,
-    save_all,
-    shared_legend,
-)
+from bn_research.claims.figures import PALETTE, Figure, band, new_figure, save_all, shared_legend
 from bn_research.claims.judging import Record, numbers
 from bn_research.claims.plots import bands, log_ticks, over_seeds, padded, reference
 from bn_research.models.spec import num_logits
 from bn_research.probes.step_direction import FACTORS
-from experiments.loss_surface import Config
-from experiments.loss_surface.verdicts import (
-    ARMS,
-    LOW,
-    LOW_BN,
-    OWN,
-    PLAIN,
-    SAME,
-    Records,
-    edge_curve,
-    final_loss,
-    surface_curves,
-)
+from experiments.loss_surface import Config, verdicts
+from experiments.loss_surface.verdicts import ARMS, LOW, LOW_BN, OWN, PLAIN, SAME, Records
 
 _COLORS = {
     PLAIN: PALETTE.vermillion,
@@ -83,7 +65,7 @@ def _along_the_step(
     labels = {role: _label(role, found) for role, found in runs.items()}
     for axis, (name, quantity) in zip(axes, names.items(), strict=True):
         curves = {
-            role: [surface_curves(record, len(steps))[name] for record in found]
+            role: [verdicts.surface_curves(record, len(steps))[name] for record in found]
             for role, found in runs.items()
         }
         bands(axis, steps, curves, _COLORS, names=labels)
@@ -174,7 +156,9 @@ def _stable_rates(config: Config, records: Records) -> tuple[Any, dict[str, Any]
     factors = sorted(config.descent_factors)
     top = 2 * guessing
     for arm, role in ARMS.items():
-        losses = np.transpose([numbers(records.descents[arm, f], final_loss) for f in factors])
+        losses = np.transpose(
+            [numbers(records.descents[arm, f], verdicts.final_loss) for f in factors]
+        )
         # What is not finite is infinite here.
         curves = np.where(losses > top, top, losses)
         band(axis, factors, curves, label=arm, color=_COLORS[role], marker=_MARKERS[role])
@@ -200,7 +184,7 @@ def _edge_of_stability(config: Config, records: Records) -> tuple[Any, dict[str,
     steps = np.arange(config.edge_steps)
     for arm, runs in records.edges.items():
         label, color = f"{arm}, η ≈ {numbers(runs, 'rate').mean():.2g}", _COLORS[ARMS[arm]]
-        curves = [edge_curve(config, record) for record in runs]
+        curves = [verdicts.edge_curve(config, record) for record in runs]
         band(axes[0], steps[:: config.steps_per_dispatch], curves, label=label, color=color)
         losses = padded([record["loss"] for record in runs], config.edge_steps)
         band(axes[1], steps, losses, label=label, color=color)

@@ -15,18 +15,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bn_research.lab import settings
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
-from bn_research.lab.settings import (
-    Programs,
-    Setting,
-    Training,
-    creator,
-    per_structure,
-    sweep,
-    train,
-)
 from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.cnn import CNN
@@ -39,28 +31,17 @@ from bn_research.training.metrics import cross_entropy_metrics
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, StepMetrics, make_train_step
-from experiments.loss_surface import Config
-from experiments.loss_surface.verdicts import (
-    ARMS,
-    LOW,
-    LOW_BN,
-    OWN,
-    PLAIN,
-    SAME,
-    Records,
-    final_loss,
-    sharpness_at_start,
-)
+from experiments.loss_surface import Config, verdicts
+from experiments.loss_surface.verdicts import ARMS, LOW, LOW_BN, OWN, PLAIN, SAME, Records
 
 
-class Run(Setting, traced="rate is_descent is_watched"):
+class Run(settings.Setting, traced="rate is_descent is_watched"):
     """What a network is trained with."""
 
-    network: str
+    arm: str  # "plain" or "BN"
     rate: float
     is_descent: bool = False  # by the whole fixed batch, in place of SGD
     is_watched: bool = True  # measured, which costs more than the steps
-    arm: str = "plain"  # or "BN"
 
 
 class Data(NamedTuple):
@@ -98,76 +79,71 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     ledger = Ledger(path / "metrics.jsonl")
     with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
 
-        def trained(runs: Iterable[tuple[Run, int]], num_steps: int) -> list[dict[str, Any]]:
-            return train(
+        def train(num_steps: int, runs: Iterable[tuple[Run, int]]) -> list[dict[str, Any]]:
+            return settings.train(
                 runner,
-                [Training(run, seed, num_steps) for run, seed in runs],
+                [settings.Training(run, seed, num_steps) for run, seed in runs],
                 lambda run: programs(run, config, shape),
                 Data(images.train, fixed),
                 record=functools.partial(_record, config),
                 name=_name,
-                describe=lambda t: f"{_purpose(t.setting)}, {t.setting.arm}",
+                describe=lambda training: _name(training).partition(" rate")[0],
             )
+
+        def sgd(arm: str, rate: float) -> list[dict[str, Any]]:
+            return train(config.num_steps, [(Run(arm, rate), seed) for seed in seeds])
 
         best = {}
         for arm in ARMS:
             # Rates are chosen on a seed that no verdict sees.
-            trials = [Run(config.network, r, is_watched=False, arm=arm) for r in config.rates]
-            found = trained([(trial, config.seeds) for trial in trials], config.num_steps)
-            best[arm] = min(found, key=final_loss)["rate"]
+            trials = [(Run(arm, rate, is_watched=False), config.seeds) for rate in config.rates]
+            best[arm] = min(train(config.num_steps, trials), key=verdicts.final_loss)["rate"]
         # At its best rate a plain network is near the end of its stability, and some seeds die.
         lower = max((r for r in config.rates if r < best["plain"]), default=best["plain"])
         surfaces = {
-            role: trained(
-                [(Run(config.network, rate, arm=arm), seed) for seed in seeds], config.num_steps
-            )
-            for role, arm, rate in (
-                (PLAIN, "plain", best["plain"]),
-                (SAME, "BN", best["plain"]),
-                (OWN, "BN", best["BN"]),
-                (LOW, "plain", lower),
-                (LOW_BN, "BN", lower),
-            )
+            PLAIN: sgd("plain", best["plain"]),
+            SAME: sgd("BN", best["plain"]),
+            OWN: sgd("BN", best["BN"]),
+            LOW: sgd("plain", lower),
+            LOW_BN: sgd("BN", lower),
         }
         descents, edges = {}, {}
         for arm, role in ARMS.items():
-            limits = [2 / sharpness.low for sharpness in sharpness_at_start(surfaces[role])]
-            descent = Run(config.network, 0.0, is_descent=True, is_watched=False, arm=arm)
-            found = trained(
-                ((descent.replace(rate=f * limits[seed]), seed) for f in grid for seed in seeds),
-                config.descent_steps,
-            )
-            for index, factor in enumerate(grid):
-                descents[arm, factor] = found[index * config.seeds :][: config.seeds]
-            followed = descent.replace(is_watched=True)
-            edges[arm] = trained(
-                ((followed.replace(rate=config.edge_factor * limits[s]), s) for s in seeds),
-                config.edge_steps,
-            )
+            limits = [
+                2 / sharpness.low for sharpness in verdicts.sharpness_at_start(surfaces[role])
+            ]
+            runs = [
+                (Run(arm, factor * limits[seed], is_descent=True, is_watched=False), seed)
+                for factor in grid
+                for seed in seeds
+            ]
+            descended = iter(train(config.descent_steps, runs))
+            descents |= {(arm, factor): [next(descended) for _ in seeds] for factor in grid}
+            followed = [Run(arm, config.edge_factor * limit, is_descent=True) for limit in limits]
+            edges[arm] = train(config.edge_steps, zip(followed, seeds, strict=True))
     return Records(surfaces, descents, edges)
 
 
-def _purpose(run: Run) -> str:
-    return "descent" if run.is_descent else "SGD" if run.is_watched else "tune"
-
-
-def _name(training: Training) -> str:
+def _name(training: settings.Training) -> str:
     run, num_steps, seed = training.setting, training.num_steps, training.seed
+    purpose = "descent" if run.is_descent else "SGD" if run.is_watched else "tune"
     watched = "" if run.is_watched else " unwatched"
-    return f"{_purpose(run)} {run.arm} rate={run.rate:.9g} steps={num_steps} seed={seed}{watched}"
+    return f"{purpose} {run.arm} rate={run.rate:.9g} steps={num_steps} seed={seed}{watched}"
 
 
 def _record(
-    config: Config, training: Training, state: TrainState, history: History
+    config: Config, training: settings.Training, state: TrainState, history: History
 ) -> dict[str, Any]:
     """The surface of each dispatch is kept, and λmax where it was measured."""
     run, observed = training.setting, history.observed
     record = {
-        "network": run.network,
+        "network": config.network,
         "rate": run.rate,
         "seed": training.seed,
         "num_steps": training.num_steps,
-        **run.as_record(),
+        "is_descent": run.is_descent,
+        "is_watched": run.is_watched,
+        "arm": run.arm,
         "loss": history.loss,
         "diverged": history.diverged,
     }
@@ -184,10 +160,10 @@ def _record(
     return record
 
 
-@per_structure
-def programs(run: Run, config: Config, shape: tuple[int, ...]) -> Programs:
+@settings.per_structure
+def programs(run: Run, config: Config, shape: tuple[int, ...]) -> settings.Programs:
     """Members are SGD or gradient descent, watched or not; observes `Observed`."""
-    model = create_model(run.network, run.arm)
+    model = create_model(config.network, run.arm)
     size, num_steps = config.batch_size, config.steps_per_dispatch
 
     def init(key: Array, run: Run) -> Any:
@@ -209,7 +185,8 @@ def programs(run: Run, config: Config, shape: tuple[int, ...]) -> Programs:
         state, metrics = jax.lax.cond(run.is_descent, descend, stochastic)
         return state, metrics._replace(observed=observed)
 
-    return Programs(creator(init, optimizer), sweep(advance, steps_per_dispatch=num_steps))
+    sweep = settings.sweep(advance, steps_per_dispatch=num_steps)
+    return settings.Programs(settings.creator(init, optimizer), sweep)
 
 
 def create_model(network: str, arm: str) -> CNN:

@@ -27,12 +27,15 @@ _AGREE = 4.0
 _EDGE = (1.5, 3.0)
 
 
+Descents = Mapping[tuple[str, float], Sequence[Record]]
+
+
 class Records(NamedTuple):
     """Of a run; each list is in order of seeds."""
 
     surfaces: Mapping[str, Sequence[Record]]  # of SGD, by role
-    descents: Mapping[tuple[str, float], Sequence[Record]]  # of one batch, by arm and factor
-    edges: Mapping[str, Sequence[Record]]  # of those along which λmax was followed, by arm
+    descents: Descents  # by one batch, by arm and factor
+    edges: Mapping[str, Sequence[Record]]  # likewise, λmax followed, by arm
 
 
 CLAIMS = (
@@ -74,15 +77,12 @@ CLAIMS = (
 
 def judge(config: Config, records: Records) -> list[Finding]:
     """A finding for each claim."""
-    return [
-        judge_surface(config, records.surfaces),
-        judge_sharpness(config, records.surfaces, records.descents),
-        judge_edge(config, records.edges),
-    ]
+    return [f(config, records) for f in (judge_surface, judge_sharpness, judge_edge)]
 
 
-def judge_surface(config: Config, trained: Mapping[str, Sequence[Record]]) -> Finding:
+def judge_surface(config: Config, records: Records) -> Finding:
     """smoother-along-the-step."""
+    trained = records.surfaces
     dispatches = config.num_steps // config.steps_per_dispatch
     curves = {
         role: [surface_curves(record, dispatches) for record in records]
@@ -96,21 +96,20 @@ def judge_surface(config: Config, trained: Mapping[str, Sequence[Record]]) -> Fi
     measured: dict[str, float] = {}
     names = [name for name in curves[PLAIN][0] if name != "cosine at the step"]
     for role, words in ((SAME, "same rate"), (OWN, "own rates"), (LOW_BN, "same lower rate")):
-        for name in names:
-            measured |= _numbers(f"{name}, BN/plain, {words}", compare(role, name))
+        measured |= _numbers({f"{n}, BN/plain, {words}": compare(role, n) for n in names})
     half = slice(dispatches // 2, None)
     for words, part in (("at the first step", slice(1)), ("second half", half)):
-        for name in names[:3]:
-            found = compare(SAME, name, part)
-            measured |= _numbers(f"{name}, BN/plain, same rate, {words}", found)
-    for role, records in trained.items():
+        measured |= _numbers(
+            {f"{n}, BN/plain, same rate, {words}": compare(SAME, n, part) for n in names[:3]}
+        )
+    for role, runs in trained.items():
         cosines = [np.nanmean(c["cosine at the step"]) for c in curves[role]]
-        norms = numbers(records, lambda record: record["surface"]["param_norm"][-1])
+        norms = numbers(runs, lambda record: record["surface"]["param_norm"][-1])
         measured |= {
             f"cosine at the step, {role}": float(np.mean(cosines)),
             f"‖θ‖ at the end, {role}": float(norms.mean()),
-            f"training loss at the end, {role}": float(numbers(records, final_loss).mean()),
-            f"rate, {role}": records[0]["rate"],
+            f"training loss at the end, {role}": float(numbers(runs, final_loss).mean()),
+            f"rate, {role}": runs[0]["rate"],
         }
     loss, gradient = compare(SAME, "loss range"), compare(SAME, "gradient distance")
     own, low = (
@@ -128,38 +127,38 @@ def judge_surface(config: Config, trained: Mapping[str, Sequence[Record]]) -> Fi
     return Finding(CLAIMS[0], measured, loss.interval, verdict, note)
 
 
-def judge_sharpness(
-    config: Config,
-    trained: Mapping[str, Sequence[Record]],
-    descents: Mapping[tuple[str, float], Sequence[Record]],
-) -> Finding:
+def judge_sharpness(config: Config, records: Records) -> Finding:
     """sharpness-sets-the-rate."""
+    trained = records.surfaces
     sharpness = {arm: sharpness_at_start(trained[role]) for arm, role in ARMS.items()}
     frozen = sharpness_at_start(trained[SAME], "frozen")
-    factors = {arm: stable_factors(config, descents, arm) for arm in ARMS}
+    factors = {arm: stable_factors(config, records.descents, arm) for arm in ARMS}
     rates = {
-        arm: [
-            _scaled(f, 2 / value.low) for f, value in zip(factors[arm], sharpness[arm], strict=True)
-        ]
+        arm: [_scaled(f, 2 / s.low) for f, s in zip(factors[arm], sharpness[arm], strict=True)]
         for arm in ARMS
     }
     flatter = compared(sharpness["plain"], sharpness["BN"])
     stable = compared(rates["BN"], rates["plain"])
     explained = compared(factors["BN"], factors["plain"])  # since a rate is a factor times 2/λmax
-    measured = _numbers("1/λmax at the start, BN/plain", flatter)
-    measured |= _numbers("largest stable rate, BN/plain", stable)
-    measured |= _numbers("the second over the first", explained)
+    one = [Bounded(1.0, 1.0)] * config.seeds
+    measured = _numbers(
+        {
+            "1/λmax at the start, BN/plain": flatter,
+            "largest stable rate, BN/plain": stable,
+            "the second over the first": explained,
+        }
+    )
     for arm in ARMS:
-        found = compared(factors[arm], [Bounded(1.0, 1.0)] * config.seeds)
-        measured |= _numbers(f"largest stable rate/(2/λmax), {arm}", found)
+        found = compared(factors[arm], one)
+        measured |= _numbers({f"largest stable rate/(2/λmax), {arm}": found})
         measured[f"λmax at the start, {arm}"] = _mean(sharpness[arm])
     measured["λmax at the start, BN, statistics frozen"] = _mean(frozen)
     found = compared(sharpness["plain"], frozen)
-    measured |= _numbers("1/λmax at the start, frozen, BN/plain", found)
-    for role, records in trained.items():
+    measured |= _numbers({"1/λmax at the start, frozen, BN/plain": found})
+    for role, runs in trained.items():
         for kind, words in (("through", ""), ("frozen", ", statistics frozen")):
-            if kind in records[0]:
-                last = [_scaled(exact(r[kind]["largest"][-1]), r["rate"]) for r in records]
+            if kind in runs[0]:
+                last = [_scaled(exact(run[kind]["largest"][-1]), run["rate"]) for run in runs]
                 measured[f"rate·λmax late in SGD, {role}{words}"] = _mean(last)
     measured["largest relative residual of λmax"] = largest_residual(trained)
     ends = [*factors["plain"], *factors["BN"]]
@@ -184,24 +183,24 @@ def judge_sharpness(
     )
 
 
-def judge_edge(config: Config, edges: Mapping[str, Sequence[Record]]) -> Finding:
+def judge_edge(config: Config, records: Records) -> Finding:
     """edge-of-stability."""
     measured: dict[str, float] = {}
     ends = {}
-    for arm, records in edges.items():
-        curves = [edge_curve(config, record) for record in records]
+    for arm, runs in records.edges.items():
+        curves = [edge_curve(config, run) for run in runs]
         last = [float(np.mean(curve[-max(1, len(curve) // 4) :])) for curve in curves]
         died = sum(map(math.isnan, last))
         ends[arm] = None if died else estimate(last)
         measured |= with_intervals({f"rate·λmax at the end, {arm}": ends[arm] or math.nan})
         measured |= {
             f"rate·λmax at the start, {arm}": float(np.mean([curve[0] for curve in curves])),
-            f"rate, {arm}": float(numbers(records, "rate").mean()),
+            f"rate, {arm}": float(numbers(runs, "rate").mean()),
             f"largest rate·λmax, {arm}": float(np.mean([np.nanmax(curve) for curve in curves])),
-            f"loss at the end, {arm}": float(numbers(records, final_loss).mean()),
+            f"loss at the end, {arm}": float(numbers(runs, final_loss).mean()),
             f"runs that were lost, {arm}": died,
         }
-    measured["largest relative residual of λmax"] = largest_residual(edges)
+    measured["largest relative residual of λmax"] = largest_residual(records.edges)
     found, verdict = ends["plain"], INCONCLUSIVE
     if found:
         verdict = verdict_of(
@@ -270,9 +269,7 @@ def sharpness_at_start(records: Sequence[Record], kind: str = "through") -> list
     return [exact(record[kind]["largest"][0]) for record in records]
 
 
-def stable_factors(
-    config: Config, descents: Mapping[tuple[str, float], Sequence[Record]], arm: str
-) -> list[Bounded]:
+def stable_factors(config: Config, descents: Descents, arm: str) -> list[Bounded]:
     """Largest multiple of 2/λmax that is stable, of each seed; the next of the grid is not."""
     factors = sorted(config.descent_factors)
     ends = [UNBOUNDED.low, *factors, UNBOUNDED.high]
@@ -323,11 +320,13 @@ def _mean(values: Sequence[Bounded]) -> float:
     return float(np.mean([math.nan if value.is_censored else value.low for value in values]))
 
 
-def _numbers(name: str, found: Ratio) -> dict[str, float]:
-    """A ratio with its interval; where the mean is a bound, its middle on a log scale."""
-    low, high = found.mean
-    middle = math.sqrt(low * high) if found.mean.is_censored else low
-    return with_intervals({name: found}) | {name: middle}
+def _numbers(ratios: Mapping[str, Ratio]) -> dict[str, float]:
+    """Ratios with their intervals; where a mean is a bound, its middle on a log scale."""
+    means = {name: found.mean for name, found in ratios.items()}
+    return with_intervals(ratios) | {
+        name: math.sqrt(mean.low * mean.high) if mean.is_censored else mean.low
+        for name, mean in means.items()
+    }
 
 
 def _notes(config: Config, trained: Mapping[str, Sequence[Record]]) -> str:
