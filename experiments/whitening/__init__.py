@@ -36,17 +36,9 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from bn_research.lab import fields
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Network,
-    NonNegative,
-    OrNone,
-    Positive,
-    Several,
-    Some,
-    whole_dispatches,
-)
+from bn_research.lab.fields import Count, NonNegative, OrNone, Positive, Several, Some
 
 ConditionNumber = Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)]
 
@@ -67,7 +59,7 @@ class Config:
     regression_examples: Count = 128
     epsilon: NonNegative = 0.1  # of scaled and whitened images
     other_epsilons: tuple[NonNegative, ...] = (0.01, 1.0)  # of ZCA; no verdict rests on them
-    network: Network = "f100 f100 f10"
+    network: fields.Network = "f100 f100 f10"
     batch_size: Several = 60
     rates: Some[Positive] = (0.06, 0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
     target_loss: Positive = 0.1  # in nats
@@ -89,7 +81,7 @@ class Config:
                 raise ValueError(
                     f"{name}={value} with {others}={more} is not allowed: all must be different"
                 )
-        whole_dispatches(self, "num_steps")
+        fields.whole_dispatches(self, "num_steps")
         if self.window > self.num_steps:
             raise ValueError(
                 f"window={self.window} is not allowed: at most num_steps={self.num_steps}"

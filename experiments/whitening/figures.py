@@ -11,14 +11,7 @@ from bn_research.claims.judging import by_seed
 from bn_research.claims.plots import bands, log_ticks, over_seeds, padded, reference
 from experiments.whitening import Config
 from experiments.whitening.regression import TRANSFORMS
-from experiments.whitening.verdicts import (
-    PLACES,
-    Records,
-    kinds,
-    smoothed,
-    steps_ratio,
-    steps_to_target,
-)
+from experiments.whitening.verdicts import PLACES, Records, kinds, smoothed, steps_of, steps_ratio
 
 _COLORS = {
     "raw": PALETTE.vermillion,
@@ -43,8 +36,7 @@ def _steps(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
         (-0.12, 0.12), PLACES.items(), (PALETTE.vermillion, PALETTE.blue), strict=True
     ):
         for place, name in enumerate(names):
-            runs = by_seed(records.trained, placement=placement, inputs=name)
-            found = [steps_to_target(config, record) for record in runs]
+            found = steps_of(config, records, placement, name)
             shown = label if place == 0 else "_"
             ends = [f(steps.low for steps in found) for f in (min, max)]
             told.append(f"{name}, {label}: {ends[0]:g} to {ends[1]:g}")
@@ -90,7 +82,7 @@ def _targets(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
         ("raw", "zca", PALETTE.blue, "^"),
         ("scaled", "zca", PALETTE.black, "o"),
     ):
-        found = [steps_ratio(config, records.trained, "none", a, b, target) for target in targets]
+        found = [steps_ratio(config, records, a, b, target) for target in targets]
         low, high = np.clip(np.transpose([ratio.interval for ratio in found]), 0.05, 20)
         known = [np.nan if ratio.mean.is_censored else ratio.mean.low for ratio in found]
         axis.fill_between(targets, low, high, color=color, alpha=0.15, linewidth=0)

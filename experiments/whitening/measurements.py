@@ -21,7 +21,6 @@ A. Krizhevsky, "Learning multiple layers of features from tiny images", 2009, ap
 
 import functools
 import itertools
-import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +39,7 @@ from bn_research.normalization.whitening import batch_covariance, covariance, me
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.step import Batch
 from experiments.whitening import Config
-from experiments.whitening.regression import TRANSFORMS, hessian, measure_regression
+from experiments.whitening.regression import TRANSFORMS, check_name, hessian, measure_regression
 from experiments.whitening.verdicts import PLACES, Records, choose, other
 
 _CHUNK = 8192  # images turned into float64 at once: bounds the memory beside the result
@@ -61,6 +60,7 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     kinds |= {other(epsilon): ("zca", epsilon) for epsilon in config.other_epsilons}
     arms = len(kinds) * len(PLACES)
     total = arms * (len(config.rates) + config.seeds) * config.num_steps
+    pixels = np.asarray(images.train.image), np.asarray(images.test.image)
     spectra, trained = {}, []
     ledger = Ledger(path / "metrics.jsonl")
     with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
@@ -77,28 +77,22 @@ def measure(config: Config, images: Images, path: Path) -> Records:
             for seed in range(config.seeds)
         ]
         for name, (transform, epsilon) in kinds.items():
-            train, test = transform_inputs(
-                np.asarray(images.train.image),
-                np.asarray(images.test.image),
-                transform,
-                epsilon=epsilon,
-            )
+            train, test = transform_inputs(*pixels, transform, epsilon=epsilon)
             spectra[name] = runner.get(f"second moment {name}", second_moment, train)
             transformed = images._replace(
                 train=Batch(jnp.asarray(train), images.train.label),
                 test=Batch(jnp.asarray(test), images.test.label),
             )
-            trainer = Trainer(
-                transformed, runner, steps_per_dispatch=config.steps_per_dispatch, tag=name
-            )
+            each = config.steps_per_dispatch
+            trainer = Trainer(transformed, runner, steps_per_dispatch=each, tag=name)
             trained += [{**record, "inputs": name} for record in _train(config, trainer)]
     return Records(regressions, spectra, trained)
 
 
 def _train(config: Config, trainer: Trainer) -> list[dict[str, Any]]:
     """Records of all placements on one kind of inputs, each at its best rate."""
-    arms = [
-        Arm(
+    arms = {
+        (placement, rate): Arm(
             config.network,
             placement,
             initializer="he",
@@ -108,13 +102,12 @@ def _train(config: Config, trainer: Trainer) -> list[dict[str, Any]]:
             num_steps=config.num_steps,
         )
         for placement, rate in itertools.product(PLACES, config.rates)
-    ]
-    trials = trainer.tune([(arm, config.seeds) for arm in arms])
+    }
+    trials = trainer.tune([(arm, config.seeds) for arm in arms.values()])
     runs = []
     for placement in PLACES:
-        rate = choose(config, [trial for trial in trials if trial["placement"] == placement])
-        (best,) = (arm for arm in arms if (arm.placement, arm.learning_rate) == (placement, rate))
-        runs += [(best, seed) for seed in range(config.seeds)]
+        best = choose(config, [trial for trial in trials if trial["placement"] == placement])
+        runs += [(arms[placement, best], seed) for seed in range(config.seeds)]
     return trainer.train(runs)
 
 
@@ -134,24 +127,9 @@ def transform_inputs(
 ) -> tuple[Float[np.ndarray, "n *image"], Float[np.ndarray, "m *image"]]:
     """Both sets as the named transform has them, fitted to the training set alone.
 
-    Args:
-      train_images: pixels over the full scale, from 0 to 1.
-      test_images: likewise.
-      name: one of `TRANSFORMS`.
-      epsilon: ε, relative to the mean eigenvalue, ≥ 0; "raw" and "centred" do without.
-
-    Returns:
-      Training and test images, float32, in the shapes given; "pca" has its components there in
-      place of pixels, by falling variance, so that the same network takes them.
-
-    Raises:
-      ValueError: an unknown name, ε < 0, integer pixels, or images of different shapes.
+    Images are float32 in the shapes given. "pca" has its components in place of pixels, by falling
+    variance, so that the same network takes them. "raw" and "centred" do without ε.
     """
-    if train_images.shape[1:] != test_images.shape[1:]:
-        raise ValueError(
-            f"test_images has shape {test_images.shape}: its images must be like those of "
-            f"train_images, {train_images.shape[1:]}"
-        )
     fitted = fit_transform(train_images, name, epsilon=epsilon)
     return apply_transform(train_images, fitted), apply_transform(test_images, fitted)
 
@@ -159,21 +137,10 @@ def transform_inputs(
 def fit_transform(
     images: Float[np.ndarray, "n *image"], name: str, *, epsilon: float
 ) -> InputTransform:
-    """The named transform for these images, in float64.
-
-    Raises:
-      ValueError: an unknown name, ε < 0, integer pixels, or no images.
-    """
-    if name not in TRANSFORMS:
-        raise ValueError(f"name={name!r} is unknown: allowed are {', '.join(TRANSFORMS)}")
-    if not 0 <= epsilon < math.inf:
-        raise ValueError(f"epsilon={epsilon} is not allowed: it must be ≥ 0")
+    """The named transform for these images, of floating-point pixels from 0 to 1; in float64."""
+    check_name(name)
     if not np.issubdtype(images.dtype, np.floating):
-        raise ValueError(
-            f"images have dtype {images.dtype}: they must be floating point, over the full scale"
-        )
-    if len(images) == 0:
-        raise ValueError("images is empty: at least one image is needed")
+        raise ValueError(f"images have dtype {images.dtype}: they must be floating point")
     mean, sigma = _moments(images)
     if name in ("raw", "centred"):
         return InputTransform(mean if name == "centred" else 0 * mean, np.ones_like(mean))

@@ -43,15 +43,7 @@ class Descent(NamedTuple):
 
 
 def spectrum(features: int, condition_number: float) -> Float[np.ndarray, "d"]:
-    """Eigenvalues from √κ down to 1/√κ, in equal ratios.
-
-    Raises:
-      ValueError: features < 2, or condition_number < 1.
-    """
-    if features < 2:
-        raise ValueError(f"features={features} is not allowed: at least 2 are needed")
-    if not 1 <= condition_number < math.inf:
-        raise ValueError(f"condition_number={condition_number} is not allowed: it must be ≥ 1")
+    """Eigenvalues from √κ down to 1/√κ, in equal ratios."""
     return condition_number ** np.linspace(0.5, -0.5, features)
 
 
@@ -64,15 +56,9 @@ def draw_inputs(
 ) -> Float[np.ndarray, "n d"]:
     """Inputs whose own mean and biased covariance are those given, to rounding.
 
-    x = √n·Q·Σ^(1/2) + μ; Q has orthonormal columns, orthogonal to 1, of uniform direction.
-
-    Raises:
-      ValueError: examples ≤ features, too few for a covariance of full rank.
+    x = √n·Q·Σ^(1/2) + μ; Q has orthonormal columns, orthogonal to 1, of uniform direction. That
+    takes more examples than features.
     """
-    if examples <= len(mean):
-        raise ValueError(
-            f"examples={examples} is not allowed: more than the {len(mean)} features are needed"
-        )
     deviations = rng.standard_normal((examples, len(mean)))
     columns = np.linalg.qr(deviations - deviations.mean(axis=0)).Q
     values, vectors = np.linalg.eigh(covariance)
@@ -80,15 +66,12 @@ def draw_inputs(
 
 
 def transform(x: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarray, "n d"]:
-    """Inputs as a variant has them, by their own statistics, in float64.
+    """Inputs transformed by their own statistics, in float64.
 
     "raw" is x, "centred" x − μ, "scaled" the batch normalization of x, "zca" Σ^(−1/2)(x − μ) and
     "pca" Λ^(−1/2)·Vᵀ(x − μ), components by falling variance; ε = 0.
-
-    Raises:
-      ValueError: the name is none of `TRANSFORMS`.
     """
-    _check_variant(name)
+    check_name(name)
     with jax.enable_x64(True):
         if name == "scaled":
             return np.asarray(batch_norm(jnp.asarray(x), epsilon=0.0)[0])
@@ -104,8 +87,8 @@ def transform(x: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarray, "n d"
 def predicted_moments(
     covariance: Float[np.ndarray, "d d"], mean: Float[np.ndarray, "d"], name: str
 ) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d"]]:
-    """Covariance and mean of a variant's inputs, from those of x; ValueError as in `transform`."""
-    _check_variant(name)
+    """Covariance and mean of transformed inputs, from those of x."""
+    check_name(name)
     if name == "raw":
         return covariance, mean
     if name == "scaled":
@@ -161,8 +144,9 @@ def descend(
 ) -> Descent:
     """Gradient descent on ½·mean (x̃·w − y)², in float64, until the relative error is small.
 
-    The error is ‖w − w*‖ over ‖w₀ − w*‖, with ‖e‖² = eᵀ·metric·e. The rate is taken over the tail,
-    from √tolerance to the tolerance, or over the whole run where one step crosses both.
+    The error is ‖w − w*‖ over ‖w₀ − w*‖, with ‖e‖² = eᵀ·metric·e: the identity where there is none;
+    with H it is the root of the excess loss. The rate is taken over the tail, from √tolerance to
+    the tolerance, or over the whole run where one step crosses both.
 
     Args:
       inputs: x̃, with its constant feature.
@@ -171,7 +155,7 @@ def descend(
       solution: w*, the minimizer.
       rate: η.
       tolerance: of the relative error.
-      metric: None is the identity; with H the error is the root of the excess loss.
+      metric: symmetric.
       max_steps: after which to give up.
     """
     with jax.enable_x64(True):
@@ -220,13 +204,6 @@ def measure_regression(
 
     With the covariance in a random orthogonal basis ("correlated") the inputs take every mean norm,
     in one random direction; along the axes, where scaling alone whitens, they have mean 0.
-
-    Args:
-      seed: of the basis, the direction of the mean, the examples and the targets.
-      features: d, without the constant one.
-      condition_numbers: κ of the covariance, each ≥ 1.
-      mean_norms: ‖μ‖, each ≥ 0.
-      examples: n, above `features`.
 
     Returns:
       "seed", "features", "examples" and "settings", one dict for each input and transform: what was
@@ -289,6 +266,7 @@ def _measure(z: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _check_variant(name: str) -> None:
+def check_name(name: str) -> None:
+    """ValueError unless a transform has this name."""
     if name not in TRANSFORMS:
         raise ValueError(f"name={name!r} is unknown: allowed are {', '.join(TRANSFORMS)}")

@@ -1,5 +1,6 @@
 """The claim of `experiments.whitening`, and how records decide it."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -75,17 +76,19 @@ def steps_to_target(config: Config, record: Record, target: float | None = None)
     return found._replace(low=float(config.num_steps)) if found.is_censored else found
 
 
+def steps_of(
+    config: Config, records: Records, placement: str, name: str, target: float | None = None
+) -> list[Bounded]:
+    """Steps to a target of each seed on one kind of inputs."""
+    runs = by_seed(records.trained, placement=placement, inputs=name)
+    return [steps_to_target(config, record, target) for record in runs]
+
+
 def steps_ratio(
-    config: Config,
-    trained: Sequence[Record],
-    placement: str,
-    a: str,
-    b: str,
-    target: float | None = None,
+    config: Config, records: Records, a: str, b: str, target: float | None = None, on: str = "none"
 ) -> Ratio:
-    """Steps to a target on inputs a over those on inputs b."""
-    runs = (by_seed(trained, placement=placement, inputs=name) for name in (a, b))
-    return ratio(*([steps_to_target(config, record, target) for record in side] for side in runs))
+    """Steps to a target on inputs a over those on inputs b, with BN placed on these layers."""
+    return ratio(*(steps_of(config, records, on, name, target) for name in (a, b)))
 
 
 def choose(config: Config, records: Sequence[Record]) -> float:
@@ -107,89 +110,69 @@ def judge(config: Config, records: Records) -> list[Finding]:
     dominated = [s for s in settings if _is_dominated(s)]
     off = [abs(s["top_eigenvalue"] / s["mean_eigenvalue"] - 1) for s in dominated]
     worst_eigenvalue = max(off, default=math.nan)
-    theory = [
-        decide((worst, worst), at_most=_DEVIATION) if known else INCONCLUSIVE
-        for worst, known in ((worst_steps, settings), (worst_eigenvalue, dominated))
-    ]
-    trained = records.trained
+    theory = decide((worst_steps, worst_steps), at_most=_DEVIATION)
+    bent = (worst_eigenvalue, worst_eigenvalue)
+    first_order = decide(bent, at_most=_DEVIATION) if dominated else INCONCLUSIVE
     ratios = {
-        (placement, a, b): steps_ratio(config, trained, placement, a, b)
+        _where(placement, f"{a}/{b}"): steps_ratio(config, records, a, b, on=placement)
         for placement in PLACES
         for a, b in _COMPARED
     }
-    order = [decide(ratios["none", a, b].interval, at_least=1) for a, b in _COMPARED[:3]]
-    named = {_where(place, f"steps {a}/{b}"): found for (place, a, b), found in ratios.items()}
-    raw = (by_seed(trained, placement=placement, inputs="raw") for placement in PLACES)
-    named["steps raw/raw with BN"] = ratio(
-        *([steps_to_target(config, record) for record in side] for side in raw)
-    )
+    order = [decide(ratios[f"{a}/{b}"].interval, at_least=1) for a, b in _COMPARED[:3]]
+    named = {f"steps {name}": found for name, found in ratios.items()}
+    raw = (steps_of(config, records, placement, "raw") for placement in PLACES)
+    named["steps raw/raw with BN"] = ratio(*raw)
     first = ("steps raw/zca", "steps raw/scaled", "steps scaled/zca", "steps raw/raw with BN")
     measured = {name: named[name].known for name in first}
     measured["largest deviation of steps from theory"] = worst_steps
     measured["largest deviation of the mean's eigenvalue"] = worst_eigenvalue
     for kind in map(other, config.other_epsilons):
         for a in ("raw", "scaled"):
-            named[f"steps {a}/{kind}"] = steps_ratio(config, trained, "none", a, kind)
+            named[f"steps {a}/{kind}"] = steps_ratio(config, records, a, kind)
     for target in config.other_targets:
         for a, b in _COMPARED[:3]:
-            named[f"steps {a}/{b} to a loss of {target:g}"] = steps_ratio(
-                config, trained, "none", a, b, target
-            )
+            found = steps_ratio(config, records, a, b, target)
+            named[f"steps {a}/{b} to a loss of {target:g}"] = found
     measured |= with_intervals(named)
-    for placement in PLACES:
-        for name in kinds(config):
-            runs = by_seed(trained, placement=placement, inputs=name)
-            where = _where(placement, name)
-            measured[f"best rate, {where}"] = runs[0]["learning_rate"]
-            measured[f"test accuracy, {where}"] = float(numbers(runs, "accuracy").mean())
+    steps, ends = [], []  # for the note
+    for placement, name in itertools.product(PLACES, kinds(config)):
+        runs = by_seed(records.trained, placement=placement, inputs=name)
+        where = _where(placement, name)
+        measured[f"best rate, {where}"] = runs[0]["learning_rate"]
+        measured[f"test accuracy, {where}"] = float(numbers(runs, "accuracy").mean())
+        steps.append(f"{where} {_in_words(steps_of(config, records, placement, name))}")
+        if at_end(runs[0]["learning_rate"], config.rates):
+            ends.append(where)
     for name, spectrum in records.spectra.items():
         measured[f"condition number, {name}"] = spectrum["condition_number"]
+    accuracy = {
+        name: numbers(by_seed(records.trained, placement="none", inputs=name), "accuracy")
+        for name in ("raw", "scaled", "zca")
+    }
+    better = [
+        f"{name} {paired_difference(accuracy[name], accuracy['raw'])}" for name in ("scaled", "zca")
+    ]
+    lost = sum(record["diverged"] > 0 for record in records.trained)
+    missed = sum(steps_to_target(config, record).is_censored for record in records.trained)
+    note = (
+        f"interval: over seeds, of steps raw/zca to a loss of {config.target_loss:g}. Regression: "
+        f"{len(settings)} settings. Steps, mean [range]: {'; '.join(steps)}. "
+        f"Ratios: {'; '.join(f'{name} {found}' for name, found in ratios.items())}. "
+        f"Test accuracy less that on raw: {'; '.join(better)}. "
+        f"{lost} runs had a step that was not finite, {missed} did not reach the target"
+    )
     return [
         Finding(
             CLAIMS[0],
             measured,
-            ratios["none", "raw", "zca"].interval,
-            conjunction(*theory, *order),
-            _note(config, trained, ratios, len(settings)),
+            ratios["raw/zca"].interval,
+            conjunction(theory, first_order, *order),
+            note + listed("Best rate at an end of the grid", ends),
         )
     ]
 
 
-def _note(
-    config: Config,
-    trained: Sequence[Record],
-    ratios: Mapping[tuple[str, str, str], Ratio],
-    count: int,
-) -> str:
-    missed = sum(steps_to_target(config, record).is_censored for record in trained)
-    steps, ends = [], []
-    for placement in PLACES:
-        for name in kinds(config):
-            runs, where = (
-                by_seed(trained, placement=placement, inputs=name),
-                _where(placement, name),
-            )
-            steps.append(f"{where} {_steps([steps_to_target(config, run) for run in runs])}")
-            if at_end(runs[0]["learning_rate"], config.rates):
-                ends.append(where)
-    accuracy = {
-        name: numbers(by_seed(trained, placement="none", inputs=name), "accuracy")
-        for name in ("raw", "scaled", "zca")
-    }
-    better = "; ".join(
-        f"{name} {paired_difference(accuracy[name], accuracy['raw'])}" for name in ("scaled", "zca")
-    )
-    told = "; ".join(_where(place, f"{a}/{b}") + f" {r}" for (place, a, b), r in ratios.items())
-    return (
-        f"interval: over seeds, of steps raw/zca to a loss of {config.target_loss:g}. Regression: "
-        f"{count} settings. Steps, mean [range]: {'; '.join(steps)}. Ratios: {told}. "
-        f"Test accuracy less that on raw: {better}. "
-        f"{sum(record['diverged'] > 0 for record in trained)} runs had a step that was not finite, "
-        f"{missed} did not reach the target" + listed("Best rate at an end of the grid", ends)
-    )
-
-
-def _steps(found: Sequence[Bounded]) -> str:
+def _in_words(found: Sequence[Bounded]) -> str:
     if any(steps.is_censored for steps in found):
         return ", ".join(map(str, found))
     lows = [steps.low for steps in found]
