@@ -107,7 +107,8 @@ def measure(config: Config, images: Images, path: Path) -> Records:
             LOW: sgd("plain", lower),
             LOW_BN: sgd("BN", lower),
         }
-        descents, edges = {}, {}
+        descents: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        edges = {}
         for arm, role in ARMS.items():
             limits = [
                 2 / sharpness.low for sharpness in verdicts.sharpness_at_start(surfaces[role])

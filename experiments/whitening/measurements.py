@@ -65,15 +65,7 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     ledger = Ledger(path / "metrics.jsonl")
     with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
         regressions = [
-            runner.get(
-                f"regression seed={seed}",
-                measure_regression,
-                seed,
-                config.features,
-                config.condition_numbers,
-                config.mean_norms,
-                config.regression_examples,
-            )
+            runner.get(f"regression seed={seed}", measure_regression, seed, config)
             for seed in range(config.seeds)
         ]
         for name, (transform, epsilon) in kinds.items():

@@ -20,7 +20,6 @@ Source: Y. LeCun, L. Bottou, G. Orr & K.-R. Müller, "Efficient BackProp", 1998,
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,6 +28,7 @@ import numpy as np
 from jaxtyping import Float
 
 from bn_research.normalization import batch_norm, whitening
+from experiments.whitening import Config
 
 TRANSFORMS = ("raw", "centred", "scaled", "zca", "pca")  # of inputs
 TOLERANCE = 1e-6
@@ -144,19 +144,10 @@ def descend(
 ) -> Descent:
     """Gradient descent on ½·mean (x̃·w − y)², in float64, until the relative error is small.
 
-    The error is ‖w − w*‖ over ‖w₀ − w*‖, with ‖e‖² = eᵀ·metric·e: the identity where there is none;
-    with H it is the root of the excess loss. The rate is taken over the tail, from √tolerance to
-    the tolerance, or over the whole run where one step crosses both.
-
-    Args:
-      inputs: x̃, with its constant feature.
-      targets: y.
-      start: w₀.
-      solution: w*, the minimizer.
-      rate: η.
-      tolerance: of the relative error.
-      metric: symmetric.
-      max_steps: after which to give up.
+    Inputs are x̃ with its constant feature, targets y, the start w₀, the solution the minimizer w*,
+    and the rate η. The error is ‖w − w*‖ over ‖w₀ − w*‖, with ‖e‖² = eᵀ·metric·e, by default the
+    identity; with H it is the root of the excess loss. The rate of a `Descent` is taken over the
+    tail, from √tolerance to the tolerance, or over the whole run where one step crosses both.
     """
     with jax.enable_x64(True):
         metric = np.eye(len(start)) if metric is None else metric
@@ -193,13 +184,7 @@ def _descend(inputs, targets, start, solution, rate, tolerance, metric, max_step
     return step, *rest
 
 
-def measure_regression(
-    seed: int,
-    features: int,
-    condition_numbers: Sequence[float],
-    mean_norms: Sequence[float],
-    examples: int,
-) -> dict[str, Any]:
+def measure_regression(seed: int, config: Config) -> dict[str, Any]:
     """Every transform of inputs of every condition number and mean, against theory.
 
     With the covariance in a random orthogonal basis ("correlated") the inputs take every mean norm,
@@ -214,14 +199,15 @@ def measure_regression(
       "task_steps" from w = 0 to 1e-6 of the first loss, for the same targets after all transforms,
       y = v·x with v normal, which is kind to raw inputs: y varies most where they do.
     """
-    rng = np.random.default_rng(seed)
     from scipy import stats
 
+    rng, features = np.random.default_rng(seed), config.features
+    condition_numbers, examples = config.condition_numbers, config.regression_examples
     basis = stats.ortho_group.rvs(features, random_state=rng)
     direction = rng.standard_normal(features)
     direction /= np.linalg.norm(direction)
     target = rng.standard_normal(features)
-    grid = [(True, kappa, norm) for kappa in condition_numbers for norm in mean_norms]
+    grid = [(True, kappa, norm) for kappa in condition_numbers for norm in config.mean_norms]
     grid += [(False, kappa, 0.0) for kappa in condition_numbers]
     settings = []
     for correlated, kappa, norm in grid:

@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,11 +13,10 @@ from bn_research.claims.estimate import estimate, paired_difference
 from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide
 from bn_research.claims.formatting import format_interval, format_number
 from bn_research.claims.judging import Record, at_end, by_seed, listed, numbers, with_intervals
-from bn_research.models.cnn import NormPlacement
 from experiments.whitening import Config
 from experiments.whitening.regression import TRANSFORMS
 
-PLACES: dict[NormPlacement, str] = {"none": "without BN", "hidden": "BN on hidden layers"}
+PLACES: dict[Any, str] = {"none": "without BN", "hidden": "BN on hidden layers"}  # of BN
 _DEVIATION = 0.02  # of steps and eigenvalues from theory
 _DOMINATES = 10.0  # ‖μ‖² over the largest variance, from which the first order is held to that
 _COMPARED = (("raw", "scaled"), ("raw", "zca"), ("scaled", "zca"), ("zca", "pca"))
