@@ -6,6 +6,7 @@ a dispatch observes is of the state that it begins with.
 """
 
 import functools
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -110,13 +111,10 @@ def measure(config: Config, images: Images, path: Path) -> Records:
         descents: dict[tuple[str, float], list[dict[str, Any]]] = {}
         edges = {}
         for arm, role in ARMS.items():
-            limits = [
-                2 / sharpness.low for sharpness in verdicts.sharpness_at_start(surfaces[role])
-            ]
+            limits = verdicts.limits(surfaces[role])
             runs = [
                 (Run(arm, factor * limits[seed], is_descent=True, is_watched=False), seed)
-                for factor in grid
-                for seed in seeds
+                for factor, seed in itertools.product(grid, seeds)
             ]
             descended = iter(train(config.descent_steps, runs))
             descents |= {(arm, factor): [next(descended) for _ in seeds] for factor in grid}

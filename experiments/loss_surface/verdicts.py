@@ -130,36 +130,34 @@ def judge_surface(config: Config, records: Records) -> Finding:
 def judge_sharpness(config: Config, records: Records) -> Finding:
     """sharpness-sets-the-rate."""
     trained = records.surfaces
-    sharpness = {arm: sharpness_at_start(trained[role]) for arm, role in ARMS.items()}
-    frozen = sharpness_at_start(trained[SAME], "frozen")
+    start = {arm: sharpness(trained[role]) for arm, role in ARMS.items()}
+    frozen = sharpness(trained[SAME], "frozen")
     factors = {arm: stable_factors(config, records.descents, arm) for arm in ARMS}
     rates = {
-        arm: [_scaled(f, 2 / s.low) for f, s in zip(factors[arm], sharpness[arm], strict=True)]
-        for arm in ARMS
+        arm: [
+            Bounded(factor.low * limit, factor.high * limit)
+            for factor, limit in zip(factors[arm], limits(trained[role]), strict=True)
+        ]
+        for arm, role in ARMS.items()
     }
-    flatter = compared(sharpness["plain"], sharpness["BN"])
+    flatter = compared(known(start["plain"]), known(start["BN"]))
     stable = compared(rates["BN"], rates["plain"])
     explained = compared(factors["BN"], factors["plain"])  # since a rate is a factor times 2/λmax
-    one = [Bounded(1.0, 1.0)] * config.seeds
-    measured = _numbers(
-        {
-            "1/λmax at the start, BN/plain": flatter,
-            "largest stable rate, BN/plain": stable,
-            "the second over the first": explained,
-        }
-    )
+    measured = _numbers({"1/λmax at the start, BN/plain": flatter})
+    measured |= _numbers({"largest stable rate, BN/plain": stable})
+    measured |= _numbers({"the second over the first": explained})
     for arm in ARMS:
-        found = compared(factors[arm], one)
+        found = compared(factors[arm], [Bounded(1.0, 1.0)] * config.seeds)
         measured |= _numbers({f"largest stable rate/(2/λmax), {arm}": found})
-        measured[f"λmax at the start, {arm}"] = _mean(sharpness[arm])
-    measured["λmax at the start, BN, statistics frozen"] = _mean(frozen)
-    found = compared(sharpness["plain"], frozen)
+        measured[f"λmax at the start, {arm}"] = float(start[arm].mean())
+    measured["λmax at the start, BN, statistics frozen"] = float(frozen.mean())
+    found = compared(known(start["plain"]), known(frozen))
     measured |= _numbers({"1/λmax at the start, frozen, BN/plain": found})
     for role, runs in trained.items():
         for kind, words in (("through", ""), ("frozen", ", statistics frozen")):
             if kind in runs[0]:
-                last = [_scaled(exact(run[kind]["largest"][-1]), run["rate"]) for run in runs]
-                measured[f"rate·λmax late in SGD, {role}{words}"] = _mean(last)
+                last = sharpness(runs, kind, at=-1) * numbers(runs, "rate")
+                measured[f"rate·λmax late in SGD, {role}{words}"] = float(last.mean())
     measured["largest relative residual of λmax"] = largest_residual(trained)
     ends = [*factors["plain"], *factors["BN"]]
     beyond = sum(math.isinf(found.high) for found in ends)
@@ -264,9 +262,20 @@ def compared(numerators: Sequence[Bounded], denominators: Sequence[Bounded]) -> 
     return found
 
 
-def sharpness_at_start(records: Sequence[Record], kind: str = "through") -> list[Bounded]:
-    """λmax of each seed before the first step, statistics differentiated through or frozen."""
-    return [exact(record[kind]["largest"][0]) for record in records]
+def sharpness(runs: Sequence[Record], kind: str = "through", *, at: int = 0) -> np.ndarray:
+    """λmax of each seed when it was first measured, or at another time; NaN unless positive."""
+    found = numbers(runs, lambda run: run[kind]["largest"][at])
+    return np.where(found > 0, found, np.nan)
+
+
+def limits(runs: Sequence[Record]) -> list[float]:
+    """2/λmax of each seed at the start; beyond all bounds where λmax is not known."""
+    return (2 / np.nan_to_num(sharpness(runs), nan=UNBOUNDED.low)).tolist()
+
+
+def known(values: np.ndarray) -> list[Bounded]:
+    """Measured numbers; of one that is NaN nothing is known."""
+    return [UNBOUNDED if math.isnan(value) else Bounded(value, value) for value in values.tolist()]
 
 
 def stable_factors(config: Config, descents: Descents, arm: str) -> list[Bounded]:
@@ -303,21 +312,6 @@ def largest_residual(runs: Mapping[str, Sequence[Record]]) -> float:
         if kind in record
     ]
     return float(np.nanmax(np.concatenate(found)))
-
-
-def exact(value: float | None) -> Bounded:
-    """A measured number; of one that was not finite, or not positive, nothing is known."""
-    if value is None or not math.isfinite(value) or value <= 0:
-        return UNBOUNDED
-    return Bounded(value, value)
-
-
-def _scaled(bounds: Bounded, factor: float) -> Bounded:
-    return Bounded(bounds.low * factor, bounds.high * factor)
-
-
-def _mean(values: Sequence[Bounded]) -> float:
-    return float(np.mean([math.nan if value.is_censored else value.low for value in values]))
 
 
 def _numbers(ratios: Mapping[str, Ratio]) -> dict[str, float]:
