@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from bn_research.lab.launch import UsageError
+from bn_research.lab.flags import UsageError
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.cnn import CNN, hidden_layers
 from bn_research.probes.angular_updates import angular_update
@@ -32,25 +32,11 @@ class Network(NamedTuple):
 class Setting(NamedTuple):
     """What a run is given; all of it traced."""
 
-    rates: Float[Array, "steps"]  # η_t of the hidden kernels
-    decay: float  # λ of the hidden kernels; nothing else decays
-    momentum: float  # of all
+    rates: Float[Array, "steps"] | Float[np.ndarray, "steps"]  # η_t of the hidden kernels
     other_rate: float  # of scale, bias and the head's kernel
-    factor: float  # times the hidden kernels' initial values
-
-
-def setting(
-    rates: float | np.ndarray,
-    decay: float = 0.0,
-    *,
-    steps: int,
-    momentum: float = 0.0,
-    other_rate: float,
-    factor: float = 1.0,
-) -> Setting:
-    """A Setting of Python and NumPy numbers; a rate alone is that of every step."""
-    rates = np.broadcast_to(np.asarray(rates, np.float64), (steps,))
-    return Setting(np.array(rates), decay, momentum, other_rate, factor)  # type: ignore[arg-type]
+    decay: float = 0.0  # λ of the hidden kernels; nothing else decays
+    momentum: float = 0.0  # of all
+    factor: float = 1.0  # times the hidden kernels' initial values
 
 
 class Norms(NamedTuple):
@@ -207,7 +193,7 @@ def losses(
     """
     with jax.enable_x64(True):
         image = jnp.asarray(examples.image, jnp.float64)
-        run = setting(0.0, steps=1, other_rate=0.0)
+        run = Setting(np.zeros(1), other_rate=0.0)
         params, batch_stats = create_state(
             network, image.shape[1:], jax.random.key(seed), run, jnp.float64
         )[1:3]
@@ -240,16 +226,6 @@ def _observe(layers: Sequence[str], params: Any, grads: Any, new_params: Any) ->
 def kernel_paths(network: Network) -> list[str]:
     """Paths of the hidden kernels, first layer to last."""
     return [f"['{layer}']['kernel']" for layer in hidden_layers(network.spec)]
-
-
-def check_network(network: Network, shape: Sequence[int]) -> None:
-    """ValueError unless it has a hidden layer and takes images of this shape."""
-    if not hidden_layers(network.spec):
-        raise ValueError(f"network {network.spec!r} has no hidden layer: give one before the head")
-    jax.eval_shape(
-        lambda key: _model(network).init(key, jnp.zeros((1, *shape)), train=False),
-        jax.random.key(0),
-    )
 
 
 @functools.cache
