@@ -5,17 +5,26 @@ grow with the depth.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bn_research.claims.judging import Record
 from bn_research.lab.compiler import compiler_options
+from bn_research.lab.images import Images, load_images
+from bn_research.lab.runner import Runner
+from bn_research.lab.workdir import Ledger
 from bn_research.normalization import batch_norm
-from experiments.signal_propagation.theory import growth
+from bn_research.training.cores import use_cpu_cores
+from experiments.signal_propagation import Config
+from experiments.signal_propagation.networks import train_by_depth
+from experiments.signal_propagation.theory import LEAST_BATCH, growth
 
 ACTIVATIONS = {"relu": 0.0, "linear": 1.0}  # their slope below 0
 THRESHOLD = 0.5  # τ of the thresholded soft rank
@@ -23,6 +32,118 @@ JACOBIAN_WIDTH, JACOBIAN_BATCH = 32, 16  # small enough for all singular values
 _JACOBIAN_DEPTH = 20  # layers below it, after which the batch has forgotten the input
 _QUANTILES = 101  # of the singular values that are kept
 _POINTS = 120  # depths of a soft rank that are kept
+_MOST_DOUBLINGS = 100  # of a squared norm; float32 ends at 2^128
+
+# The least that each number may be; of a tuple, each of its entries.
+_LEAST = {
+    "seeds": 1,
+    "image_size": 0,
+    "batch_sizes": LEAST_BATCH,  # E[1/σ²] is infinite below
+    "gradient_width": 2,
+    "gradient_depth": 8,  # below there are no middle layers
+    "residual_width": 2,
+    "residual_depth": 1,
+    "residual_networks": 1,
+    "residual_batch": LEAST_BATCH,
+    "rank_widths": LEAST_BATCH,
+    "rank_depth": 2,
+    "train_width": 2,
+    "train_depths": 1,
+    "num_steps": 1,
+    "steps_per_dispatch": 1,
+}
+_LEAST_ENTRIES = {"batch_sizes": 1, "rank_widths": 2, "train_depths": 2, "learning_rates": 1}
+
+
+def prepare(config: Config) -> Images:
+    """The images; each core becomes a device, for the sweeps."""
+    for name, entries in _LEAST_ENTRIES.items():
+        values = getattr(config, name)
+        if len(values) < entries or len(set(values)) < len(values):
+            raise ValueError(
+                f"{name}={values} is not allowed: give {entries} or more, all of them different"
+            )
+    for name, least in _LEAST.items():
+        value = getattr(config, name)
+        for number in value if isinstance(value, tuple) else (value,):
+            if not isinstance(number, int) or number < least:
+                raise ValueError(
+                    f"{name}={value} is not allowed: whole numbers from {least} up are needed"
+                )
+    if config.num_steps % config.steps_per_dispatch:
+        raise ValueError(
+            f"num_steps={config.num_steps} is not allowed: it must be a multiple of "
+            f"steps_per_dispatch={config.steps_per_dispatch}"
+        )
+    rates = config.learning_rates
+    if not all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates):
+        raise ValueError(f"learning_rates={rates} is not allowed: give positive numbers")
+    if config.residual_depth > _MOST_DOUBLINGS:
+        raise ValueError(
+            f"residual_depth={config.residual_depth} is not allowed: 2^l leaves float32's range, "
+            f"so at most {_MOST_DOUBLINGS} layers"
+        )
+    least_batch = min(config.batch_sizes)
+    deepest = int(_MOST_DOUBLINGS / math.log2(growth("relu", least_batch)))
+    if config.gradient_depth > deepest:
+        raise ValueError(
+            f"gradient_depth={config.gradient_depth} is not allowed: gradients leave float32's "
+            f"range, so at most {deepest} layers at a batch of {least_batch}"
+        )
+    use_cpu_cores()
+    images = load_images(
+        config.dataset,
+        data_dir=config.data_dir,
+        manual_dir=config.manual_dir,
+        scale="standardized",
+        size=config.image_size,
+    )
+    count = len(images.train.label)
+    if not 1 < config.batch_size <= count:
+        raise ValueError(
+            f"batch_size={config.batch_size} is not allowed: it must lie between 2 and {count}, "
+            "the number of training examples"
+        )
+    return images
+
+
+class Records(NamedTuple):
+    """What verdicts and figures are made of."""
+
+    gradients: Sequence[Record]
+    jacobians: Sequence[Record]
+    residuals: Sequence[Record]
+    ranks: Sequence[Record]
+    trained: Sequence[Record]
+    num_classes: int  # of the data set
+
+
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """Measurements before training, and the networks that are trained."""
+    seeds = range(config.seeds)
+    runs = 2 * len(config.train_depths) * (len(config.learning_rates) + config.seeds)
+    with Runner(
+        path,
+        Ledger(path / "metrics.jsonl"),
+        total_steps=runs * config.num_steps,
+        strategy="devices",
+    ) as runner:
+
+        def get(name: str, measurement: Callable[..., Mapping[str, Any]], *given: Any) -> Record:
+            return runner.get(name, functools.partial(measurement, *given))
+
+        return Records(
+            [get(f"gradients seed={seed}", _measure_gradients, config, seed) for seed in seeds],
+            [get(f"Jacobian seed={seed}", _measure_jacobian, seed) for seed in seeds],
+            [get(f"residual stream seed={seed}", measure_residual, config, seed) for seed in seeds],
+            [
+                get(f"rank d={d} seed={seed}", measure_ranks, config, d, seed)
+                for d in config.rank_widths
+                for seed in seeds
+            ],
+            train_by_depth(config, images, runner),
+            images.num_classes,
+        )
 
 
 def _layer(h: Array, weight: Array, norm: bool, slope: Array | float = 0.0) -> Array:
@@ -100,7 +221,7 @@ def rate(squared: Sequence[float] | np.ndarray) -> float:
     return float((squared[first] / squared[last]) ** (1 / (last - first)))
 
 
-def measure_gradients(config: Any, seed: int) -> dict[str, Any]:
+def _measure_gradients(config: Config, seed: int) -> dict[str, Any]:
     """Squared gradient norms by layer, of all batch sizes and activations with the same weights."""
     depth, width = config.gradient_depth, config.gradient_width
     keys = jax.random.split(jax.random.key(seed), 3)
@@ -144,7 +265,7 @@ def layer_jacobian(
     return jacobian.reshape(h.size, h.size)
 
 
-def measure_jacobian(seed: int) -> dict[str, Any]:
+def _measure_jacobian(seed: int) -> dict[str, Any]:
     """Singular values of a layer's Jacobian, with BN and without (He)."""
     keys = jax.random.split(jax.random.key(seed), 2)
     h = _input(keys[0], batch=JACOBIAN_BATCH, width=JACOBIAN_WIDTH)
@@ -206,7 +327,7 @@ def _streams(keys, *, depth, width, batch):
     return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(network, keys))
 
 
-def measure_residual(config: Any, seed: int) -> dict[str, Any]:
+def measure_residual(config: Config, seed: int) -> dict[str, Any]:
     """A residual stream of ReLU layers with and without BN: means over networks, by layer.
 
     "BN" and "none" are the mean square over units, examples and networks; "within" is the variance
@@ -263,7 +384,7 @@ def _ranks(key, *, width, depth):
     return ranks, jax.tree.map(gram, last)
 
 
-def measure_ranks(config: Any, width: int, seed: int) -> dict[str, Any]:
+def measure_ranks(config: Config, width: int, seed: int) -> dict[str, Any]:
     """Soft ranks of a linear network of d units on d examples, with BN and without."""
     depth = config.rank_depth
     ranks, grams = _ranks(jax.random.key(seed), width=width, depth=depth)

@@ -1,4 +1,4 @@
-"""Training of deep BN networks for `experiments.signal_propagation`: plain and residual.
+"""The deep BN networks that `experiments.signal_propagation` trains: plain and residual.
 
 Both arms have the same parameters: a dense layer to the width, `depth` times BN, ReLU and a dense
 layer, and BN, ReLU and a dense head. The residual arm adds the input of each of the `depth` to its
@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bn_research.claims.judging import Record, choose
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.images import Images
 from bn_research.lab.runner import Runner
@@ -32,6 +33,7 @@ from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import make_eval_step, make_train_step
 from bn_research.training.sweep import Member, Sweep
+from experiments.signal_propagation import Config
 
 TUNING_SEED = 10_000  # apart from every seed of a run
 _EVAL_BATCH = 256
@@ -138,15 +140,27 @@ class Setting(NamedTuple):
     seed: int
 
 
+def train_by_depth(config: Config, images: Images, runner: Runner) -> Sequence[Record]:
+    """Records of plain and residual networks; each arm and depth has the rate that suits it."""
+    trainer, arms, trained = Trainer(config, images, runner), (False, True), []
+    for depth in sorted(config.train_depths):
+        tuned = trainer.tune(
+            depth,
+            [Setting(arm, rate, TUNING_SEED) for arm in arms for rate in config.learning_rates],
+        )
+        tuned.sort(key=lambda record: record["rate"])  # where all are lost, the lowest is taken
+        rates = [choose([r for r in tuned if r["residual"] == arm], "loss")["rate"] for arm in arms]
+        settings = [Setting(arm, rates[arm], s) for arm in arms for s in range(config.seeds)]
+        trained += trainer.train(depth, settings)
+    return trained
+
+
 class Trainer(NamedTuple):
     """What the trainings of a run share."""
 
+    config: Config
     images: Images
     runner: Runner
-    width: int
-    batch_size: int
-    num_steps: int
-    steps_per_dispatch: int
 
     def tune(self, depth: int, settings: Sequence[Setting]) -> list[dict[str, Any]]:
         """Records of runs that are to choose a rate: no test set."""
@@ -160,61 +174,47 @@ class Trainer(NamedTuple):
         return self._records("train", depth, settings, self._scores)
 
     def _records(self, purpose, depth, settings, score):
-        """Records of a sweep by momentum SGD."""
-        named = {_name(purpose, depth, setting): setting for setting in settings}
-        inputs = int(np.prod(self.images.train.image.shape[1:]))
+        config, train, members, named = self.config, self.images.train, [], {}
+        for setting in settings:
+            arm = "residual" if setting.residual else "plain"
+            name = f"{purpose} {arm} depth={depth} rate={setting.rate:g} seed={setting.seed}"
+            hyper = Hyper(np.float32(setting.rate), np.float32(setting.residual))
+            members.append(Member(name, setting.seed, hyper, config.num_steps))
+            named[name] = setting
 
         def record(member, state, history):
             return {
                 **named[member.name]._asdict(),
                 "depth": depth,
-                "loss": np.mean(history.loss[-max(1, self.num_steps // 10) :]),
+                "loss": np.mean(history.loss[-max(1, config.num_steps // 10) :]),
                 "diverged": history.diverged,
                 **score(state, float(member.hyper.skip)),
             }
 
         self.runner.describe(f"{purpose}, depth {depth}")
+        inputs = int(np.prod(train.image.shape[1:]))
         return self.runner.train(
-            _create_program(inputs, self.width, depth, self.images.num_classes),
-            _sweep(self.batch_size, self.steps_per_dispatch),
-            [
-                Member(
-                    name, s.seed, Hyper(np.float32(s.rate), np.float32(s.residual)), self.num_steps
-                )
-                for name, s in named.items()
-            ],
-            self.images.train,
+            _create_program(inputs, config.train_width, depth, self.images.num_classes),
+            _sweep(config.batch_size, config.steps_per_dispatch),
+            members,
+            train,
             record=record,
         )
 
     def _scores(self, state: TrainState, skip: float) -> dict[str, float]:
-        count = min(_POPULATION_BATCHES, len(self.images.train.label) // self.batch_size)
-        batches = jnp.split(self.images.train.image[: count * self.batch_size], count)
+        train, test, size = self.images.train, self.images.test, self.config.batch_size
+        count = min(_POPULATION_BATCHES, len(train.label) // size)
         variables = {"params": state.params, "batch_stats": state.batch_stats}
-        stats = population_stats(lambda batch: _moments(variables, batch, skip), batches)
+        stats = population_stats(
+            lambda batch: _moments(variables, batch, skip),
+            jnp.split(train.image[: count * size], count),
+        )
         scores = evaluate(
             lambda state, batch: _eval_step(state, batch, skip),
             state._replace(batch_stats=stats, opt_state=()),
-            padded_batches(self.images.test, min(_EVAL_BATCH, len(self.images.test.label))),
+            padded_batches(test, min(_EVAL_BATCH, len(test.label))),
         )
         return {"accuracy": scores["accuracy"], "test_loss": scores["loss"]}
-
-
-def _name(purpose: str, depth: int, setting: Setting) -> str:
-    arm = "residual" if setting.residual else "plain"
-    return f"{purpose} {arm} depth={depth} rate={setting.rate:g} seed={setting.seed}"
-
-
-def choose_rate(records: Sequence[dict[str, Any]]) -> float:
-    """The rate whose run has the lowest loss at the end; of runs that diverged, the lowest rate.
-
-    Args:
-      records: of one arm and depth, one for each rate.
-    """
-    sound = [r for r in records if r["loss"] is not None and not r["diverged"]]
-    if not sound:
-        return min(record["rate"] for record in records)
-    return min(sound, key=lambda record: record["loss"])["rate"]
 
 
 @functools.cache

@@ -19,12 +19,13 @@ from bn_research.lab.workdir import Ledger
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.lanes import Lanes
 from bn_research.training.sweep import Sweep
-from experiments.signal_propagation import EXPERIMENT, PRESETS, measurements, prepare, training
+from experiments.signal_propagation import EXPERIMENT, PRESETS, measurements, networks
 from experiments.signal_propagation.measurements import (
     layer_jacobian,
     measure_ranks,
     measure_residual,
     middle,
+    prepare,
     rate,
     soft_rank,
     squared_gradients,
@@ -246,7 +247,7 @@ def test_ranks_of_a_linear_network():
 @pytest.mark.parametrize("skip", [0.0, 1.0])
 @pytest.mark.parametrize("train", [True, False])
 def test_forward_is_the_layers_one_after_the_other(skip, train):
-    variables = training.initialize(jax.random.key(0), 6, 5, 3, 4)
+    variables = networks.initialize(jax.random.key(0), 6, 5, 3, 4)
     params = variables["params"]._replace(
         scale=jnp.array(1 + 0.1 * normal((4, 5), 1), jnp.float32),
         bias=jnp.array(0.1 * normal((4, 5), 2), jnp.float32),
@@ -256,7 +257,7 @@ def test_forward_is_the_layers_one_after_the_other(skip, train):
         var=jnp.array(normal((4, 5), 4) ** 2 + 1, jnp.float32),
     )
     image = jnp.array(normal((7, 2, 3, 1), 5), jnp.float32)
-    found, moments = training.forward(
+    found, moments = networks.forward(
         {"params": params, "batch_stats": stats}, image, skip, train=train
     )
     x = np.asarray(image, np.float64).reshape(7, 6) @ np.asarray(params.first)
@@ -277,7 +278,7 @@ def test_forward_is_the_layers_one_after_the_other(skip, train):
 
 
 def test_initial_weights_are_hes_and_differ_between_layers():
-    params = training.initialize(jax.random.key(0), 30, 200, 2, 10)["params"]
+    params = networks.initialize(jax.random.key(0), 30, 200, 2, 10)["params"]
     assert np.std(params.hidden) == pytest.approx(math.sqrt(2 / 200), rel=0.02)
     assert not np.allclose(params.hidden[0], params.hidden[1])
     assert np.std(params.first) == pytest.approx(math.sqrt(1 / 30), rel=0.05)
@@ -285,15 +286,16 @@ def test_initial_weights_are_hes_and_differ_between_layers():
 
 @contextlib.contextmanager
 def trainer(path, images):
+    config = dataclasses.replace(
+        CONFIG, train_width=32, batch_size=32, num_steps=100, steps_per_dispatch=50
+    )
     ledger = Ledger(path / "metrics.jsonl")
     with Runner(path, ledger, total_steps=100, strategy="devices") as runner:
-        yield training.Trainer(
-            images, runner, width=32, batch_size=32, num_steps=100, steps_per_dispatch=50
-        )
+        yield networks.Trainer(config, images, runner)
 
 
 def test_a_network_learns_and_tuning_sees_no_test_set(images, tmp_path):
-    settings = [training.Setting(residual, 0.03, 0) for residual in (True, False)]
+    settings = [networks.Setting(residual, 0.03, 0) for residual in (True, False)]
     blank = images._replace(test=images.test._replace(image=jnp.zeros_like(images.test.image)))
     (tmp_path / "blank").mkdir()
     with trainer(tmp_path, images) as seen, trainer(tmp_path / "blank", blank) as unseen:
@@ -304,15 +306,6 @@ def test_a_network_learns_and_tuning_sees_no_test_set(images, tmp_path):
         for record in seen.tune(2, settings):
             assert "accuracy" not in record and record["loss"] < 0.6
         assert unseen.train(2, settings[:1])[0]["accuracy"] < 0.2
-
-
-def test_the_rate_of_the_lowest_sound_loss():
-    def tuned(rate, loss, diverged=0):
-        return {"rate": rate, "loss": loss, "diverged": diverged}
-
-    assert training.choose_rate([tuned(0.1, 1.0), tuned(0.2, 0.5), tuned(0.4, 0.7)]) == 0.2
-    assert training.choose_rate([tuned(0.1, 1.0), tuned(0.2, 0.5, 2), tuned(0.4, None)]) == 0.1
-    assert training.choose_rate([tuned(0.4, None), tuned(0.2, 0.5, 2)]) == 0.2
 
 
 # --- verdicts on made-up records ---
@@ -495,7 +488,7 @@ def test_smoke_writes_everything(finished):
     records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
     assert len(records) == 2 * (3 + 2 + 4) + 4 * 2
     tuned = [record for record in records if record["name"].startswith("tune")]
-    assert {record["seed"] for record in tuned} == {training.TUNING_SEED}
+    assert {record["seed"] for record in tuned} == {networks.TUNING_SEED}
     assert all("accuracy" not in record for record in tuned)
 
 
@@ -504,7 +497,7 @@ def test_started_again_it_only_prints(finished, monkeypatch, capsys):
         raise AssertionError
 
     before = content(finished), (finished / "results.json").read_bytes()
-    monkeypatch.setattr(measurements, "measure_gradients", anew)
+    monkeypatch.setattr(measurements, "_measure_gradients", anew)
     monkeypatch.setattr(Sweep, "run", anew)
     assert launch(finished) == 0
     assert (content(finished), (finished / "results.json").read_bytes()) == before
