@@ -46,35 +46,53 @@ bias of BN and the head's kernel have a rate of their own and no decay, in both 
 | equilibrium-angle | within 5 % of √(2ηλ/(1 + α)) |
 """
 
-import dataclasses
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
+from bn_research.lab.fields import (
+    Count,
+    Network,
+    OrNone,
+    Positive,
+    Several,
+    Share,
+    Some,
+    whole_dispatches,
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    seeds: int = 3
+    seeds: Count = 3
     dataset: str = "digits"
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: int = 0  # height and width the images are resized to; 0 keeps theirs
-    network: str = "c4 P c8 P f16 f10"  # small, so that it does not fit its training set
-    wide_network: str = "c16 P c32 P f64 f10"  # a control, nearer to fitting it
-    scales: tuple[float, ...] = tuple(10.0 ** (k / 2) for k in range(-6, 7))  # a
-    epsilon: float = 1e-5  # of the exact form, and in training to equilibrium
-    batch_size: int = 16
-    num_steps: int = 300  # of the trajectories in float64
-    learning_rate: float = 0.1  # η of the trajectories
-    other_rate: float = 0.02  # of scale, bias and the head
-    weight_decay: float = 5e-3  # λ, without momentum or with
-    momentum: float = 0.9  # α
-    factors: tuple[float, ...] = (0.1, 3.0, 10.0)  # c
-    equilibrium_steps: int = 2000
-    equilibrium_rates: tuple[float, ...] = (0.1, 0.5)  # η
-    equilibrium_products: tuple[float, ...] = (2e-3, 5e-3)  # ηλ
-    steps_per_dispatch: int = 500
+    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
+    network: Network = "c4 P c8 P f16 f10"  # small, so that it does not fit its training set
+    wide_network: Network = "c16 P c32 P f64 f10"  # a control, nearer to fitting it
+    scales: Some[Positive] = tuple(10.0 ** (k / 2) for k in range(-6, 7))  # a
+    epsilon: Positive = 1e-5  # of the exact form, and in training to equilibrium
+    batch_size: Several = 16
+    num_steps: Several = 300  # of the trajectories in float64
+    learning_rate: Positive = 0.1  # η of the trajectories
+    other_rate: Positive = 0.02  # of scale, bias and the head
+    weight_decay: Positive = 5e-3  # λ, without momentum or with
+    momentum: Share = 0.9  # α
+    factors: Some[Positive] = (0.1, 3.0, 10.0)  # c
+    equilibrium_steps: Several = 2000
+    equilibrium_rates: Some[Positive] = (0.1, 0.5)  # η
+    equilibrium_products: Some[Positive] = (2e-3, 5e-3)  # ηλ
+    steps_per_dispatch: Count = 500
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        whole_dispatches(self, "equilibrium_steps")
+        if self.wide_network == self.network:
+            raise ValueError(
+                f"wide_network={self.wide_network!r} is not allowed: network is the same"
+            )
 
 
 PRESETS = {

@@ -1,78 +1,45 @@
 """What `experiments.scale_invariance` measures; each measurement is a record of the ledger."""
 
-import contextlib
-import functools
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
-from bn_research.lab.images import check_network, load_images
+from bn_research.claims.judging import Record
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import check_network, images_of
+from bn_research.lab.runner import Runner
+from bn_research.lab.settings import Training, train
 from bn_research.lab.workdir import Ledger
 from bn_research.models.cnn import hidden_layers
-from bn_research.probes.angular_updates import ScaleLog, equilibrium_angle
-from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import every, train
-from bn_research.training.preemption import Preemption, Stopped
+from bn_research.probes.angular_updates import equilibrium_angle
+from bn_research.training.loop import History
+from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
-from experiments.scale_invariance import Config, dynamics, identities
-from experiments.scale_invariance.dynamics import Network, Norms, Setting, exponential_rates
+from experiments.scale_invariance import Config, identities
+from experiments.scale_invariance.dynamics import (
+    Norms,
+    Run,
+    equilibrium_programs,
+    exponential_rates,
+    kernel_paths,
+    losses,
+    trajectory,
+)
 
 _POINTS = 200  # of a trajectory that are kept for the figures
-_SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 
 def prepare(config: Config) -> Batch:
     """The training images, from 0 to 1."""
-    for name, least in (
-        ("seeds", 1),
-        ("num_steps", 2),
-        ("equilibrium_steps", 2),
-        ("steps_per_dispatch", 1),
-    ):
-        if getattr(config, name) < least:
-            raise ValueError(
-                f"{name}={getattr(config, name)} is not allowed: at least {least} is needed"
-            )
-    for name in ("scales", "factors", "equilibrium_rates", "equilibrium_products"):
-        values = getattr(config, name)
-        if not values or not all(0 < value < math.inf for value in values):
-            raise ValueError(f"{name}={values} is not allowed: give positive numbers")
-    for name in ("learning_rate", "other_rate", "weight_decay", "epsilon"):
-        value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} is not allowed: it must be positive")
-    if not 0 <= config.momentum < 1:
-        raise ValueError(f"momentum={config.momentum} is not allowed: it must lie in [0, 1)")
     exponential_rates([config.learning_rate], config.weight_decay, config.momentum)
-    if config.equilibrium_steps % config.steps_per_dispatch:
-        raise ValueError(
-            f"equilibrium_steps={config.equilibrium_steps} is not allowed: it must be a multiple "
-            f"of steps_per_dispatch={config.steps_per_dispatch}"
-        )
-    if config.wide_network == config.network:
-        raise ValueError(
-            f"wide_network={config.wide_network!r} is not allowed: network is the same"
-        )
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="unit",
-        size=config.image_size,
-    )
-    count = len(images.train.label)
-    if not 1 < config.batch_size <= count:
-        raise ValueError(
-            f"batch_size={config.batch_size} is not allowed: it must lie between 2 and {count}, "
-            "the number of training examples"
-        )
+    images = images_of(config, scale="unit")
+    at_most(config, len(images.train.label), "the training set", "batch_size")
     for network in (config.network, config.wide_network):
         if not hidden_layers(network):
             raise ValueError(f"network {network!r} has no hidden layer: give one before the head")
@@ -80,93 +47,63 @@ def prepare(config: Config) -> Batch:
     return Batch(np.asarray(images.train.image), np.asarray(images.train.label))  # type: ignore[arg-type]
 
 
-def measure(config: Config, examples: Batch, path: Path) -> dict[str, list[dict[str, Any]]]:
+def measure(config: Config, examples: Batch, path: Path) -> dict[str, Sequence[Record]]:
     """Records by kind: backprop, losses, tangent, effective, exponential, equilibrium."""
-    ledger = Ledger(path / "metrics.jsonl")
-    with (
-        Preemption() as preemption,
-        contextlib.closing(Checkpointer(path / "checkpoints")) as saver,
-    ):
-        plans = _plans(
-            config,
-            examples,
-            path / "scale_log.jsonl",
-            saver=saver,
-            save_when=every(_SECONDS_BETWEEN_CHECKPOINTS),
-            preempted=preemption.requested,
-        )
-        records: dict[str, list[dict[str, Any]]] = {kind: [] for kind in plans}
-        total = sum(map(len, plans.values()))
-        with tqdm(total=total, unit="measurement", dynamic_ncols=True) as bar:
-            for kind, plan in plans.items():
-                for name, measurement in plan.items():
-                    bar.set_description(name)
-                    records[kind].append(ledger.get(name, measurement))
-                    bar.update()
-                    if preemption.requested(bar.n):
-                        raise Stopped(bar.n)
-    return records
-
-
-def _plans(
-    config: Config, examples: Batch, log_path: Path, **training: Any
-) -> dict[str, dict[str, Callable[[], Mapping[str, Any]]]]:
-    """Kind -> name in the ledger -> measurement; `training` is for `train`."""
-    bind, seeds = functools.partial, range(config.seeds)
+    seeds, momenta = range(config.seeds), tuple(dict.fromkeys((0.0, config.momentum)))
     images = np.asarray(examples.image)
     first = jax.tree.map(lambda leaf: leaf[:256], examples)
-    on_device = Batch(jnp.asarray(examples.image), jnp.asarray(examples.label))
-    momenta = tuple(dict.fromkeys((0.0, config.momentum)))
-    settings = [
-        (config.network, rate, product / rate, momentum)
-        for momentum in momenta
-        for rate in config.equilibrium_rates
-        for product in config.equilibrium_products
-    ]
-    settings.append((config.wide_network, *settings[-1][1:3], 0.0))  # a control
-    return {
-        "backprop": {
-            f"identities {layer} seed={seed}": bind(
-                identities.measure, images, layer, config.scales, config.epsilon, seed
-            )
-            for layer, seed in itertools.product(identities.LAYERS, seeds)
-        },
-        "losses": {
-            f"loss seed={seed}": bind(measure_losses, config, first, seed) for seed in seeds
-        },
-        "tangent": {
-            f"tangent {name} seed={seed}": bind(measure_tangent, config, examples, name, seed)
-            for name, seed in itertools.product(networks(config), seeds)
-        },
-        "effective": {
-            f"effective rate momentum={momentum:g} seed={seed}": bind(
-                _measure_effective_rate, config, examples, momentum, seed
-            )
-            for momentum, seed in itertools.product(momenta, seeds)
-        },
-        "exponential": {
-            f"exponential rate seed={seed}": bind(_measure_exponential, config, examples, seed)
-            for seed in seeds
-        },
-        "equilibrium": {
-            f"equilibrium {(name := _named(*setting, seed))}": bind(
-                _measure_equilibrium, config, on_device, *setting, seed, log_path, name, **training
-            )
-            for setting, seed in itertools.product(settings, seeds)
-        },
-    }
+    trainings = _to_equilibrium(config, momenta)
+    steps = len(trainings) * config.equilibrium_steps
+    with Runner(
+        path, Ledger(path / "metrics.jsonl"), total_steps=steps, strategy="devices"
+    ) as runner:
+        get = runner.get
+        return {
+            "backprop": [
+                get(
+                    f"identities {layer} seed={seed}",
+                    *(identities.measure, images, layer, config.scales, config.epsilon, seed),
+                )
+                for layer, seed in itertools.product(identities.LAYERS, seeds)
+            ],
+            "losses": [
+                get(f"loss seed={seed}", measure_losses, config, first, seed) for seed in seeds
+            ],
+            "tangent": [
+                get(f"tangent {name} seed={seed}", measure_tangent, config, examples, name, seed)
+                for name, seed in itertools.product(networks(config), seeds)
+            ],
+            "effective": [
+                get(
+                    f"effective rate momentum={momentum:g} seed={seed}",
+                    *(_measure_effective_rate, config, examples, momentum, seed),
+                )
+                for momentum, seed in itertools.product(momenta, seeds)
+            ],
+            "exponential": [
+                get(f"exponential rate seed={seed}", _measure_exponential, config, examples, seed)
+                for seed in seeds
+            ],
+            "equilibrium": train(
+                runner,
+                trainings,
+                lambda run: equilibrium_programs(
+                    run, images.shape[1:], config.batch_size, config.steps_per_dispatch
+                ),
+                Batch(jnp.asarray(examples.image), jnp.asarray(examples.label)),
+                record=_equilibrium_record,
+                name=_name,
+                describe=lambda training: f"equilibrium {training.setting.spec}",
+            ),
+        }
 
 
-def _named(spec: str, rate: float, decay: float, momentum: float, seed: int) -> str:
-    return f"{spec} eta={rate:g} lambda={decay:g} momentum={momentum:g} seed={seed}"
-
-
-def networks(config: Config) -> dict[str, Network]:
+def networks(config: Config) -> dict[str, Run]:
     """The network with BN, and the controls."""
     return {
-        "BN": Network(config.network, "hidden"),
-        "no BN": Network(config.network, "none"),
-        "BN, bias inside": Network(config.network, "last", use_bias=True),
+        "BN": Run(config.network, "hidden"),
+        "no BN": Run(config.network, "none"),
+        "BN, bias inside": Run(config.network, "last", use_bias=True),
     }
 
 
@@ -181,23 +118,20 @@ def _trajectory(
     name: str,
     seed: int,
     rates: float | np.ndarray,
-    decay: float = 0.0,
     **options: float,
 ) -> tuple[np.ndarray, Norms]:
     """Losses and norms of one of the networks; a rate alone is that of every step."""
-    rates = np.broadcast_to(np.asarray(rates, np.float64), (config.num_steps,))
-    run = Setting(np.array(rates), config.other_rate, decay, **options)
-    return dynamics.trajectory(
-        networks(config)[name], examples, seed, run, batch_size=config.batch_size
-    )
+    rates = np.array(np.broadcast_to(np.asarray(rates, np.float64), (config.num_steps,)))
+    run = networks(config)[name].replace(rates=rates, other_rate=config.other_rate, **options)
+    return trajectory(run, examples, seed, batch_size=config.batch_size)
 
 
 def measure_losses(config: Config, examples: Batch, seed: int) -> dict[str, Any]:
     """Network -> loss at initialization at each scale of its hidden kernels."""
     nets = networks(config)
-    with_epsilon = {"BN, ε > 0": nets["BN"]._replace(epsilon=config.epsilon)}
+    with_epsilon = {"BN, ε > 0": nets["BN"].replace(epsilon=config.epsilon)}
     return {
-        name: dynamics.losses(network, examples, config.scales, seed)
+        name: losses(network, examples, config.scales, seed)
         for name, network in (nets | with_epsilon).items()
     }
 
@@ -230,7 +164,7 @@ def _measure_effective_rate(config: Config, examples: Batch, momentum: float, se
     def losses(name: str, c: float, factor: float) -> np.ndarray:
         rate, decay = c**2 * config.learning_rate, config.weight_decay / c**2
         options = dict(momentum=momentum, factor=factor)
-        return _trajectory(config, examples, name, seed, rate, decay, **options)[0]
+        return _trajectory(config, examples, name, seed, rate, decay=decay, **options)[0]
 
     base = losses("BN", 1.0, 1.0)
     plain = losses("no BN", 1.0, 1.0)
@@ -258,7 +192,7 @@ def _measure_exponential(config: Config, examples: Batch, seed: int) -> dict[str
     growing = exponential_rates(np.full(config.num_steps, rate), decay, momentum)
 
     def losses(name: str, rates: float | np.ndarray, decay: float = 0.0) -> np.ndarray:
-        return _trajectory(config, examples, name, seed, rates, decay, momentum=momentum)[0]
+        return _trajectory(config, examples, name, seed, rates, decay=decay, momentum=momentum)[0]
 
     decayed = losses("BN", rate, decay)
     exponential = losses("BN", growing)
@@ -284,45 +218,50 @@ def _measure_exponential(config: Config, examples: Batch, seed: int) -> dict[str
     }
 
 
-def _measure_equilibrium(
-    config: Config,
-    examples: Batch,
-    spec: str,
-    rate: float,
-    decay: float,
-    momentum: float,
-    seed: int,
-    log_path: Path,
-    name: str,
-    **training: Any,
-) -> dict[str, Any]:
-    """A run in float32: angles per step over its second half, by hidden kernel."""
-    network, steps = Network(spec, "hidden", epsilon=config.epsilon), config.equilibrium_steps
-    groups = tuple(dynamics.kernel_paths(network))
-    create, advance = dynamics.equilibrium_programs(
-        network, examples.image.shape[1:], config.batch_size, config.steps_per_dispatch, groups
+def _to_equilibrium(config: Config, momenta: Sequence[float]) -> list[Training]:
+    """Every run to equilibrium; those of the wide network, a control, come last."""
+    network, rates = Run(config.network, "hidden", epsilon=config.epsilon), config.equilibrium_rates
+    runs = [
+        network.replace(
+            rates=np.array([rate]),
+            other_rate=config.other_rate,
+            decay=product / rate,
+            momentum=momentum,
+        )
+        for momentum in momenta
+        for rate in rates
+        for product in config.equilibrium_products
+    ]
+    runs.append(runs[-1].replace(spec=config.wide_network, momentum=0.0))
+    seeds, steps = range(config.seeds), config.equilibrium_steps
+    return [Training(run, seed, steps) for run in runs for seed in seeds]
+
+
+def _name(training: Training) -> str:
+    run = training.setting
+    return (
+        f"equilibrium {run.spec} eta={run.rates[0]:g} lambda={run.decay:g} "
+        f"momentum={run.momentum:g} seed={training.seed}"
     )
-    run = Setting(np.array([rate]), config.other_rate, decay, momentum)
-    log = ScaleLog(groups, learning_rate=rate, weight_decay=decay, momentum=momentum, path=log_path)
-    _, history = train(
-        lambda state: advance(state, examples, run),
-        lambda: create(jax.random.key(seed), run),
-        name=name,
-        num_steps=steps,
-        steps_per_dispatch=config.steps_per_dispatch,
-        on_metrics=log,
-        **training,
-    )
+
+
+def _equilibrium_record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+    """Angles per step over the second half, by hidden kernel."""
+    run, steps = training.setting, training.num_steps
+    rate, layers = float(run.rates[0]), kernel_paths(run.spec)
     half, kept = steps // 2, _kept(steps)
-    angle, norm = log["angle"], log["norm"]
+    angle, norm = (
+        np.asarray(values, np.float64).reshape(-1, len(layers))
+        for values in (history.observed.angle, history.observed.norm)
+    )
     return {
-        "network": spec,
+        "network": run.spec,
         "rate": rate,
-        "decay": decay,
-        "momentum": momentum,
-        "seed": seed,
-        "predicted": equilibrium_angle(rate, decay, momentum),
-        "layers": list(groups),
+        "decay": run.decay,
+        "momentum": run.momentum,
+        "seed": training.seed,
+        "predicted": equilibrium_angle(rate, run.decay, run.momentum),
+        "layers": layers,
         "rms": np.sqrt(np.mean(np.square(angle[half:]), axis=0)),
         "mean": np.mean(angle[half:], axis=0),
         "norm_drift": norm[-1] / norm[half],

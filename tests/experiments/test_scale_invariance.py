@@ -11,13 +11,7 @@ import pytest
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from experiments.scale_invariance import EXPERIMENT, PRESETS, identities
-from experiments.scale_invariance.dynamics import (
-    Network,
-    Setting,
-    exponential_rates,
-    losses,
-    trajectory,
-)
+from experiments.scale_invariance.dynamics import Run, exponential_rates, losses, trajectory
 from experiments.scale_invariance.measurements import measure_losses, measure_tangent, prepare
 from experiments.scale_invariance.verdicts import (
     IDENTITIES,
@@ -65,16 +59,9 @@ def test_verdicts_at_smoke_size(finished):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.seeds=0", "seeds=0"),
-        ("--config.steps_per_dispatch=0", "steps_per_dispatch=0"),
-        ("--config.scales=(0.0,)", "scales="),
-        ("--config.momentum=1.0", "momentum=1.0"),
-        ("--config.learning_rate=-1.0", "learning_rate=-1.0"),
         ("--config.weight_decay=1.0", "(1 − √momentum)²"),
         ("--config.equilibrium_steps=41", "equilibrium_steps=41"),
-        ("--config.batch_size=1", "batch_size=1"),
         ("--config.batch_size=5000", "batch_size=5000"),
-        ("--config.network=c4 q7", "'q7' is not a layer"),
         ("--config.network=f10", "no hidden layer"),
         ("--config.network=c2 P P P P f10", "pools images"),
         ("--config.network=f4 f7", "ends in 7 units"),
@@ -126,21 +113,19 @@ def test_a_decay_too_large_to_stand_for():
 
 
 def test_trajectories_are_float64_and_the_flag_is_left_alone(examples):
-    run = Setting(np.full(3, 0.1), 0.01)
-    loss, norms = trajectory(Network("f4 f10", "hidden"), examples, 0, run, batch_size=16)
+    run = Run("f4 f10", "hidden", rates=np.full(3, 0.1), other_rate=0.01)
+    loss, norms = trajectory(run, examples, 0, batch_size=16)
     assert loss.dtype == norms.squared.dtype == np.float64 and norms.squared.shape == (3, 1)
     assert jnp.ones(2).dtype == jnp.float32
 
 
 def test_a_factor_loses_no_digits(examples):
     """1/3 of float32 weights in float64: rounded to float32 it would cost 1e-8 of the loss."""
-    network = Network("f4 f10", "hidden")
+    run = Run("f4 f10", "hidden", other_rate=0.01)
     base, scaled = (
         trajectory(
-            network,
-            examples,
-            0,
-            Setting(np.full(8, 0.1 * c**2), 0.01, decay=0.01 / c**2, factor=c),
+            run.replace(rates=np.full(8, 0.1 * c**2), decay=0.01 / c**2, factor=c),
+            *(examples, 0),
             batch_size=16,
         )[0]
         for c in (1.0, 1 / 3)
@@ -151,19 +136,19 @@ def test_a_factor_loses_no_digits(examples):
 def test_loss_against_scale(examples):
     scales = (1e-3, 1.0, 1e3)
     few = type(examples)(examples.image[:64], examples.label[:64])
-    exact = losses(Network("c2 f4 f10", "hidden"), few, scales, 0)
+    exact = losses(Run("c2 f4 f10", "hidden"), few, scales, 0)
     np.testing.assert_allclose(exact, exact[1], rtol=1e-12)
-    for network in (
-        Network("c2 f4 f10", "hidden", epsilon=1e-2),
-        Network("c2 f4 f10", "last", use_bias=True),
-        Network("c2 f4 f10", "none"),
+    for run in (
+        Run("c2 f4 f10", "hidden", epsilon=1e-2),
+        Run("c2 f4 f10", "last", use_bias=True),
+        Run("c2 f4 f10", "none"),
     ):
-        assert np.ptp(losses(network, few, scales, 0)) > 1e-2, network
+        assert np.ptp(losses(run, few, scales, 0)) > 1e-2, run
     assert set(measure_losses(CONFIG, few, 0)) == {"BN", "no BN", "BN, bias inside", "BN, ε > 0"}
 
 
 @pytest.mark.parametrize("layer", identities.LAYERS)
-def test_identities_and_what_breaks_them(examples, layer, monkeypatch):
+def test_identities_and_what_breaks_them(examples, layer):
     record = identities.measure(examples.image, layer, (0.01, 30.0), 1e-3, 0)
     for interface in identities.INTERFACES:
         for kind in ("value", "input gradient", "weight gradient", "exact form"):
