@@ -41,35 +41,46 @@ from the same grid, by training loss on a seed apart.
 | deep-bn-untrainable | plain near chance at the largest depth, residual not |
 """
 
-import dataclasses
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
+from bn_research.lab.fields import Count, OrNone, Positive, Several, Some, whole_dispatches
+
+Examples = Annotated[int, Field(ge=4, strict=True)]  # in a batch; E[1/σ²] is infinite below
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    seeds: int = 3  # 0, 1, …
+    seeds: Count = 3  # 0, 1, …
     dataset: str = "digits"  # of the training; all else has Gaussian input
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: int = 0  # height and width the images are resized to; 0 keeps theirs
-    batch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128)  # of the gradients
-    gradient_width: int = 1024
-    gradient_depth: int = 32
-    residual_width: int = 512
-    residual_depth: int = 8
-    residual_networks: int = 160  # a seed: their mean tells the law from its scatter
-    residual_batch: int = 64
-    rank_widths: tuple[int, ...] = (8, 16, 32, 64)  # d, units and examples alike
-    rank_depth: int = 1280  # many times the largest width
-    train_width: int = 64
-    train_depths: tuple[int, ...] = (5, 10, 20, 40)
-    learning_rates: tuple[float, ...] = (0.001, 0.003, 0.01, 0.03, 0.1)  # for both arms
-    batch_size: int = 32  # of the training
-    num_steps: int = 300
-    steps_per_dispatch: int = 50
+    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
+    batch_sizes: Some[Examples] = (8, 16, 32, 64, 128)  # of the gradients
+    gradient_width: Several = 1024
+    gradient_depth: Annotated[int, Field(ge=8, strict=True)] = 32  # below are no middle layers
+    residual_width: Several = 512
+    residual_depth: Annotated[int, Field(ge=1, le=100, strict=True)] = 8  # 2^l in float32's range
+    residual_networks: Count = 160  # a seed: their mean tells the law from its scatter
+    residual_batch: Examples = 64
+    # d, units and examples alike
+    rank_widths: Annotated[Some[Examples], Field(min_length=2)] = (8, 16, 32, 64)
+    rank_depth: Several = 1280  # many times the largest width
+    train_width: Several = 64
+    train_depths: Annotated[Some[Count], Field(min_length=2)] = (5, 10, 20, 40)
+    learning_rates: Some[Positive] = (0.001, 0.003, 0.01, 0.03, 0.1)  # both arms choose from them
+    batch_size: Several = 32  # of the training
+    num_steps: Count = 300
+    steps_per_dispatch: Count = 50
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        whole_dispatches(self, "num_steps")
 
 
 PRESETS = {

@@ -6,7 +6,7 @@ grow with the depth.
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,14 +17,15 @@ from jaxtyping import Array, Float
 
 from bn_research.claims.judging import Record
 from bn_research.lab.compiler import compiler_options
-from bn_research.lab.images import Images, load_images
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
 from bn_research.normalization import batch_norm
 from bn_research.training.cores import use_cpu_cores
 from experiments.signal_propagation import Config
 from experiments.signal_propagation.networks import train_by_depth
-from experiments.signal_propagation.theory import LEAST_BATCH, growth
+from experiments.signal_propagation.theory import growth
 
 ACTIVATIONS = {"relu": 0.0, "linear": 1.0}  # their slope below 0
 THRESHOLD = 0.5  # τ of the thresholded soft rank
@@ -34,76 +35,17 @@ _QUANTILES = 101  # of the singular values that are kept
 _POINTS = 120  # depths of a soft rank that are kept
 _MOST_DOUBLINGS = 100  # of a squared norm; float32 ends at 2^128
 
-# The least that each number may be; of a tuple, each of its entries.
-_LEAST = {
-    "seeds": 1,
-    "image_size": 0,
-    "batch_sizes": LEAST_BATCH,  # E[1/σ²] is infinite below
-    "gradient_width": 2,
-    "gradient_depth": 8,  # below there are no middle layers
-    "residual_width": 2,
-    "residual_depth": 1,
-    "residual_networks": 1,
-    "residual_batch": LEAST_BATCH,
-    "rank_widths": LEAST_BATCH,
-    "rank_depth": 2,
-    "train_width": 2,
-    "train_depths": 1,
-    "num_steps": 1,
-    "steps_per_dispatch": 1,
-}
-_LEAST_ENTRIES = {"batch_sizes": 1, "rank_widths": 2, "train_depths": 2, "learning_rates": 1}
-
 
 def prepare(config: Config) -> Images:
     """The images; each core becomes a device, for the sweeps."""
-    for name, entries in _LEAST_ENTRIES.items():
-        values = getattr(config, name)
-        if len(values) < entries or len(set(values)) < len(values):
-            raise ValueError(
-                f"{name}={values} is not allowed: give {entries} or more, all of them different"
-            )
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int) or number < least:
-                raise ValueError(
-                    f"{name}={value} is not allowed: whole numbers from {least} up are needed"
-                )
-    if config.num_steps % config.steps_per_dispatch:
-        raise ValueError(
-            f"num_steps={config.num_steps} is not allowed: it must be a multiple of "
-            f"steps_per_dispatch={config.steps_per_dispatch}"
-        )
-    rates = config.learning_rates
-    if not all(isinstance(rate, int | float) and 0 < rate < math.inf for rate in rates):
-        raise ValueError(f"learning_rates={rates} is not allowed: give positive numbers")
-    if config.residual_depth > _MOST_DOUBLINGS:
-        raise ValueError(
-            f"residual_depth={config.residual_depth} is not allowed: 2^l leaves float32's range, "
-            f"so at most {_MOST_DOUBLINGS} layers"
-        )
-    least_batch = min(config.batch_sizes)
-    deepest = int(_MOST_DOUBLINGS / math.log2(growth("relu", least_batch)))
-    if config.gradient_depth > deepest:
-        raise ValueError(
-            f"gradient_depth={config.gradient_depth} is not allowed: gradients leave float32's "
-            f"range, so at most {deepest} layers at a batch of {least_batch}"
-        )
-    use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
+    least = min(config.batch_sizes)
+    deepest = int(_MOST_DOUBLINGS / math.log2(growth("relu", least)))
+    at_most(
+        config, deepest, f"or gradients leave float32's range at batch {least}", "gradient_depth"
     )
-    count = len(images.train.label)
-    if not 1 < config.batch_size <= count:
-        raise ValueError(
-            f"batch_size={config.batch_size} is not allowed: it must lie between 2 and {count}, "
-            "the number of training examples"
-        )
+    use_cpu_cores()
+    images = images_of(config, scale="standardized")
+    at_most(config, len(images.train.label), "the training set", "batch_size")
     return images
 
 
@@ -122,16 +64,9 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     """Measurements before training, and the networks that are trained."""
     seeds = range(config.seeds)
     runs = 2 * len(config.train_depths) * (len(config.learning_rates) + config.seeds)
-    with Runner(
-        path,
-        Ledger(path / "metrics.jsonl"),
-        total_steps=runs * config.num_steps,
-        strategy="devices",
-    ) as runner:
-
-        def get(name: str, measurement: Callable[..., Mapping[str, Any]], *given: Any) -> Record:
-            return runner.get(name, functools.partial(measurement, *given))
-
+    ledger, steps = Ledger(path / "metrics.jsonl"), runs * config.num_steps
+    with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
+        get = runner.get
         return Records(
             [get(f"gradients seed={seed}", _measure_gradients, config, seed) for seed in seeds],
             [get(f"Jacobian seed={seed}", _measure_jacobian, seed) for seed in seeds],

@@ -7,32 +7,40 @@ network of 80 compiles as fast as one of 5.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float
 
 from bn_research.claims.judging import Record, choose
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.images import Images
 from bn_research.lab.runner import Runner
+from bn_research.lab.settings import (
+    Programs,
+    Setting,
+    Training,
+    creator,
+    per_structure,
+    sweep,
+    train,
+)
 from bn_research.models.initializers import kernel_initializer
 from bn_research.normalization import (
     BatchStats,
-    Moments,
     batch_norm,
     normalize,
     population_stats,
     update_batch_stats,
 )
-from bn_research.training.loop import evaluate, padded_batches, run_steps
+from bn_research.training.loop import History, evaluate, padded_batches, run_steps
 from bn_research.training.optimizers import create_optimizer
-from bn_research.training.state import TrainState, create_train_state
-from bn_research.training.step import make_eval_step, make_train_step
-from bn_research.training.sweep import Member, Sweep
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch, make_eval_step, make_train_step
 from experiments.signal_propagation import Config
 
 TUNING_SEED = 10_000  # apart from every seed of a run
@@ -50,13 +58,6 @@ class Params(NamedTuple):
     scale: Array  # shape=(depth + 1, width)
     bias: Array  # shape=(depth + 1, width)
     head: Array  # shape=(width, classes)
-
-
-class Hyper(NamedTuple):
-    """What differs between the members of a sweep."""
-
-    rate: Array
-    skip: Array  # see `forward`
 
 
 class _Layer(NamedTuple):
@@ -118,129 +119,113 @@ def forward(
     return y @ params.head, moments
 
 
-def _apply_fn(skip: Array):
-    def apply_fn(variables, image, *, train):
-        logits, moments = forward(variables, image, skip, train=train)
-        stats = variables["batch_stats"]
-        return logits, _updated(stats, moments) if train else stats
-
-    return apply_fn
-
-
-def _updated(stats: BatchStats, moments: Moments) -> BatchStats:
-    update = functools.partial(update_batch_stats, momentum=_STATS_MOMENTUM)
-    return jax.vmap(update)(stats, moments)
-
-
-class Setting(NamedTuple):
-    """A training run, of networks of one depth."""
+class Deep(Setting, traced="residual rate"):
+    """A network and the rate that it is trained at."""
 
     residual: bool
     rate: float
-    seed: int
+    depth: int
 
 
 def train_by_depth(config: Config, images: Images, runner: Runner) -> Sequence[Record]:
     """Records of plain and residual networks; each arm and depth has the rate that suits it."""
-    trainer, arms, trained = Trainer(config, images, runner), (False, True), []
+    arms, trained = (False, True), []
     for depth in sorted(config.train_depths):
-        tuned = trainer.tune(
-            depth,
-            [Setting(arm, rate, TUNING_SEED) for arm in arms for rate in config.learning_rates],
-        )
+        grid = [Deep(arm, rate, depth) for arm in arms for rate in config.learning_rates]
+        tuned = train_all("tune", grid, [TUNING_SEED], config, images, runner)
         tuned.sort(key=lambda record: record["rate"])  # where all are lost, the lowest is taken
-        rates = [choose([r for r in tuned if r["residual"] == arm], "loss")["rate"] for arm in arms]
-        settings = [Setting(arm, rates[arm], s) for arm in arms for s in range(config.seeds)]
-        trained += trainer.train(depth, settings)
+        best = [choose([r for r in tuned if r["residual"] == arm], "loss") for arm in arms]
+        chosen = [Deep(record["residual"], record["rate"], depth) for record in best]
+        trained += train_all("train", chosen, range(config.seeds), config, images, runner)
     return trained
 
 
-class Trainer(NamedTuple):
-    """What the trainings of a run share."""
+def train_all(
+    purpose: Literal["tune", "train"],
+    settings: Sequence[Deep],
+    seeds: Sequence[int],
+    config: Config,
+    images: Images,
+    runner: Runner,
+) -> list[dict[str, Any]]:
+    """Records of every setting with every seed; what only tunes does not see the test set."""
 
-    config: Config
-    images: Images
-    runner: Runner
+    def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+        setting = training.setting
+        return {
+            "residual": setting.residual,
+            "rate": setting.rate,
+            "seed": training.seed,
+            "depth": setting.depth,
+            "loss": np.mean(history.loss[-max(1, config.num_steps // 10) :]),
+            "diverged": history.diverged,
+            **(_scores(setting, state, config, images) if purpose == "train" else {}),
+        }
 
-    def tune(self, depth: int, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-        """Records of runs that are to choose a rate: no test set."""
-        return self._records("tune", depth, settings, lambda state, skip: {})
+    def name(training: Training) -> str:
+        residual, rate, depth = vars(training.setting).values()
+        arm = "residual" if residual else "plain"
+        return f"{purpose} {arm} depth={depth} rate={rate:g} seed={training.seed}"
 
-    def train(self, depth: int, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-        """Records with the loss and accuracy on the whole test set, by population statistics.
-
-        That is algorithm 2 of Ioffe & Szegedy (2015).
-        """
-        return self._records("train", depth, settings, self._scores)
-
-    def _records(self, purpose, depth, settings, score):
-        config, train, members, named = self.config, self.images.train, [], {}
-        for setting in settings:
-            arm = "residual" if setting.residual else "plain"
-            name = f"{purpose} {arm} depth={depth} rate={setting.rate:g} seed={setting.seed}"
-            hyper = Hyper(np.float32(setting.rate), np.float32(setting.residual))
-            members.append(Member(name, setting.seed, hyper, config.num_steps))
-            named[name] = setting
-
-        def record(member, state, history):
-            return {
-                **named[member.name]._asdict(),
-                "depth": depth,
-                "loss": np.mean(history.loss[-max(1, config.num_steps // 10) :]),
-                "diverged": history.diverged,
-                **score(state, float(member.hyper.skip)),
-            }
-
-        self.runner.describe(f"{purpose}, depth {depth}")
-        inputs = int(np.prod(train.image.shape[1:]))
-        return self.runner.train(
-            _create_program(inputs, config.train_width, depth, self.images.num_classes),
-            _sweep(config.batch_size, config.steps_per_dispatch),
-            members,
-            train,
-            record=record,
-        )
-
-    def _scores(self, state: TrainState, skip: float) -> dict[str, float]:
-        train, test, size = self.images.train, self.images.test, self.config.batch_size
-        count = min(_POPULATION_BATCHES, len(train.label) // size)
-        variables = {"params": state.params, "batch_stats": state.batch_stats}
-        stats = population_stats(
-            lambda batch: _moments(variables, batch, skip),
-            jnp.split(train.image[: count * size], count),
-        )
-        scores = evaluate(
-            lambda state, batch: _eval_step(state, batch, skip),
-            state._replace(batch_stats=stats, opt_state=()),
-            padded_batches(test, min(_EVAL_BATCH, len(test.label))),
-        )
-        return {"accuracy": scores["accuracy"], "test_loss": scores["loss"]}
+    sizes = int(np.prod(images.train.image.shape[1:])), config.train_width, images.num_classes
+    return train(
+        runner,
+        [Training(setting, seed, config.num_steps) for setting in settings for seed in seeds],
+        lambda setting: _programs(setting, sizes, config.batch_size, config.steps_per_dispatch),
+        images.train,
+        record=record,
+        name=name,
+        describe=lambda training: f"{purpose}, depth {training.setting.depth}",
+    )
 
 
-@functools.cache
-def _create_program(inputs: int, width: int, depth: int, classes: int):
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key, hyper):
-        return create_train_state(
-            lambda key: initialize(key, inputs, width, depth, classes), _optimizer(hyper.rate), key
-        )
+def _scores(setting: Deep, state: TrainState, config: Config, images: Images) -> dict[str, float]:
+    """Of the whole test set, by population statistics (algorithm 2 of Ioffe & Szegedy, 2015)."""
+    skip, (train, test) = float(setting.residual), images[:2]
+    count = min(_POPULATION_BATCHES, len(train.label) // config.batch_size)
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    stats = population_stats(
+        lambda batch: _moments(variables, batch, skip),
+        jnp.split(train.image[: count * config.batch_size], count),
+    )
+    found = evaluate(
+        lambda state, batch: _eval_step(state, batch, skip),
+        state._replace(batch_stats=stats, opt_state=()),
+        padded_batches(test, min(_EVAL_BATCH, len(test.label))),
+    )
+    return {"accuracy": found["accuracy"], "test_loss": found["loss"]}
 
-    return create
 
+@per_structure
+def _programs(
+    setting: Deep, sizes: tuple[int, int, int], batch_size: int, num_steps: int
+) -> Programs:
+    inputs, width, classes = sizes
 
-@functools.cache
-def _sweep(batch_size: int, num_steps: int) -> Sweep:
-    def advance(state, hyper, examples):
-        step = make_train_step(_apply_fn(hyper.skip), _optimizer(hyper.rate))
+    def init(key: Array, setting: Deep) -> dict[str, Any]:
+        return initialize(key, inputs, width, setting.depth, classes)
+
+    def advance(state: TrainState, setting: Deep, examples: Batch):
+        step = make_train_step(_apply_fn(setting.residual), _optimizer(setting))
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 
-    # Fixed, so that it need not be measured: its numbers are those of single runs everywhere.
-    return Sweep(
-        advance,
-        steps_per_dispatch=num_steps,
-        strategy="devices",
-        compiler_options=compiler_options(1),
-    )
+    return Programs(creator(init, _optimizer), sweep(advance, steps_per_dispatch=num_steps))
+
+
+def _optimizer(setting: Deep) -> optax.GradientTransformation:
+    return create_optimizer("momentum", setting.rate, momentum=_MOMENTUM)
+
+
+def _apply_fn(skip: float | Array) -> Callable[..., tuple[Array, BatchStats]]:
+    def apply_fn(variables, image, *, train):
+        logits, moments = forward(variables, image, skip, train=train)
+        stats = variables["batch_stats"]
+        if train:
+            update = functools.partial(update_batch_stats, momentum=_STATS_MOMENTUM)
+            stats = jax.vmap(update)(stats, moments)
+        return logits, stats
+
+    return apply_fn
 
 
 @functools.partial(jax.jit, compiler_options=compiler_options(0))
@@ -251,7 +236,3 @@ def _moments(variables, image, skip):
 @functools.partial(jax.jit, compiler_options=compiler_options(0))
 def _eval_step(state, batch, skip):
     return make_eval_step(_apply_fn(skip))(state, batch)
-
-
-def _optimizer(rate: Array):
-    return create_optimizer("momentum", rate, momentum=_MOMENTUM)
