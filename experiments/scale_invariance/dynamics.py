@@ -154,15 +154,10 @@ def losses(
         image = jnp.asarray(examples.image, jnp.float64)
         init = functools.partial(_variables, run, image.shape[1:], jnp.float64)
         state = create_train_state(init, _optimizer(run), jax.random.key(seed))
-        params = state.params
-        if run.use_bias:
-            rng = np.random.default_rng(seed)
-            params = {
-                name: {**layer, "bias": 0.1 * rng.standard_normal(layer["bias"].shape)}
-                if "kernel" in layer
-                else layer
-                for name, layer in params.items()
-            }
+        params, rng = state.params, np.random.default_rng(seed)
+        for layer in params.values():
+            if {"kernel", "bias"} <= layer.keys():
+                layer["bias"] = 0.1 * rng.standard_normal(layer["bias"].shape)
 
         @jax.jit
         def loss(a):

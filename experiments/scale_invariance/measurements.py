@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,46 +49,31 @@ def prepare(config: Config) -> Batch:
 
 def measure(config: Config, examples: Batch, path: Path) -> dict[str, Sequence[Record]]:
     """Records by kind: backprop, losses, tangent, effective, exponential, equilibrium."""
-    seeds, momenta = range(config.seeds), tuple(dict.fromkeys((0.0, config.momentum)))
-    images = np.asarray(examples.image)
-    first = jax.tree.map(lambda leaf: leaf[:256], examples)
+    momenta = tuple(dict.fromkeys((0.0, config.momentum)))
     trainings = _to_equilibrium(config, momenta)
-    steps = len(trainings) * config.equilibrium_steps
-    with Runner(
-        path, Ledger(path / "metrics.jsonl"), total_steps=steps, strategy="devices"
-    ) as runner:
-        get = runner.get
+    ledger, steps = Ledger(path / "metrics.jsonl"), len(trainings) * config.equilibrium_steps
+    with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
+
+        def each(name: str, measurement: Callable[..., Record], *choices: Any) -> list[Record]:
+            """Records for all choices and seeds, which the name in the ledger tells."""
+            return [
+                runner.get(name.format(*given), measurement, config, examples, *given)
+                for given in itertools.product(*choices, range(config.seeds))
+            ]
+
         return {
-            "backprop": [
-                get(
-                    f"identities {layer} seed={seed}",
-                    *(identities.measure, images, layer, config.scales, config.epsilon, seed),
-                )
-                for layer, seed in itertools.product(identities.LAYERS, seeds)
-            ],
-            "losses": [
-                get(f"loss seed={seed}", measure_losses, config, first, seed) for seed in seeds
-            ],
-            "tangent": [
-                get(f"tangent {name} seed={seed}", measure_tangent, config, examples, name, seed)
-                for name, seed in itertools.product(networks(config), seeds)
-            ],
-            "effective": [
-                get(
-                    f"effective rate momentum={momentum:g} seed={seed}",
-                    *(_measure_effective_rate, config, examples, momentum, seed),
-                )
-                for momentum, seed in itertools.product(momenta, seeds)
-            ],
-            "exponential": [
-                get(f"exponential rate seed={seed}", _measure_exponential, config, examples, seed)
-                for seed in seeds
-            ],
+            "backprop": each("identities {} seed={}", _measure_identities, identities.LAYERS),
+            "losses": each("loss seed={}", measure_losses),
+            "tangent": each("tangent {} seed={}", measure_tangent, networks(config)),
+            "effective": each(
+                "effective rate momentum={:g} seed={}", _measure_effective_rate, momenta
+            ),
+            "exponential": each("exponential rate seed={}", _measure_exponential),
             "equilibrium": train(
                 runner,
                 trainings,
                 lambda run: equilibrium_programs(
-                    run, images.shape[1:], config.batch_size, config.steps_per_dispatch
+                    run, examples.image.shape[1:], config.batch_size, config.steps_per_dispatch
                 ),
                 Batch(jnp.asarray(examples.image), jnp.asarray(examples.label)),
                 record=_equilibrium_record,
@@ -126,17 +111,19 @@ def _trajectory(
     return trajectory(run, examples, seed, batch_size=config.batch_size)
 
 
-def measure_losses(config: Config, examples: Batch, seed: int) -> dict[str, Any]:
+def _measure_identities(config: Config, examples: Batch, layer: str, seed: int) -> Record:
+    images = np.asarray(examples.image)
+    return identities.measure(images, layer, config.scales, config.epsilon, seed)
+
+
+def measure_losses(config: Config, examples: Batch, seed: int) -> Record:
     """Network -> loss at initialization at each scale of its hidden kernels."""
-    nets = networks(config)
-    with_epsilon = {"BN, ε > 0": nets["BN"].replace(epsilon=config.epsilon)}
-    return {
-        name: losses(network, examples, config.scales, seed)
-        for name, network in (nets | with_epsilon).items()
-    }
+    first, nets = jax.tree.map(lambda leaf: leaf[:256], examples), networks(config)
+    nets["BN, ε > 0"] = nets["BN"].replace(epsilon=config.epsilon)
+    return {name: losses(run, first, config.scales, seed) for name, run in nets.items()}
 
 
-def measure_tangent(config: Config, examples: Batch, name: str, seed: int) -> dict[str, Any]:
+def measure_tangent(config: Config, examples: Batch, name: str, seed: int) -> Record:
     """Orthogonality and Pythagoras over a run of plain SGD, [steps, kernels] at their worst."""
     loss, norms = _trajectory(config, examples, name, seed, config.learning_rate)
     size = np.sqrt(norms.squared * norms.gradient_squared)
@@ -158,7 +145,7 @@ def measure_tangent(config: Config, examples: Batch, name: str, seed: int) -> di
     }
 
 
-def _measure_effective_rate(config: Config, examples: Batch, momentum: float, seed: int):
+def _measure_effective_rate(config: Config, examples: Batch, momentum: float, seed: int) -> Record:
     """Losses of (η, λ, w₀) and of (c²η, λ/c², c·w₀), largest difference over all steps."""
 
     def losses(name: str, c: float, factor: float) -> np.ndarray:
@@ -186,7 +173,7 @@ def _measure_effective_rate(config: Config, examples: Batch, momentum: float, se
     }
 
 
-def _measure_exponential(config: Config, examples: Batch, seed: int) -> dict[str, Any]:
+def _measure_exponential(config: Config, examples: Batch, seed: int) -> Record:
     """Losses with decay, and without it at the rate that grows instead."""
     rate, decay, momentum = config.learning_rate, config.weight_decay, config.momentum
     growing = exponential_rates(np.full(config.num_steps, rate), decay, momentum)
