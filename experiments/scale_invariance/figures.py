@@ -20,6 +20,7 @@ from bn_research.claims.plots import bands, over_seeds, reference
 from experiments.scale_invariance import Config
 
 Records = Mapping[str, Sequence[Record]]  # by kind
+Drawn = tuple[Any, dict[str, Any]]  # a figure, and its words
 
 _FLOOR = 1e-17  # where a deviation of zero is drawn
 _NETWORKS = {
@@ -53,7 +54,7 @@ def _drawn(deviations: Any) -> np.ndarray:
     return np.maximum(np.array(deviations, dtype=float), _FLOOR)
 
 
-def _identities(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _identities(config: Config, records: Records) -> Drawn:
     """The identities hold to the last digits of float64, and only with BN."""
     found = records["backprop"]
     fig, axes = new_figure(rows=2, width=5.4, height=6.4)
@@ -65,25 +66,18 @@ def _identities(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
         worst = _drawn(np.max(curves, axis=0))
         axes[0].plot(config.scales, worst, "o-", color=color, markersize=4, label=name)
     _limit(axes[0], 1e-12)
-    controls = {
-        "no BN": ([record["no BN"] for record in found], PALETTE.vermillion),
-        "bias inside": ([record["bias inside"] for record in found], PALETTE.purple),
-        f"ε = {config.epsilon:g} ignored": (
-            [record["functions"]["ε ignored"] for record in found],
-            PALETTE.sky,
-        ),
-        "bias right before BN": ([record["bias before BN"] for record in found], PALETTE.black),
-    }
-    for label, (curves, color) in controls.items():
-        worst = _drawn(np.max(curves, axis=0))
+    ignored = [{"ε ignored": record["functions"]["ε ignored"]} for record in found]
+    for label, controls, name, color in (
+        ("no BN", found, "no BN", PALETTE.vermillion),
+        ("bias inside", found, "bias inside", PALETTE.purple),
+        (f"ε = {config.epsilon:g} ignored", ignored, "ε ignored", PALETTE.sky),
+        ("bias right before BN", found, "bias before BN", PALETTE.black),
+    ):
+        worst = _drawn(numbers(controls, name).max(axis=0))
         axes[1].plot(config.scales, worst, "s-", color=color, markersize=4, label=label)
-    axes[0].set(ylabel="largest deviation", xscale="log", yscale="log")
-    axes[1].set(
-        ylabel="largest deviation, controls",
-        xlabel="a, factor of the weights",
-        xscale="log",
-        yscale="log",
-    )
+    for axis, words in zip(axes, ("largest deviation", "largest deviation, controls"), strict=True):
+        axis.set(ylabel=words, xscale="log", yscale="log")
+    axes[1].set_xlabel("a, factor of the weights")
     shared_legend(fig, columns=2)
     return fig, dict(
         alt="Deviations against the factor of the weights, logarithmic: about 1e-15 for all four "
@@ -97,7 +91,7 @@ def _identities(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def _loss_against_scale(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _loss_against_scale(config: Config, records: Records) -> Drawn:
     """With BN the loss does not see the scale of the weights."""
     fig, axis = new_figure(height=3.8)
     curves = {name: numbers(records["losses"], name) for name in _NETWORKS}
@@ -127,19 +121,17 @@ def _loss_against_scale(config: Config, records: Records) -> tuple[Any, dict[str
     )
 
 
-def _norm_growth(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _norm_growth(config: Config, records: Records) -> Drawn:
     """The gradient is a tangent, so the weights grow as by Pythagoras."""
     found = records["tangent"]
     fig, axes = new_figure(rows=2, width=5.4, height=6.4)
     first, control = (by_seed(found, network=name)[0] for name in ("BN", "no BN"))
-    steps, hidden = first["steps"], range(len(first["squared"][0]))
-    shown = [(first, n, color, f"hidden layer {n + 1}") for n, color in zip(hidden, PALETTE)]  # noqa: B905
+    steps, hidden = first["steps"], range(len(first["squared"][0]))[: len(PALETTE)]
+    shown = [(first, layer, PALETTE[layer], f"hidden layer {layer + 1}") for layer in hidden]
     for record, layer, color, label in (*shown, (control, -1, GREY, "no BN, last hidden")):
-        squared, predicted = (
-            np.array(record[key], dtype=float)[:, layer] for key in ("squared", "predicted")
-        )
-        axes[0].plot(steps, squared, color=color, linewidth=3.2, alpha=0.5)
-        axes[0].plot(steps, predicted, "--", color=color, label=label)
+        squared, predicted = numbers([record], "squared")[0], numbers([record], "predicted")[0]
+        axes[0].plot(steps, squared[:, layer], color=color, linewidth=3.2, alpha=0.5)
+        axes[0].plot(steps, predicted[:, layer], "--", color=color, label=label)
     axes[0].set_ylabel("‖w‖², over that at the start")
     axes[0].legend(frameon=False, fontsize=9)
     shares = {
@@ -161,19 +153,14 @@ def _norm_growth(config: Config, records: Records) -> tuple[Any, dict[str, Any]]
     )
 
 
-def _effective_rate(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _effective_rate(config: Config, records: Records) -> Drawn:
     """Only η/‖w‖² counts."""
     fig, axes = new_figure(rows=2, width=5.4, height=5.6)
     for record in records["effective"]:
         steps, momentum = record["steps"], record["momentum"]
-        axes[0].plot(
-            steps,
-            record["loss"],
-            color=PALETTE.blue if momentum else PALETTE.vermillion,
-            linewidth=1,
-            alpha=0.7,
-            label=f"momentum {momentum:g}",
-        )
+        color = PALETTE.blue if momentum else PALETTE.vermillion
+        look = dict(color=color, linewidth=1, alpha=0.7, label=f"momentum {momentum:g}")
+        axes[0].plot(steps, record["loss"], **look)
         for (c, values), color in zip(record["differences"].items(), PALETTE[2:], strict=False):
             axes[1].plot(steps, _drawn(values), color=color, linewidth=1, label=f"c = {c}")
     axes[0].set_ylabel("training loss")
@@ -189,7 +176,7 @@ def _effective_rate(config: Config, records: Records) -> tuple[Any, dict[str, An
     )
 
 
-def _exponential_rate(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _exponential_rate(config: Config, records: Records) -> Drawn:
     """Weight decay is an exponentially growing rate."""
     found = records["exponential"]
     fig, axes = new_figure(rows=3, width=5.4, height=7.6)
@@ -198,19 +185,16 @@ def _exponential_rate(config: Config, records: Records) -> tuple[Any, dict[str, 
         ("decay", "constant rate, weight decay", "-", PALETTE.sky, 3.2),
         ("exponential", "growing rate, no decay", "--", PALETTE.black, 1),
     ):
-        axes[0].plot(
-            found[0]["steps"], found[0][key], style, color=color, linewidth=width, label=label
-        )
+        look = dict(color=color, linewidth=width, label=label)
+        axes[0].plot(found[0]["steps"], found[0][key], style, **look)
     for record in found:
         steps, difference = record["steps"], _drawn(record["differences"])
         axes[1].plot(steps, record["rates"], color=PALETTE.black, linewidth=1.4)
         axes[2].plot(steps, difference, color=PALETTE.blue, linewidth=1, alpha=0.7)
     _limit(axes[2], 1e-10)
-    for axis, words in zip(
-        axes, ("training loss", "rate without decay", "|difference of losses|"), strict=True
-    ):
-        axis.set(yscale="log", ylabel=words)
-    axes[2].set_xlabel("step of momentum SGD")
+    axes[0].set(yscale="log", ylabel="training loss")
+    axes[1].set(yscale="log", ylabel="rate without decay")
+    axes[2].set(yscale="log", ylabel="|difference of losses|", xlabel="step of momentum SGD")
     shared_legend(fig, columns=1)
     return fig, dict(
         alt="Above, the losses with decay and with a growing rate lie on each other, that of a "
@@ -223,7 +207,7 @@ def _exponential_rate(config: Config, records: Records) -> tuple[Any, dict[str, 
     )
 
 
-def _equilibrium_angle(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _equilibrium_angle(config: Config, records: Records) -> Drawn:
     """In equilibrium decay and rate set the angle per step."""
     judged = [record for record in records["equilibrium"] if record["network"] == config.network]
     fig, axes = new_figure(rows=2, width=5.4, height=6.6)
@@ -265,7 +249,7 @@ def _equilibrium_angle(config: Config, records: Records) -> tuple[Any, dict[str,
     )
 
 
-def _approach(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _approach(config: Config, records: Records) -> Drawn:
     """The way to equilibrium."""
     found = records["equilibrium"]
     fig, axes = new_figure(rows=2, width=5.4, height=6.2)

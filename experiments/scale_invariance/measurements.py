@@ -21,16 +21,8 @@ from bn_research.probes.angular_updates import equilibrium_angle
 from bn_research.training.loop import History
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
-from experiments.scale_invariance import Config, identities
-from experiments.scale_invariance.dynamics import (
-    Norms,
-    Run,
-    equilibrium_programs,
-    exponential_rates,
-    kernel_paths,
-    losses,
-    trajectory,
-)
+from experiments.scale_invariance import Config, dynamics, identities
+from experiments.scale_invariance.dynamics import Norms, Run, exponential_rates
 
 _POINTS = 200  # of a trajectory that are kept for the figures
 
@@ -72,7 +64,7 @@ def measure(config: Config, examples: Batch, path: Path) -> dict[str, Sequence[R
             "equilibrium": train(
                 runner,
                 trainings,
-                lambda run: equilibrium_programs(
+                lambda run: dynamics.equilibrium_programs(
                     run, examples.image.shape[1:], config.batch_size, config.steps_per_dispatch
                 ),
                 Batch(jnp.asarray(examples.image), jnp.asarray(examples.label)),
@@ -108,7 +100,7 @@ def _trajectory(
     """Losses and norms of one of the networks; a rate alone is that of every step."""
     rates = np.array(np.broadcast_to(np.asarray(rates, np.float64), (config.num_steps,)))
     run = networks(config)[name].replace(rates=rates, other_rate=config.other_rate, **options)
-    return trajectory(run, examples, seed, batch_size=config.batch_size)
+    return dynamics.trajectory(run, examples, seed, batch_size=config.batch_size)
 
 
 def _measure_identities(config: Config, examples: Batch, layer: str, seed: int) -> Record:
@@ -120,7 +112,7 @@ def measure_losses(config: Config, examples: Batch, seed: int) -> Record:
     """Network -> loss at initialization at each scale of its hidden kernels."""
     first, nets = jax.tree.map(lambda leaf: leaf[:256], examples), networks(config)
     nets["BN, ε > 0"] = nets["BN"].replace(epsilon=config.epsilon)
-    return {name: losses(run, first, config.scales, seed) for name, run in nets.items()}
+    return {name: dynamics.losses(run, first, config.scales, seed) for name, run in nets.items()}
 
 
 def measure_tangent(config: Config, examples: Batch, name: str, seed: int) -> Record:
@@ -207,16 +199,11 @@ def _measure_exponential(config: Config, examples: Batch, seed: int) -> Record:
 
 def _to_equilibrium(config: Config, momenta: Sequence[float]) -> list[Training]:
     """Every run to equilibrium; those of the wide network, a control, come last."""
-    network, rates = Run(config.network, "hidden", epsilon=config.epsilon), config.equilibrium_rates
+    run = Run(config.network, "hidden", epsilon=config.epsilon, other_rate=config.other_rate)
     runs = [
-        network.replace(
-            rates=np.array([rate]),
-            other_rate=config.other_rate,
-            decay=product / rate,
-            momentum=momentum,
-        )
+        run.replace(rates=np.array([rate]), decay=product / rate, momentum=momentum)
         for momentum in momenta
-        for rate in rates
+        for rate in config.equilibrium_rates
         for product in config.equilibrium_products
     ]
     runs.append(runs[-1].replace(spec=config.wide_network, momentum=0.0))
@@ -235,7 +222,7 @@ def _name(training: Training) -> str:
 def _equilibrium_record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
     """Angles per step over the second half, by hidden kernel."""
     run, steps = training.setting, training.num_steps
-    rate, layers = float(run.rates[0]), kernel_paths(run.spec)
+    rate, layers = float(run.rates[0]), dynamics.kernel_paths(run.spec)
     half, kept = steps // 2, _kept(steps)
     angle, norm = (
         np.asarray(values, np.float64).reshape(-1, len(layers))
