@@ -26,6 +26,8 @@ from experiments.signal_propagation.measurements import (
 )
 from experiments.signal_propagation.theory import LIMIT, growth, residual_variances
 
+Drawn = tuple[Any, dict[str, Any]]  # a figure, and its words
+
 _COLORS = {"BN": PALETTE.blue, "none": PALETTE.vermillion}
 _NAMES = {"BN": "with BN", "none": "without BN"}
 _THEORY: dict[str, Any] = dict(color="black", linewidth=1.2)  # its lines, each of its own style
@@ -37,7 +39,7 @@ def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
     return save_all(figures, folder, config, records)
 
 
-def _gradients(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _gradients(config: Config, records: Records) -> Drawn:
     """BN makes gradients explode with depth, as mean-field theory says."""
     fig, axes = new_figure(rows=2, width=5.4, height=7.4)
 
@@ -97,7 +99,7 @@ def _of_arms(records: Sequence[Record], key: str) -> dict[str, np.ndarray]:
     return {arm: numbers((record[arm] for record in records), key) for arm in _NAMES}
 
 
-def _jacobians(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _jacobians(config: Config, records: Records) -> Drawn:
     """The Jacobian of a BN layer does not have singular values near 1."""
     fig, axis = new_figure(height=3.6)
     curves = _of_arms(records.jacobians, "quantiles")
@@ -116,7 +118,7 @@ def _jacobians(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def _residual_variance(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _residual_variance(config: Config, records: Records) -> Drawn:
     """BN turns the growth of a residual stream from exponential to linear."""
     fig, axis = new_figure(height=3.8)
     theory = residual_variances(config.residual_depth)
@@ -136,7 +138,7 @@ def _residual_variance(config: Config, records: Records) -> tuple[Any, dict[str,
     )
 
 
-def _soft_rank(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _soft_rank(config: Config, records: Records) -> Drawn:
     """BN keeps deep linear networks from collapsing to rank 1."""
     fig, axes = new_figure(rows=2, width=5.0, height=6.6)
     widths = sorted(config.rank_widths)
@@ -171,7 +173,7 @@ def _soft_rank(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
     )
 
 
-def _depth(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+def _depth(config: Config, records: Records) -> Drawn:
     """Deep plain BN networks do not train; with skip connections they do."""
     fig, axis = new_figure(height=3.8)
     depths = sorted(config.train_depths)
@@ -179,20 +181,13 @@ def _depth(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
         (True, "residual BN", PALETTE.blue),
         (False, "plain BN", PALETTE.vermillion),
     ):
-        accuracies = np.transpose(
-            [
-                numbers(by_seed(records.trained, residual=residual, depth=depth), "accuracy")
-                for depth in depths
-            ]
-        )
+        found = [by_seed(records.trained, residual=residual, depth=depth) for depth in depths]
+        accuracies = np.transpose([numbers(runs, "accuracy") for runs in found])
         band(axis, depths, accuracies, label=name, color=color, marker="o", markersize=5)
     reference(axis, y=1 / records.num_classes, label="chance")
     log_ticks(axis, depths)
-    axis.set(
-        ylim=(0, 1.03),
-        xlabel="depth, hidden dense layers after the first",
-        ylabel="test accuracy",
-    )
+    axis.set(ylim=(0, 1.03), ylabel="test accuracy")
+    axis.set_xlabel("depth, hidden dense layers after the first")
     shared_legend(fig, columns=3)
     return fig, dict(
         alt="Test accuracy against depth: of residual networks flat, of plain ones equal to it at "

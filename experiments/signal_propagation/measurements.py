@@ -6,7 +6,7 @@ grow with the depth.
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,6 +81,11 @@ def measure(config: Config, images: Images, path: Path) -> Records:
         )
 
 
+def _compiled(level: int, *static: str) -> Callable[[Any], Any]:
+    options = compiler_options(level)
+    return functools.partial(jax.jit, static_argnames=static, compiler_options=options)
+
+
 def _layer(h: Array, weight: Array, norm: bool, slope: Array | float = 0.0) -> Array:
     """Pre-activations of the next layer, W·φ(BN(h)) or W·φ(h).
 
@@ -93,7 +98,7 @@ def _layer(h: Array, weight: Array, norm: bool, slope: Array | float = 0.0) -> A
 # --- gradients of a plain network ---
 
 
-@functools.partial(jax.jit, static_argnames=("norm",), compiler_options=compiler_options(1))
+@_compiled(1, "norm")
 def squared_gradients(
     key: Array,
     h: Float[Array, "batch width"],
@@ -103,15 +108,10 @@ def squared_gradients(
     *,
     norm: bool,
 ) -> Float[Array, "depth"]:
-    """Squared norms of ∂L/∂h_l for L = ⟨g, h_depth⟩ with Gaussian g.
+    """Squared norms of ∂L/∂h_l for L = ⟨g, h_depth⟩ with Gaussian g, drawn by the key.
 
-    Args:
-      key: draws g.
-      h: h_0, the lowest pre-activations.
-      weights: of every layer.
-      slope: of φ below 0: 0 is ReLU, 1 is a linear network.
-      factor: times all weights.
-      norm: normalize the pre-activations.
+    h is h_0, the lowest pre-activations; slope is that of φ below 0, as in `_layer`. All weights
+    are taken times the factor, and pre-activations are normalized or not.
     """
 
     def top(shifts):
@@ -126,17 +126,13 @@ def squared_gradients(
     return jnp.sum(jnp.square(gradients), axis=(1, 2))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("depth", "width"), compiler_options=compiler_options(1)
-)
+@_compiled(1, "depth", "width")
 def _weights(key, *, depth, width):
     """Gaussian of variance 1/width."""
     return jax.random.normal(key, (depth, width, width)) * width**-0.5
 
 
-@functools.partial(
-    jax.jit, static_argnames=("batch", "width"), compiler_options=compiler_options(0)
-)
+@_compiled(0, "batch", "width")
 def _input(key, *, batch, width):
     return jax.random.normal(key, (batch, width))
 
@@ -147,46 +143,39 @@ def middle(depth: int) -> tuple[int, int]:
 
 
 def rate(squared: Sequence[float] | np.ndarray) -> float:
-    """Mean growth per layer of the squared gradient norm from the last middle layer to the first.
-
-    Args:
-      squared: norms of each layer, the lowest first.
-    """
+    """Mean growth per layer of squared norms, lowest first, from the last middle layer down."""
     first, last = middle(len(squared))
     return float((squared[first] / squared[last]) ** (1 / (last - first)))
 
 
-def _measure_gradients(config: Config, seed: int) -> dict[str, Any]:
+def _measure_gradients(config: Config, seed: int) -> Record:
     """Squared gradient norms by layer, of all batch sizes and activations with the same weights."""
     depth, width = config.gradient_depth, config.gradient_width
     keys = jax.random.split(jax.random.key(seed), 3)
     weights = _weights(keys[0], depth=depth, width=width)
-    settings = []
-    for activation, slope in ACTIVATIONS.items():
-        for batch in config.batch_sizes:
-            h = _input(jax.random.fold_in(keys[1], batch), batch=batch, width=width)
-            squared = squared_gradients(keys[2], h, weights, slope, norm=True)
-            settings.append(_gradient_record(activation, batch, squared))
-    squared = squared_gradients(keys[2], h, weights, ACTIVATIONS["relu"], 2**0.5, norm=False)
-    control = _gradient_record("relu", batch, squared)
+
+    def found(activation: str, batch: int, factor: float = 1.0, norm: bool = True) -> Record:
+        h = _input(jax.random.fold_in(keys[1], batch), batch=batch, width=width)
+        slope = ACTIVATIONS[activation]
+        squared = squared_gradients(keys[2], h, weights, slope, factor, norm=norm)
+        norms = np.asarray(squared, np.float64)
+        return {
+            "activation": activation,
+            "batch_size": batch,
+            "rate": rate(norms),
+            "theory": growth(activation, batch),
+            "squared": norms / norms[-1],
+        }
+
+    settings = [found(a, batch) for a in ACTIVATIONS for batch in config.batch_sizes]
+    control = found("relu", config.batch_sizes[-1], 2**0.5, norm=False)
     return {"seed": seed, "settings": settings, "control": control}
-
-
-def _gradient_record(activation: str, batch: int, squared: Array) -> dict[str, Any]:
-    norms = np.asarray(squared, np.float64)
-    return {
-        "activation": activation,
-        "batch_size": batch,
-        "rate": rate(norms),
-        "theory": growth(activation, batch),
-        "squared": norms / norms[-1],
-    }
 
 
 # --- singular values of a layer's Jacobian ---
 
 
-@functools.partial(jax.jit, static_argnames=("norm",), compiler_options=compiler_options(0))
+@_compiled(0, "norm")
 def layer_jacobian(
     h: Float[Array, "batch width"], weights: Float[Array, "layers width width"], *, norm: bool
 ) -> Float[Array, "outputs inputs"]:
@@ -200,7 +189,7 @@ def layer_jacobian(
     return jacobian.reshape(h.size, h.size)
 
 
-def _measure_jacobian(seed: int) -> dict[str, Any]:
+def _measure_jacobian(seed: int) -> Record:
     """Singular values of a layer's Jacobian, with BN and without (He)."""
     keys = jax.random.split(jax.random.key(seed), 2)
     h = _input(keys[0], batch=JACOBIAN_BATCH, width=JACOBIAN_WIDTH)
@@ -222,9 +211,7 @@ def _measure_jacobian(seed: int) -> dict[str, Any]:
 # --- the variance of a residual stream ---
 
 
-@functools.partial(
-    jax.jit, static_argnames=("depth", "width", "batch"), compiler_options=compiler_options(1)
-)
+@_compiled(1, "depth", "width", "batch")
 def _streams(keys, *, depth, width, batch):
     """Means over networks, one for each key: [depth + 1] numbers for the input and each layer."""
 
@@ -244,12 +231,8 @@ def _streams(keys, *, depth, width, batch):
         def top(shifts):
             def step(streams, layer):
                 weight, shift = layer
-                normalized, plain = streams[0] + shift, streams[1]
-                above = (
-                    normalized + _layer(normalized, weight, True),
-                    plain + _layer(plain, weight, False),
-                )
-                return above, measures(streams)
+                below = zip((streams[0] + shift, streams[1]), (True, False), strict=True)
+                return tuple(x + _layer(x, weight, norm) for x, norm in below), measures(streams)
 
             last, below = jax.lax.scan(step, (x, x), (weights, shifts))
             return last[0], jax.tree.map(jnp.append, below, measures(last))
@@ -262,7 +245,7 @@ def _streams(keys, *, depth, width, batch):
     return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(network, keys))
 
 
-def measure_residual(config: Config, seed: int) -> dict[str, Any]:
+def measure_residual(config: Config, seed: int) -> Record:
     """A residual stream of ReLU layers with and without BN: means over networks, by layer.
 
     "BN" and "none" are the mean square over units, examples and networks; "within" is the variance
@@ -293,9 +276,7 @@ def thresholded_rank(eigenvalues: np.ndarray, threshold: float = THRESHOLD) -> i
     return int(np.sum(eigenvalues >= threshold * np.mean(eigenvalues)))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("width", "depth"), compiler_options=compiler_options(1)
-)
+@_compiled(1, "width", "depth")
 def _ranks(key, *, width, depth):
     """Soft rank after each layer of a linear network, with BN and without; the last HᵀH/d too.
 
@@ -319,7 +300,7 @@ def _ranks(key, *, width, depth):
     return ranks, jax.tree.map(gram, last)
 
 
-def measure_ranks(config: Config, width: int, seed: int) -> dict[str, Any]:
+def measure_ranks(config: Config, width: int, seed: int) -> Record:
     """Soft ranks of a linear network of d units on d examples, with BN and without."""
     depth = config.rank_depth
     ranks, grams = _ranks(jax.random.key(seed), width=width, depth=depth)

@@ -7,6 +7,7 @@ network of 80 compiles as fast as one of 5.
 """
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -60,15 +61,6 @@ class Params(NamedTuple):
     head: Array  # shape=(width, classes)
 
 
-class _Layer(NamedTuple):
-    """What a scanned layer is given."""
-
-    kernel: Array
-    scale: Array
-    bias: Array
-    stats: BatchStats
-
-
 def initialize(key: Array, inputs: int, width: int, depth: int, classes: int) -> dict[str, Any]:
     """Variables before training: He-normal kernels, the head LeCun-normal, scale 1 and bias 0."""
     keys = jax.random.split(key, 3)
@@ -90,32 +82,31 @@ def forward(
 ) -> tuple[Float[Array, "batch classes"], Any]:
     """Logits, and the moments of every BN layer ([depth + 1, ...]) where `train`, else None.
 
-    Args:
-      variables: as `initialize` gives them.
-      image: inputs, flattened here.
-      skip: times the input of a layer, added to its output: 1 is residual, 0 is plain. Traced, so
-        that one program serves both arms.
-      train: normalize by the batch, else by `batch_stats`.
+    A layer's input times skip is added to its output: 1 is residual, 0 is plain. It is traced, so
+    that one program serves both arms. Training normalizes by the batch, else `batch_stats` do.
     """
     params, stats = variables["params"], variables["batch_stats"]
 
-    def normalized(x, layer: _Layer):
+    def normalized(x, scale, bias, stats):
         if train:
-            y, moments = batch_norm(x, layer.scale, layer.bias)
+            y, moments = batch_norm(x, scale, bias)
         else:
-            y, moments = normalize(x, *layer.stats, layer.scale, layer.bias), None
+            y, moments = normalize(x, *stats, scale, bias), None
         return jax.nn.relu(y), moments
 
-    def block(x, layer: _Layer):
-        y, moments = normalized(x, layer)
-        return skip * x + y @ layer.kernel, moments
+    def block(x, layer):
+        kernel, norm = layer
+        y, moments = normalized(x, *norm)
+        return skip * x + y @ kernel, moments
 
-    layers = jax.tree.map(lambda leaf: leaf[:-1], (params.scale, params.bias, stats))
+    below, top = (
+        jax.tree.map(operator.itemgetter(part), (params.scale, params.bias, stats))
+        for part in (slice(-1), -1)
+    )
     x = image.reshape(len(image), -1) @ params.first
-    x, below = jax.lax.scan(block, x, _Layer(params.hidden, *layers))
-    top = jax.tree.map(lambda leaf: leaf[-1], (params.scale, params.bias, stats))
-    y, last = normalized(x, _Layer(params.head, *top))
-    moments = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), below, last)
+    x, moments = jax.lax.scan(block, x, (params.hidden, below))
+    y, last = normalized(x, *top)
+    moments = jax.tree.map(lambda a, b: jnp.concatenate([a, b[None]]), moments, last)
     return y @ params.head, moments
 
 
