@@ -132,7 +132,7 @@ def equilibrium_programs(run: Run, shape: tuple[int, ...], batch_size: int, step
         step = make_train_step(_apply_fn(run), _optimizer(run), observe=observe)
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=steps)
 
-    return Programs(
+    return Programs(  # at XLA's own level: the published records are of that, to the bit
         creator(init, _optimizer, compiler_level=3),
         sweep(advance, steps_per_dispatch=steps, compiler_level=3),
     )
