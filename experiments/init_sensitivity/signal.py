@@ -3,11 +3,11 @@
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bn_research.claims.judging import Record
 from bn_research.data import FULL_SCALE, scale_images
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.images import Images, resize
@@ -16,6 +16,7 @@ from bn_research.models.cnn import CNN
 from bn_research.models.initializers import kernel_initializer
 from bn_research.models.spec import Conv, Pool, parse_spec
 from bn_research.probes.signal import log10_rms
+from experiments.init_sensitivity import Config
 
 INPUT_SCALES = ("standardized", "unit", "bytes")
 _POOL_GAIN = 2.5  # E[max-pooled relu²] over E[relu²], for neighbours as correlated as in images
@@ -69,7 +70,7 @@ def measured_log10_std(network: str, a: float, images: jax.Array, seed: int) -> 
 
 
 @functools.cache
-def _signal_programs(network):
+def _signal_programs(network: str):
     model = CNN(network, kernel_init=kernel_initializer("uniform", a=1.0), use_bias=False)
 
     @functools.partial(jax.jit, compiler_options=compiler_options(0))
@@ -86,20 +87,10 @@ def _signal_programs(network):
     return draw_weights, forward
 
 
-def measure_signals(config: Any, images: Images, ledger: Ledger) -> list[dict]:
+def measure_signals(config: Config, images: Images, ledger: Ledger) -> list[Record]:
     """Records of every network and seed: each input scale at the run's a, each a standardized."""
-    settings = [(scale, config.a) for scale in INPUT_SCALES]
-    settings += [("standardized", a) for a in config.signal_widths if a != config.a]
-    return [
-        _measure(config, images, ledger, network, scale, a, seed)
-        for network in config.signal_networks
-        for seed in range(config.seeds)
-        for scale, a in settings
-    ]
 
-
-def _measure(config, images, ledger, network, scale, a, seed):
-    def measure():
+    def measure(network: str, scale: str, a: float, seed: int) -> Record:
         inputs = _inputs(config, images, scale)
         second_moment = float(jnp.mean(jnp.square(inputs)))
         return {
@@ -111,10 +102,20 @@ def _measure(config, images, ledger, network, scale, a, seed):
             "predicted": predicted_log10_std(network, a, second_moment, inputs.shape[1:]),
         }
 
-    return ledger.get(f"signal/{network} inputs={scale} a={a:g} seed={seed}", measure)
+    settings = [(scale, config.a) for scale in INPUT_SCALES]
+    settings += [("standardized", a) for a in config.signal_widths if a != config.a]
+    return [
+        ledger.get(
+            f"signal/{network} inputs={scale} a={a:g} seed={seed}",
+            functools.partial(measure, network, scale, a, seed),
+        )
+        for network in config.signal_networks
+        for seed in range(config.seeds)
+        for scale, a in settings
+    ]
 
 
-def _inputs(config, images, scale):
+def _inputs(config: Config, images: Images, scale: str) -> jax.Array:
     """Training images at the geometry of CIFAR-10, [signal_images, size, size, 3]."""
     inputs = scale_images(
         images.pixels[: config.signal_images],

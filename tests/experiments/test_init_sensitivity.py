@@ -17,12 +17,15 @@ from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab import runner
 from bn_research.lab.launch import main
 from bn_research.training.lanes import Lanes
-from experiments.init_sensitivity import EXPERIMENT, NETWORKS, PRESETS, Config, plan
-from experiments.init_sensitivity import signal as init_sensitivity_signal
-from experiments.init_sensitivity.signal import INPUT_SCALES, predicted_log10_std
+from experiments.init_sensitivity import EXPERIMENT, NETWORKS, PRESETS, Config
+from experiments.init_sensitivity.signal import (
+    INPUT_SCALES,
+    measured_log10_std,
+    predicted_log10_std,
+)
+from experiments.init_sensitivity.training import plan
 from experiments.init_sensitivity.verdicts import (
-    escape_slope,
-    escape_steps,
+    escape,
     judge_last,
     judge_layers,
     judge_plain,
@@ -88,14 +91,9 @@ def test_theory_by_hand():
 def test_signal_is_measured_down_to_1e_18():
     """A tenth of the width of the weights at seven layers: seven decades less, no underflow."""
     images = np.random.default_rng(0).standard_normal((8, 32, 32, 3)).astype(np.float32)
-    usual, tiny = (
-        np.array(init_sensitivity_signal.measured_log10_std(NETWORKS[4], a, images, 0))
-        for a in (1e-3, 1e-4)
-    )
+    usual, tiny = (np.array(measured_log10_std(NETWORKS[4], a, images, 0)) for a in (1e-3, 1e-4))
     assert usual[-1] - tiny[-1] == pytest.approx(7, abs=1e-3)
-    tiniest = np.array(
-        init_sensitivity_signal.measured_log10_std(NETWORKS[4], 10**-3.6, images * 1e-1, 0)
-    )
+    tiniest = np.array(measured_log10_std(NETWORKS[4], 10**-3.6, images * 1e-1, 0))
     assert tiniest[-1] < -18 and np.isfinite(tiniest).all()
 
 
@@ -153,10 +151,11 @@ def escaping(exponent, accuracies=(0.9, 0.91, 0.92), lost=False):
 
 
 def test_escape_exponent_is_recovered_and_censored_runs_are_not_imputed():
-    assert escape_slope(CONFIG, escaping(0.5)).mean == pytest.approx(0.5, abs=0.02)
-    assert escape_slope(CONFIG, escaping(0.3)).mean == pytest.approx(0.3, abs=0.02)
-    assert np.isnan(escape_steps(CONFIG, escaping(0.5, lost=True))[2]).all()
-    assert escape_slope(CONFIG, escaping(0.5, lost=True)) is None
+    for exponent in (0.5, 0.3):
+        found = escape(CONFIG, escaping(exponent)).exponent
+        assert found.mean == pytest.approx(exponent, abs=0.02)
+    lost = escape(CONFIG, escaping(0.5, lost=True))
+    assert np.isnan(lost.steps[2]).all() and lost.exponent is None
 
 
 def test_last_layer_verdicts():

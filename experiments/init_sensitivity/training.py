@@ -1,0 +1,225 @@
+"""What is trained and measured: arms by the role that they play, each at the rate it chose."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from bn_research.claims.judging import Record, choose, numbers
+from bn_research.lab.arms import FIXUP, Arm, Trainer
+from bn_research.lab.images import Images, check_network, load_images
+from bn_research.lab.runner import Runner
+from bn_research.lab.workdir import Ledger
+from bn_research.models.cnn import NormPlacement
+from bn_research.models.initializers import NAMES as INITIALIZERS
+from bn_research.models.spec import num_logits, num_weight_layers, parse_spec
+from bn_research.training.cores import use_cpu_cores
+from bn_research.training.lanes import STRATEGIES
+from experiments.init_sensitivity import Config
+from experiments.init_sensitivity.signal import measure_signals
+
+PLAIN = "plain"  # the role whose claim is about every rate, not about the best
+Best = Mapping[str, list[Record]]  # role -> records at its best rate, by seed
+
+
+class Records(NamedTuple):
+    """What the verdicts rest on."""
+
+    signal: list[Record]  # at initialization
+    plain: list[list[Record]]  # of each rate, by seed
+    best: Best
+
+
+class Cell(NamedTuple):
+    """A role: BN on one layer, with its ε, an optimizer, and biases or none."""
+
+    epsilon: float
+    optimizer: str = "sgd"
+    use_bias: bool = False
+    placement: NormPlacement = "last"
+
+    def __str__(self) -> str:
+        """`last ε=1e-05 adam bias`."""
+        bias = " bias" if self.use_bias else ""
+        return f"{self.placement} ε={self.epsilon:g} {self.optimizer}{bias}"
+
+
+def last_cells(config: Config) -> list[Cell]:
+    """Those of BN on the last layer: each ε with each optimizer, with and without biases."""
+    return [Cell(epsilon, *column) for epsilon in config.epsilons for column in config.columns]
+
+
+def layer_cells(config: Config, layer: NormPlacement) -> list[Cell]:
+    """Those of BN on one layer alone, as they are run for the layers before the last."""
+    return [
+        Cell(epsilon, optimizer, placement=layer)
+        for optimizer, epsilons in (
+            ("sgd", config.layer_epsilons),
+            ("adam", config.adam_layer_epsilons),
+        )
+        for epsilon in epsilons
+    ]
+
+
+def escape_cells(config: Config, optimizer: str, use_bias: bool) -> list[Cell]:
+    """Those whose steps to leave the plateau are counted, in the order of ε."""
+    ladders = {"sgd": config.escape_epsilons, "adam": config.adam_escape_epsilons}
+    return [Cell(epsilon, optimizer, use_bias) for epsilon in ladders[optimizer]]
+
+
+def escape_level(config: Config) -> float:
+    """A loss that only a network that has begun to learn reaches: 0.1 below guessing."""
+    return math.log(num_logits(config.network)) - 0.1
+
+
+def final_loss(record: Record) -> float:
+    """Mean loss of the last 20 steps; infinite when the run diverged."""
+    return math.inf if record["diverged"] else float(np.mean(record["loss"][-20:]))
+
+
+def plan(config: Config) -> dict[str, list[Arm]]:
+    """The arms of a run by their role, one for each rate of its grid."""
+    plain = Arm(
+        config.network,
+        "none",
+        a=config.a,
+        batch_size=config.batch_size,
+        num_steps=config.num_steps,
+    )
+    rates = {"sgd": config.rates, "adam": config.adam_rates}
+    escape_rates = {"sgd": config.escape_rate, "adam": config.adam_escape_rate}
+    arms: dict[str, list[Arm]] = {}
+
+    def add(role: str, rates: tuple[float, ...], **fields: Any) -> None:
+        arms[role] = [plain._replace(learning_rate=rate, **fields) for rate in rates]
+
+    add(PLAIN, config.rates)
+    add("plain, Adam", config.adam_rates, optimizer="adam")
+    for scheme in config.schemes:
+        add(f"plain, {scheme}", config.scheme_rates, initializer=scheme)
+    others = [cell for layer in config.layers for cell in layer_cells(config, layer)]
+    for cell in last_cells(config) + others:
+        add(str(cell), rates[cell.optimizer], **cell._asdict())
+    for optimizer, use_bias in config.columns:
+        for cell in escape_cells(config, optimizer, use_bias):
+            add(
+                f"escape {cell}",
+                (escape_rates[optimizer],),
+                num_steps=config.escape_steps,
+                stop_below=escape_level(config),
+                **cell._asdict(),
+            )
+    for placement in ("none", "all"):
+        for a in config.widths:
+            add(
+                f"{placement} a={a:g}",
+                config.width_rates,
+                placement=placement,
+                a=a,
+                num_steps=config.width_steps,
+            )
+    return arms
+
+
+def prepare(config: Config) -> Images:
+    """Checks the config and loads the images; each core becomes a device, for the sweeps."""
+    if config.seeds < 1:
+        raise ValueError(f"seeds={config.seeds} is not allowed: at least 1 is needed")
+    for name in ("num_steps", "escape_steps", "width_steps"):
+        steps = getattr(config, name)
+        if steps < 1 or config.steps_per_dispatch < 1 or steps % config.steps_per_dispatch:
+            raise ValueError(
+                f"{name}={steps} is not allowed: it must be a positive multiple of "
+                f"steps_per_dispatch={config.steps_per_dispatch}"
+            )
+    for name in (
+        "rates adam_rates schemes scheme_rates epsilons optimizers biases widths "
+        "width_rates layer_epsilons signal_networks"
+    ).split():
+        if not getattr(config, name):
+            raise ValueError(f"{name}=() is not allowed: it needs at least one entry")
+    for name, values in dataclasses.asdict(config).items():
+        if isinstance(values, tuple) and len(set(values)) < len(values):
+            raise ValueError(f"{name}={values} holds an entry twice: give each once")
+        if name.endswith("epsilons") and not min(values, default=0.0) >= 0:
+            raise ValueError(f"{name}={values} is not allowed: each must be ≥ 0")
+    for name, allowed in (
+        ("optimizers", ("sgd", "adam")),
+        ("schemes", (*INITIALIZERS[1:], FIXUP)),
+    ):
+        if not set(getattr(config, name)) <= set(allowed):
+            raise ValueError(f"{name}={getattr(config, name)}: allowed are {', '.join(allowed)}")
+    if config.strategy not in ("auto", *STRATEGIES):
+        raise ValueError(
+            f"strategy={config.strategy!r} is unknown: allowed are auto, {', '.join(STRATEGIES)}"
+        )
+    for name, needed in (
+        ("epsilons", 0.0),
+        ("layer_epsilons", 0.0),
+        ("optimizers", "sgd"),
+        ("biases", False),
+        ("schemes", "he"),
+    ):
+        if needed not in getattr(config, name):
+            raise ValueError(
+                f"{name}={getattr(config, name)} must hold {needed!r}: a claim is about it"
+            )
+    if not min(*config.widths, *config.signal_widths, config.a) > 0:
+        raise ValueError(
+            f"widths={config.widths}, signal_widths={config.signal_widths} and a={config.a} must "
+            "be above 0"
+        )
+    for network in (config.network, *config.signal_networks):
+        parse_spec(network)
+    hidden = num_weight_layers(config.network) - 1
+    if not set(config.layers) <= set(range(1, hidden + 1)):
+        raise ValueError(
+            f"layers={config.layers}: allowed are the weight layers before the last, 1 to {hidden}"
+        )
+    use_cpu_cores()
+    images = load_images(
+        config.dataset,
+        data_dir=config.data_dir,
+        manual_dir=config.manual_dir,
+        scale="standardized",
+        size=config.image_size,
+        limit=config.examples or None,
+    )
+    check_network(config.network, images, config.dataset)
+    count = len(images.train.label)
+    if not 2 <= config.batch_size <= count:
+        raise ValueError(f"batch_size={config.batch_size} must lie between 2 and {count}")
+    return images
+
+
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """The signal at initialization, then every arm; rates are chosen on a seed of their own."""
+    ledger = Ledger(path / "metrics.jsonl")
+    arms, seeds = plan(config), range(config.seeds)
+    tuned = [role for role, group in arms.items() if len(group) > 1 and role != PLAIN]
+    trials = [(arm, config.seeds) for role in tuned for arm in arms[role]]
+    runs = [arm for role, group in arms.items() for arm in (group[:1] if role in tuned else group)]
+    total = sum(arm.num_steps for arm, _ in trials) + config.seeds * sum(a.num_steps for a in runs)
+    with Runner(path, ledger, total_steps=total, strategy=config.strategy) as runner:
+        trainer = Trainer(images, runner, steps_per_dispatch=config.steps_per_dispatch)
+        runner.describe("signal at initialization")
+        signal = measure_signals(config, images, ledger)
+        tried = iter(trainer.tune(trials))
+        for role in tuned:
+            group = [{**next(tried), "arm": arm} for arm in arms[role]]
+            arms[role] = [choose(group, final_loss)["arm"]]
+        rows = [(role, arm) for role, group in arms.items() for arm in group]
+        trained = iter(trainer.train([(arm, seed) for _, arm in rows for seed in seeds]))
+    plain: list[list[Record]] = []
+    best: dict[str, list[Record]] = {}
+    for role, _ in rows:
+        row: list[Record] = [next(trained) for _ in seeds]
+        if role == PLAIN:
+            plain.append(row)
+        else:
+            best[role] = row
+    best[PLAIN] = min(plain, key=lambda row: numbers(row, final_loss).mean())
+    return Records(signal, plain, best)
