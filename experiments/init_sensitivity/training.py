@@ -94,7 +94,7 @@ def plan(config: Config) -> dict[str, list[Arm]]:
     arms: dict[str, list[Arm]] = {}
 
     def add(role: str, rates: tuple[float, ...], **fields: Any) -> None:
-        arms[role] = [plain._replace(learning_rate=rate, **fields) for rate in rates]
+        arms[role] = [plain.replace(learning_rate=rate, **fields) for rate in rates]
 
     add(PLAIN, config.rates)
     add("plain, Adam", config.adam_rates, optimizer="adam")
