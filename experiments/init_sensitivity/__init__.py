@@ -19,12 +19,36 @@ a ReLU and about 2.5 where a 2x2 max-pooling lies between. Below sqrt(epsilon) B
 1/sqrt(epsilon), so the time to leave the plateau at ln(10) grows as sqrt(epsilon). With epsilon = 0
 and no biases the loss does not see the scale of any weight, so every layer's gradient is alive at
 once, and the rate must be small as a^2 is.
+
+| claim | expected |
+|---|---|
+| tiny-init-vanishing-signal | last σ from 1e-14 to 1e-11, by network and input scale |
+| no-training-without-bn | loss = ln 10 at every rate; He init trains |
+| bn-last-layer-suffices | ε = 0 trains; slope 0.5; at ε = 1e-5 SGD stays at ln 10 |
+| init-robustness | BN at most 3 points, plain about 90 |
+| last-layer-only | last above 0.5, all others at 0.1 |
 """
 
-import dataclasses
 import itertools
+from typing import Annotated, Literal
+
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
+from bn_research.lab.fields import (
+    Count,
+    Distinct,
+    Network,
+    NonNegative,
+    OrNone,
+    Positive,
+    Several,
+    Some,
+    Strategy,
+    holding,
+    whole_dispatches,
+)
+from bn_research.models.spec import num_weight_layers
 
 # Candidates for the seven layers that the Notes do not give; the default, trained network is the
 # one of them with seven weight layers that two CPU cores train fastest.
@@ -37,47 +61,63 @@ NETWORKS = (
 )
 
 
-@dataclasses.dataclass(frozen=True)
+Scheme = Literal["he", "lecun", "glorot", "orthogonal", "fixup"]
+Optimizer = Literal["sgd", "adam"]
+
+
+@dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    seeds: int = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
+    seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
     dataset: str = "digits"
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
-    examples: int = 0  # of each split; 0 is all
-    image_size: int = 0  # height and width that networks are trained at; 0 keeps the set's own
-    network: str = NETWORKS[4]  # the trained one
-    a: float = 1e-3  # the bad initialization: weights from U(-a, a)
-    batch_size: int = 32
-    num_steps: int = 40
-    steps_per_dispatch: int = 20
-    strategy: str = "devices"  # of the sweeps: auto (measured), in_turn, devices, vmap
-    rates: tuple[float, ...] = (1e-6, 1.0)  # of SGD, plain and BN on the last layer
-    adam_rates: tuple[float, ...] = (1e-2,)
-    schemes: tuple[str, ...] = ("he",)  # other initializations of the plain network
-    scheme_rates: tuple[float, ...] = (1e-2,)
-    epsilons: tuple[float, ...] = (0.0, 1e-5)  # of the grid, with optimizers and biases
-    optimizers: tuple[str, ...] = ("sgd",)  # of the grid
-    biases: tuple[bool, ...] = (False,)  # of the grid
-    layers: tuple[int, ...] = ()  # but the last, each with the only BN of its network
-    layer_epsilons: tuple[float, ...] = (0.0,)  # with SGD
-    adam_layer_epsilons: tuple[float, ...] = ()
-    escape_epsilons: tuple[float, ...] = (3e-20, 1e-19, 3e-19)  # with SGD
-    escape_rate: float = 0.1
-    adam_escape_epsilons: tuple[float, ...] = (1e-7, 1e-6, 1e-5)
-    adam_escape_rate: float = 1e-3
-    escape_steps: int = 600  # at most
-    widths: tuple[float, ...] = (1e-3, 1e-1, 1.0)  # a of the robustness sweep
-    width_rates: tuple[float, ...] = (1e-1,)
-    width_steps: int = 80
-    signal_networks: tuple[str, ...] = (NETWORKS[1], NETWORKS[3], NETWORKS[4])
-    signal_widths: tuple[float, ...] = ()  # a besides the one above
-    signal_images: int = 8
-    signal_size: int = 32  # images are resized to this and given 3 channels, as CIFAR-10's
+    examples: OrNone = 0  # of each split; 0 is all
+    image_size: OrNone = 0  # height and width that networks are trained at; 0 keeps the set's own
+    network: Network = NETWORKS[4]  # the trained one
+    a: Positive = 1e-3  # the bad initialization: weights from U(-a, a)
+    batch_size: Several = 32
+    num_steps: Count = 40
+    steps_per_dispatch: Count = 20
+    strategy: Strategy = "devices"
+    rates: Some[Positive] = (1e-6, 1.0)  # of SGD, plain and BN on the last layer
+    adam_rates: Some[Positive] = (1e-2,)
+    # Other initializations of the plain network.
+    schemes: Annotated[Some[Scheme], holding("he")] = ("he",)
+    scheme_rates: Some[Positive] = (1e-2,)
+    # Of the grid: ε with optimizers and biases.
+    epsilons: Annotated[Some[NonNegative], holding(0.0)] = (0.0, 1e-5)
+    optimizers: Annotated[Some[Optimizer], holding("sgd")] = ("sgd",)
+    biases: Annotated[Some[bool], holding(False)] = (False,)
+    layers: Distinct[Count] = ()  # but the last, each with the only BN of its network
+    layer_epsilons: Annotated[Some[NonNegative], holding(0.0)] = (0.0,)  # with SGD
+    adam_layer_epsilons: Distinct[NonNegative] = ()
+    escape_epsilons: Distinct[Positive] = (3e-20, 1e-19, 3e-19)  # with SGD
+    escape_rate: Positive = 0.1
+    adam_escape_epsilons: Distinct[Positive] = (1e-7, 1e-6, 1e-5)
+    adam_escape_rate: Positive = 1e-3
+    escape_steps: Count = 600  # at most
+    widths: Some[Positive] = (1e-3, 1e-1, 1.0)  # a of the robustness sweep
+    width_rates: Some[Positive] = (1e-1,)
+    width_steps: Count = 80
+    signal_networks: Some[Network] = (NETWORKS[1], NETWORKS[3], NETWORKS[4])
+    signal_widths: Distinct[Positive] = ()  # a besides the one above
+    signal_images: Count = 8
+    signal_size: Count = 32  # images are resized to this and given 3 channels, as CIFAR-10's
+
+    def __post_init__(self) -> None:
+        """Checks between fields."""
+        whole_dispatches(self, "num_steps", "escape_steps", "width_steps")
+        hidden = num_weight_layers(self.network) - 1
+        if max(self.layers, default=0) > hidden:
+            raise ValueError(
+                f"layers={self.layers} is not allowed: they are the weight layers before the last, "
+                f"1 to {hidden}"
+            )
 
     @property
-    def columns(self) -> list[tuple[str, bool]]:
+    def columns(self) -> list[tuple[Optimizer, bool]]:
         """Optimizers with and without biases, of the grid."""
         return list(itertools.product(self.optimizers, self.biases))
 
@@ -130,7 +170,5 @@ PRESETS = {
 }
 
 EXPERIMENT = Experiment(
-    __name__,
-    title="Does batch normalization rescue a badly initialized CNN?",
-    presets=PRESETS,
+    __name__, "Does batch normalization rescue a badly initialized CNN?", PRESETS
 )

@@ -1,20 +1,15 @@
 """The figures of `experiments.init_sensitivity`."""
 
+import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bn_research.claims.alt_text import line_ends
-from bn_research.claims.figures import (
-    PALETTE,
-    Figure,
-    band,
-    new_figure,
-    save_all,
-    shared_legend,
-)
+from bn_research.claims.figures import PALETTE, Figure, band, new_figure, save_all, shared_legend
 from bn_research.claims.judging import by_seed, numbers
 from bn_research.claims.plots import (
     bands,
@@ -27,7 +22,7 @@ from bn_research.claims.plots import (
 )
 from bn_research.models.spec import num_logits
 from experiments.init_sensitivity import Config
-from experiments.init_sensitivity.training import Cell, Records, last_cells, layer_cells
+from experiments.init_sensitivity.training import Cell, Records, last_cells, layer_rows
 from experiments.init_sensitivity.verdicts import OPTIMIZERS, RESCUED, accuracies, escape
 
 _MARKERS = "os^Dv"
@@ -176,8 +171,7 @@ def _single_layer(config: Config, records: Records) -> Any:
         return None
     fig, axis = new_figure(height=3.8)
     layers = [*config.layers, max(config.layers) + 1]
-    by_cell = [layer_cells(config, layer) for layer in (*config.layers, "last")]
-    for row, color in zip(zip(*by_cell, strict=True), PALETTE, strict=False):
+    for row, color in zip(layer_rows(config), PALETTE, strict=False):
         accuracy = [
             accuracies(records.best, cell)
             if str(cell) in records.best
@@ -199,31 +193,21 @@ def _single_layer(config: Config, records: Records) -> Any:
     )
 
 
-def _looks(config: Config) -> list[tuple[str, dict[str, Any]]]:
-    """Colour and marker of each network whose signal is measured."""
-    return [
-        (
-            network,
-            dict(
-                color=PALETTE[index % len(PALETTE)],
-                marker=_MARKERS[index % len(_MARKERS)],
-                linestyle="none",
-            ),
-        )
-        for index, network in enumerate(config.signal_networks)
-    ]
+def _networks(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Those whose signal is measured, each with a colour and a marker."""
+    looks = itertools.cycle(PALETTE), itertools.cycle(_MARKERS)
+    return zip(config.signal_networks, *looks, strict=False)
 
 
 def _signal_by_layer(config: Config, records: Records) -> Any:
     """The signal dies layer by layer."""
     fig, axis = new_figure(height=4.4)
-    for network, look in _looks(config):
+    for network, color, marker in _networks(config):
         group = by_seed(records.signal, network=network, input_scale="standardized", a=config.a)
         measured = numbers(group, "measured")
         layers = np.arange(1, measured.shape[1] + 1)
-        theory = group[0]["predicted"]
-        axis.plot(layers, theory, color=look["color"], linewidth=1, linestyle="--")
-        points(axis, layers, measured, markersize=5, label=network, **look)
+        axis.plot(layers, group[0]["predicted"], color=color, linewidth=1, linestyle="--")
+        points(axis, layers, measured, color=color, marker=marker, markersize=5, label=network)
     axis.axhspan(-12, -10, color="#dddddd", zorder=0)
     axis.text(1, -11, "the Notes: “of the order of 1e-11”", va="center", fontsize=9)
     axis.set(xlabel="weight layer", ylabel="log₁₀ root mean square of pre-activations")
@@ -241,12 +225,12 @@ def _signal_by_layer(config: Config, records: Records) -> Any:
 def _signal_against_theory(config: Config, records: Records) -> Any:
     """Predicted against measured scale, every layer of every network."""
     fig, (top, bottom) = new_figure(rows=2, height=6.4)
-    for network, look in _looks(config):
+    for network, color, marker in _networks(config):
         group = [record for record in records.signal if record["network"] == network]
         predicted, measured = (numbers(group, key).ravel() for key in ("predicted", "measured"))
-        look |= dict(markersize=3.5, alpha=0.5)
-        top.plot(predicted, measured, label=network, **look)
-        bottom.plot(predicted, measured - predicted, **look)
+        look = dict(color=color, markersize=3.5, alpha=0.5)
+        top.plot(predicted, measured, marker, label=network, **look)
+        bottom.plot(predicted, measured - predicted, marker, **look)
     low, high = top.get_xlim()
     top.plot([low, high], [low, high], color="black", linewidth=1, linestyle="--")
     bottom.axhspan(-_BAND, _BAND, color="#dddddd", zorder=0)

@@ -1,6 +1,7 @@
 """The signal of a badly initialized CNN: theory, and what is measured before any training."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -28,13 +29,8 @@ def predicted_log10_std(
     """log10 of each weight layer's pre-activation scale by theory.
 
     s_1 = a·√(n_1·E[x²]/3) and s_l = s_{l−1}·a·√(k·n_l/6): n the fan-in, k = 1 after a ReLU and 2.5
-    where a 2×2 max-pooling lies between.
-
-    Args:
-      network: spec.
-      a: half-width of the uniform initialization.
-      second_moment: E[x²] of the inputs.
-      shape: of an image: height, width, channels.
+    where a 2×2 max-pooling lies between. Images have the shape (height, width, channels) and the
+    second moment E[x²].
     """
     height, width, channels = shape
     prediction: list[float] = []
@@ -104,24 +100,18 @@ def measure_signals(config: Config, images: Images, ledger: Ledger) -> list[Reco
 
     settings = [(scale, config.a) for scale in INPUT_SCALES]
     settings += [("standardized", a) for a in config.signal_widths if a != config.a]
-    return [
-        ledger.get(
-            f"signal/{network} inputs={scale} a={a:g} seed={seed}",
-            functools.partial(measure, network, scale, a, seed),
-        )
-        for network in config.signal_networks
-        for seed in range(config.seeds)
-        for scale, a in settings
-    ]
+    records: list[Record] = []
+    for network, seed in itertools.product(config.signal_networks, range(config.seeds)):
+        for scale, a in settings:
+            name = f"signal/{network} inputs={scale} a={a:g} seed={seed}"
+            records.append(ledger.get(name, measure, network, scale, a, seed))
+    return records
 
 
 def _inputs(config: Config, images: Images, scale: str) -> jax.Array:
     """Training images at the geometry of CIFAR-10, [signal_images, size, size, 3]."""
-    inputs = scale_images(
-        images.pixels[: config.signal_images],
-        scale,
-        reference=images.pixels,
-        full_scale=FULL_SCALE[config.dataset],
-    )
-    inputs = resize(inputs, config.signal_size)
+    reference, full_scale = images.pixels, FULL_SCALE[config.dataset]
+    pixels = reference[: config.signal_images]
+    scaled = scale_images(pixels, scale, reference=reference, full_scale=full_scale)
+    inputs = resize(scaled, config.signal_size)
     return inputs if inputs.shape[3] == 3 else jnp.repeat(inputs, 3, axis=3)

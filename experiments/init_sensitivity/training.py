@@ -1,6 +1,6 @@
 """What is trained and measured: arms by the role that they play, each at the rate it chose."""
 
-import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,15 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bn_research.claims.judging import Record, choose, numbers
-from bn_research.lab.arms import FIXUP, Arm, Trainer
-from bn_research.lab.images import Images, check_network, load_images
+from bn_research.lab.arms import Arm, Trainer
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
 from bn_research.models.cnn import NormPlacement
-from bn_research.models.initializers import NAMES as INITIALIZERS
-from bn_research.models.spec import num_logits, num_weight_layers, parse_spec
+from bn_research.models.spec import num_logits
 from bn_research.training.cores import use_cpu_cores
-from bn_research.training.lanes import STRATEGIES
 from experiments.init_sensitivity import Config
 from experiments.init_sensitivity.signal import measure_signals
 
@@ -52,15 +51,14 @@ def last_cells(config: Config) -> list[Cell]:
     return [Cell(epsilon, *column) for epsilon in config.epsilons for column in config.columns]
 
 
-def layer_cells(config: Config, layer: NormPlacement) -> list[Cell]:
-    """Those of BN on one layer alone, as they are run for the layers before the last."""
+def layer_rows(config: Config) -> list[list[Cell]]:
+    """Those of BN on one layer alone: from layer to layer, for each optimizer and ε."""
+    layers: tuple[NormPlacement, ...] = (*config.layers, "last")
+    epsilons = {"sgd": config.layer_epsilons, "adam": config.adam_layer_epsilons}
     return [
-        Cell(epsilon, optimizer, placement=layer)
-        for optimizer, epsilons in (
-            ("sgd", config.layer_epsilons),
-            ("adam", config.adam_layer_epsilons),
-        )
-        for epsilon in epsilons
+        [Cell(epsilon, optimizer, placement=layer) for layer in layers]
+        for optimizer, group in epsilons.items()
+        for epsilon in group
     ]
 
 
@@ -83,11 +81,7 @@ def final_loss(record: Record) -> float:
 def plan(config: Config) -> dict[str, list[Arm]]:
     """The arms of a run by their role, one for each rate of its grid."""
     plain = Arm(
-        config.network,
-        "none",
-        a=config.a,
-        batch_size=config.batch_size,
-        num_steps=config.num_steps,
+        config.network, "none", a=config.a, batch_size=config.batch_size, num_steps=config.num_steps
     )
     rates = {"sgd": config.rates, "adam": config.adam_rates}
     escape_rates = {"sgd": config.escape_rate, "adam": config.adam_escape_rate}
@@ -100,8 +94,8 @@ def plan(config: Config) -> dict[str, list[Arm]]:
     add("plain, Adam", config.adam_rates, optimizer="adam")
     for scheme in config.schemes:
         add(f"plain, {scheme}", config.scheme_rates, initializer=scheme)
-    others = [cell for layer in config.layers for cell in layer_cells(config, layer)]
-    for cell in last_cells(config) + others:
+    by_layer = list(zip(*layer_rows(config), strict=True))[:-1]  # the last is in the grid
+    for cell in itertools.chain(last_cells(config), *by_layer):
         add(str(cell), rates[cell.optimizer], **cell._asdict())
     for optimizer, use_bias in config.columns:
         for cell in escape_cells(config, optimizer, use_bias):
@@ -125,73 +119,11 @@ def plan(config: Config) -> dict[str, list[Arm]]:
 
 
 def prepare(config: Config) -> Images:
-    """Checks the config and loads the images; each core becomes a device, for the sweeps."""
-    if config.seeds < 1:
-        raise ValueError(f"seeds={config.seeds} is not allowed: at least 1 is needed")
-    for name in ("num_steps", "escape_steps", "width_steps"):
-        steps = getattr(config, name)
-        if steps < 1 or config.steps_per_dispatch < 1 or steps % config.steps_per_dispatch:
-            raise ValueError(
-                f"{name}={steps} is not allowed: it must be a positive multiple of "
-                f"steps_per_dispatch={config.steps_per_dispatch}"
-            )
-    for name in (
-        "rates adam_rates schemes scheme_rates epsilons optimizers biases widths "
-        "width_rates layer_epsilons signal_networks"
-    ).split():
-        if not getattr(config, name):
-            raise ValueError(f"{name}=() is not allowed: it needs at least one entry")
-    for name, values in dataclasses.asdict(config).items():
-        if isinstance(values, tuple) and len(set(values)) < len(values):
-            raise ValueError(f"{name}={values} holds an entry twice: give each once")
-        if name.endswith("epsilons") and not min(values, default=0.0) >= 0:
-            raise ValueError(f"{name}={values} is not allowed: each must be ≥ 0")
-    for name, allowed in (
-        ("optimizers", ("sgd", "adam")),
-        ("schemes", (*INITIALIZERS[1:], FIXUP)),
-    ):
-        if not set(getattr(config, name)) <= set(allowed):
-            raise ValueError(f"{name}={getattr(config, name)}: allowed are {', '.join(allowed)}")
-    if config.strategy not in ("auto", *STRATEGIES):
-        raise ValueError(
-            f"strategy={config.strategy!r} is unknown: allowed are auto, {', '.join(STRATEGIES)}"
-        )
-    for name, needed in (
-        ("epsilons", 0.0),
-        ("layer_epsilons", 0.0),
-        ("optimizers", "sgd"),
-        ("biases", False),
-        ("schemes", "he"),
-    ):
-        if needed not in getattr(config, name):
-            raise ValueError(
-                f"{name}={getattr(config, name)} must hold {needed!r}: a claim is about it"
-            )
-    if not min(*config.widths, *config.signal_widths, config.a) > 0:
-        raise ValueError(
-            f"widths={config.widths}, signal_widths={config.signal_widths} and a={config.a} must "
-            "be above 0"
-        )
-    for network in (config.network, *config.signal_networks):
-        parse_spec(network)
-    hidden = num_weight_layers(config.network) - 1
-    if not set(config.layers) <= set(range(1, hidden + 1)):
-        raise ValueError(
-            f"layers={config.layers}: allowed are the weight layers before the last, 1 to {hidden}"
-        )
+    """The images; each core becomes a device, for the sweeps."""
     use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-        limit=config.examples or None,
-    )
+    images = images_of(config, scale="standardized", limit=config.examples)
     check_network(config.network, images, config.dataset)
-    count = len(images.train.label)
-    if not 2 <= config.batch_size <= count:
-        raise ValueError(f"batch_size={config.batch_size} must lie between 2 and {count}")
+    at_most(config, len(images.train.label), "the training set", "batch_size")
     return images
 
 

@@ -6,16 +6,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bn_research.claims.claim import Claim
-from bn_research.claims.estimate import Estimate, estimate, paired_difference, slope
-from bn_research.claims.finding import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Finding,
-    conjunction,
-    decide,
-)
+from bn_research.claims import Claim, Finding, decide, estimate, paired_difference
+from bn_research.claims.estimate import Estimate, slope
+from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, conjunction
 from bn_research.claims.formatting import format_interval
 from bn_research.claims.judging import Record, by_seed, listed, numbers, with_intervals
 from bn_research.models.spec import num_logits
@@ -29,7 +22,7 @@ from experiments.init_sensitivity.training import (
     escape_level,
     final_loss,
     last_cells,
-    layer_cells,
+    layer_rows,
 )
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
@@ -262,16 +255,14 @@ def judge_layers(config: Config, best: Best) -> Finding:
     """last-layer-only."""
     last = estimate(accuracies(best, RESCUED))
     measured = {"accuracy, last layer, ε = 0, SGD": last.mean}
-    by_cell = [layer_cells(config, layer) for layer in (*config.layers, "last")]
-    rows = list(zip(*by_cell, strict=True))  # of one optimizer and ε, from layer to layer
-    for row in rows:
-        for cell in row[:-1]:
-            measured[f"accuracy, {cell}"] = accuracies(best, cell).mean()
+    rows = layer_rows(config)
+    for cell in [cell for row in rows for cell in row[:-1]]:
+        measured[f"accuracy, {cell}"] = accuracies(best, cell).mean()
     if not config.layers:
         note = "only the last layer was run (layers=())"
         return Finding(CLAIMS[4], measured, None, INCONCLUSIVE, note)
-    others = [accuracies(best, RESCUED._replace(placement=layer)) for layer in config.layers]
-    largest = estimate(np.max(others, axis=0))
+    like_last = next(row[:-1] for row in rows if row[-1] == RESCUED)
+    largest = estimate(np.max([accuracies(best, cell) for cell in like_last], axis=0))
     told = [
         f"{OPTIMIZERS[row[0].optimizer]}, ε = {row[0].epsilon:g}: "
         + _by_setting(best, {str(cell.placement): str(cell) for cell in row})
