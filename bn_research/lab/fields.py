@@ -86,7 +86,7 @@ def at_most(config: Any, most: int, what: str, *names: str) -> None:
     """ValueError unless no field, or entry of one, is above what there is."""
     for name in names:
         value = getattr(config, name)
-        if (max(value) if isinstance(value, tuple) else value) > most:
+        if (max(value, default=0) if isinstance(value, tuple) else value) > most:
             raise ValueError(f"{name}={value} is not allowed: at most {most}, {what}")
 
 
