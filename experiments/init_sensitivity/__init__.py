@@ -136,7 +136,6 @@ PRESETS = {
         escape_epsilons=(1e-14, 1e-13, 1e-12),
         escape_steps=8,
         widths=(1e-3, 1e-1),
-        width_rates=(1e-1,),
         width_steps=4,
         signal_networks=("c4 P f8 f10",),
         signal_widths=(1e-2,),

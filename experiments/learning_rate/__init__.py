@@ -56,6 +56,7 @@ from bn_research.lab.fields import (
 PUBLISHED_BATCH = 32  # of the paper, and of the first claim's headline
 PUBLISHED_FACTOR = 30  # 0.045 over 0.0015
 Placement = Literal["none", "last", "hidden", "all"]  # of BN
+Placements = Annotated[Some[Placement], holding("none", "all")]
 
 
 @dataclass(frozen=True)
@@ -72,12 +73,7 @@ class Config:
     cnn_batch_sizes: Annotated[Some[Several], holding(PUBLISHED_BATCH)] = (8, 32)
     mlp: Network = "f100 f100 f100 f10"
     mlp_batch_sizes: Distinct[Several] = ()
-    placements: Annotated[Some[Placement], holding("none", "all")] = (
-        "none",
-        "last",
-        "hidden",
-        "all",
-    )
+    placements: Placements = ("none", "last", "hidden", "all")
     num_steps: Count = 150
     steps_per_dispatch: Count = 50
     strategy: Strategy = "devices"
@@ -85,10 +81,8 @@ class Config:
     highest_log2_rate: int = 8
     rates_per_octave: Count = 2
     tuning_stride: Count = 4  # each so many-th rate of the grid is tried when tuning
-    sigmoid_networks: Some[Network] = (
-        "c8 P f10",
-        "c8 c8 P c16 c16 P f64 f64 f10",
-    )  # the deepest last
+    # The deepest last.
+    sigmoid_networks: Some[Network] = ("c8 P f10", "c8 c8 P c16 c16 P f64 f64 f10")
     sigmoid_batch_size: Several = 32
     sigmoid_steps: Count = 150
     sigmoid_rates: Some[Positive] = (1 / 32, 1 / 8, 1 / 2, 2.0)
@@ -119,14 +113,12 @@ PRESETS = {
         seeds=2,
         examples=128,
         cnn="c4 P f10",
-        cnn_batch_sizes=(8, 32),
         placements=("none", "all"),
         num_steps=20,
         steps_per_dispatch=10,
         lowest_log2_rate=-6,
         highest_log2_rate=6,
         rates_per_octave=1,
-        tuning_stride=4,
         sigmoid_networks=("c4 P f10",),
         sigmoid_steps=20,
         sigmoid_rates=(1 / 8, 2.0),

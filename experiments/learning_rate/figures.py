@@ -105,27 +105,16 @@ def _ratio(config: Config, records: Records) -> Any:
             mean = np.array([_shown(gain.mean) for gain in gains])
             low, high = np.transpose([gain.interval for gain in gains])
             middle.extend(mean)
-            axis.errorbar(
-                np.array(sizes) * 2 ** (0.12 * (place - 1)),
-                mean,
-                np.maximum((mean - low, np.minimum(high, mean * 1e6) - mean), 0),
-                capsize=3,
-                label=BN_NAMES[placement],
-                color=_COLORS[placement],
-                marker=_MARKERS[placement],
-                markersize=5,
-            )
-        for level, color, style, label in (
-            (REPRODUCED_FROM, GREY, "--", f"criterion: reproduced from {REPRODUCED_FROM}"),
-            (NOT_BELOW, GREY, ":", f"criterion: not reproduced below {NOT_BELOW}"),
-            (
-                PUBLISHED_FACTOR,
-                PALETTE.purple,
-                "-.",
-                f"published: {PUBLISHED_FACTOR}× a rate (Inception)",
-            ),
+            spans = np.maximum((mean - low, np.minimum(high, mean * 1e6) - mean), 0)
+            look = dict(color=_COLORS[placement], marker=_MARKERS[placement], markersize=5)
+            x = np.array(sizes) * 2 ** (0.12 * (place - 1))
+            axis.errorbar(x, mean, spans, capsize=3, label=BN_NAMES[placement], **look)
+        for level, color, style, words in (
+            (REPRODUCED_FROM, GREY, "--", "criterion: reproduced from {}"),
+            (NOT_BELOW, GREY, ":", "criterion: not reproduced below {}"),
+            (PUBLISHED_FACTOR, PALETTE.purple, "-.", "published: {}× a rate (Inception)"),
         ):
-            reference(axis, y=level, color=color, linestyle=style, label=label)
+            reference(axis, y=level, color=color, linestyle=style, label=words.format(level))
         axis.set_yscale("log", nonpositive="clip")
         axis.set_ylim(min(0.5, *middle) / 2, 2 * max(150, *middle))
         ticks = [1, 3, 10, 30, 100]

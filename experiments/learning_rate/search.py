@@ -1,9 +1,5 @@
 """The search of `experiments.learning_rate`: bisection for the largest rate that still trains.
 
-A rate is *stable* for a network and a seed if of its `num_steps` steps none was non-finite and the
-mean training loss over the last tenth of them is below half of ln C, C the number of classes: the
-network has not only survived, it trains.
-
 Rates lie on one logarithmic grid. The tuning grid is every few of them, run on a seed that enters
 no verdict; it gives the best rate, and where the search of each other seed starts. From there the
 bracket is widened until it holds a stable rate below one that is not, and then halved until the two
@@ -62,7 +58,10 @@ def final_loss(record: Record) -> float:
 
 
 def is_stable(record: Record, num_classes: int) -> bool:
-    """Whether no step was non-finite and the final loss is below half of guessing's, ln C."""
+    """Whether a network has not only survived, but trains.
+
+    No step was non-finite, and the final loss is below half of guessing's, ln C.
+    """
     return final_loss(record) < math.log(num_classes) / 2
 
 
@@ -185,8 +184,8 @@ def find_limits(
     losses = {setting: [final_loss(record) for record in tuning[setting]] for setting in settings}
     starts: dict[tuple[Setting, int], int] = {}
     for setting in settings:
-        stable = [is_stable(record, num_classes) for record in tuning[setting]]
-        start = start_place(places, losses[setting], stable)
+        trains = [is_stable(record, num_classes) for record in tuning[setting]]
+        start = start_place(places, losses[setting], trains)
         starts |= {(setting, seed): start for seed in seeds}
 
     def run(wanted: Sequence[tuple[tuple[Setting, int], int]]) -> list[bool]:
@@ -201,11 +200,11 @@ def find_limits(
         return [is_stable(record, num_classes) for record in records]
 
     outcomes = search(starts, run, count=count, stride=stride)
+    limits = {key: limit(found, rates) for key, found in outcomes.items()}
     above = {key: places_above(found, count) for key, found in outcomes.items()}
     wanted = [(key, place) for key in above for place in above[key] if place not in outcomes[key]]
-    tried = {key: dict(found) for key, found in outcomes.items()}
-    for (key, place), again in zip(wanted, run(wanted) if wanted else (), strict=True):
-        tried[key][place] = again
+    for (key, place), stable in zip(wanted, run(wanted), strict=True):
+        outcomes[key][place] = stable
     found = {}
     for setting in settings:
         keys = [(setting, seed) for seed in seeds]
@@ -213,7 +212,7 @@ def find_limits(
             [rates[place] for place in places],
             losses[setting],
             rates[places[int(np.argmin(losses[setting]))]],
-            [limit(outcomes[key], rates) for key in keys],
-            [any(tried[key][p] for p in above[key]) if above[key] else None for key in keys],
+            [limits[key] for key in keys],
+            [any(outcomes[key][p] for p in above[key]) if above[key] else None for key in keys],
         )
     return found

@@ -36,9 +36,8 @@ def prepare(config: Config) -> Images:
     images = images_of(config, scale="standardized", limit=config.examples)
     for network in (config.cnn, config.mlp, *config.sigmoid_networks):
         check_network(network, images, config.dataset)
-    for name in ("cnn_batch_sizes", "mlp_batch_sizes", "sigmoid_batch_size"):
-        if getattr(config, name):
-            at_most(config, len(images.train.label), "the training set", name)
+    sizes = ("cnn_batch_sizes", "mlp_batch_sizes", "sigmoid_batch_size")
+    at_most(config, len(images.train.label), "the training set", *sizes)
     return images
 
 
@@ -81,17 +80,11 @@ def sigmoid_arms(config: Config, trainer: Trainer) -> dict[tuple[str, Placement]
         for network in config.sigmoid_networks
         for placement in placements
     }
-    tried = iter(
-        trainer.tune(
-            [
-                (arm.replace(learning_rate=rate), config.seeds)
-                for arm in arms.values()
-                for rate in config.sigmoid_rates
-            ]
-        )
-    )
+    rates = config.sigmoid_rates
+    trials = [(arm.replace(learning_rate=r), config.seeds) for arm in arms.values() for r in rates]
+    tried = iter(trainer.tune(trials))
     for key, arm in arms.items():
-        best = choose([next(tried) for _ in config.sigmoid_rates], final_loss)
+        best = choose([next(tried) for _ in rates], final_loss)
         arms[key] = arm.replace(learning_rate=best["learning_rate"])
     return arms
 

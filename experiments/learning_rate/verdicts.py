@@ -117,15 +117,10 @@ def judge_rates(searches: Searches, cnn: str, boosted: Boosted, num_classes: int
         measured["share of searches above whose limit a rate trains again"] = share
     for name, records in boosted.items():
         losses = numbers(records, final_loss)
-        measured |= with_intervals(
-            {
-                f"training loss at the end, {name}": (
-                    losses.mean() if np.isfinite(losses).all() else math.nan
-                ),
-                f"test accuracy, {name}": accuracy(records),
-                f"rate, {name}": records[0]["learning_rate"],
-            }
-        )
+        loss = losses.mean() if np.isfinite(losses).all() else math.nan
+        measured[f"training loss at the end, {name}"] = loss
+        measured |= with_intervals({f"test accuracy, {name}": accuracy(records)})
+        measured[f"rate, {name}"] = records[0]["learning_rate"]
     plain, high, own = (boosted[name] for name in BOOSTED)
     trains = sum(final_loss(record) < math.log(num_classes) / 2 for record in high)
     note = (
