@@ -52,7 +52,7 @@ def _nearest(config: Config) -> float:
 def _loss_curves(config: Config, records: Records) -> Any:
     """Which arm trains."""
     nearest, epsilon = _nearest(config), config.epsilons[-1]
-    shown = {  # label -> role and look; a label that says the same as another stands for both
+    shown = {  # label -> role and look
         "plain, SGD": ("plain", PALETTE.black, "-"),
         "plain, Adam": ("plain, Adam", PALETTE.purple, ":"),
         "plain, He init": ("plain, he", PALETTE.green, "-"),

@@ -26,7 +26,7 @@ _POOL_GAIN = 2.5  # E[max-pooled relu²] over E[relu²], for neighbours as corre
 def predicted_log10_std(
     network: str, a: float, second_moment: float, shape: Sequence[int]
 ) -> list[float]:
-    """log10 of each weight layer's pre-activation scale by theory.
+    """log10 of each weight layer's pre-activation scale by theory, with weights from U(−a, a).
 
     s_1 = a·√(n_1·E[x²]/3) and s_l = s_{l−1}·a·√(k·n_l/6): n the fan-in, k = 1 after a ReLU and 2.5
     where a 2×2 max-pooling lies between. Images have the shape (height, width, channels) and the
@@ -43,11 +43,9 @@ def predicted_log10_std(
             fan_in = layer.kernel**2 * channels
         else:
             fan_in, height, width = height * width * channels, 1, 1
-        if prediction:
-            step = math.log10(a) + 0.5 * math.log10(gain * fan_in / 6)
-            prediction.append(prediction[-1] + step)
-        else:
-            prediction.append(math.log10(a) + 0.5 * math.log10(fan_in * second_moment / 3))
+        power = gain * fan_in / 6 if prediction else fan_in * second_moment / 3
+        step = math.log10(a) + 0.5 * math.log10(power)
+        prediction.append(prediction[-1] + step if prediction else step)
         channels, gain = layer.features, 1.0
     return prediction
 
@@ -59,7 +57,7 @@ def _unit_weights(network: str, shape: tuple[int, ...], seed: int):
 
 
 def measured_log10_std(network: str, a: float, images: jax.Array, seed: int) -> list[float]:
-    """log10 of each weight layer's pre-activation scale, at initialization."""
+    """log10 of each weight layer's pre-activation scale, of one seed at initialization."""
     weights = _unit_weights(network, (1, *images.shape[1:]), seed)
     found = _signal_programs(network)[1](weights, images, jnp.float32(a))
     return [float(value) for value in found]
@@ -84,7 +82,7 @@ def _signal_programs(network: str):
 
 
 def measure_signals(config: Config, images: Images, ledger: Ledger) -> list[Record]:
-    """Records of every network and seed: each input scale at the run's a, each a standardized."""
+    """Records of each network and seed: all input scales at the run's a, one scale at all a."""
 
     def measure(network: str, scale: str, a: float, seed: int) -> Record:
         inputs = _inputs(config, images, scale)

@@ -83,38 +83,27 @@ def plan(config: Config) -> dict[str, list[Arm]]:
     plain = Arm(
         config.network, "none", a=config.a, batch_size=config.batch_size, num_steps=config.num_steps
     )
-    rates = {"sgd": config.rates, "adam": config.adam_rates}
-    escape_rates = {"sgd": config.escape_rate, "adam": config.adam_escape_rate}
     arms: dict[str, list[Arm]] = {}
 
     def add(role: str, rates: tuple[float, ...], **fields: Any) -> None:
         arms[role] = [plain.replace(learning_rate=rate, **fields) for rate in rates]
 
+    grids = {"sgd": config.rates, "adam": config.adam_rates}
     add(PLAIN, config.rates)
     add("plain, Adam", config.adam_rates, optimizer="adam")
     for scheme in config.schemes:
         add(f"plain, {scheme}", config.scheme_rates, initializer=scheme)
     by_layer = list(zip(*layer_rows(config), strict=True))[:-1]  # the last is in the grid
     for cell in itertools.chain(last_cells(config), *by_layer):
-        add(str(cell), rates[cell.optimizer], **cell._asdict())
-    for optimizer, use_bias in config.columns:
-        for cell in escape_cells(config, optimizer, use_bias):
-            add(
-                f"escape {cell}",
-                (escape_rates[optimizer],),
-                num_steps=config.escape_steps,
-                stop_below=escape_level(config),
-                **cell._asdict(),
-            )
-    for placement in ("none", "all"):
-        for a in config.widths:
-            add(
-                f"{placement} a={a:g}",
-                config.width_rates,
-                placement=placement,
-                a=a,
-                num_steps=config.width_steps,
-            )
+        add(str(cell), grids[cell.optimizer], **cell._asdict())
+    grids = {"sgd": (config.escape_rate,), "adam": (config.adam_escape_rate,)}
+    end = dict(num_steps=config.escape_steps, stop_below=escape_level(config))
+    for column in config.columns:
+        for cell in escape_cells(config, *column):
+            add(f"escape {cell}", grids[cell.optimizer], **end, **cell._asdict())
+    steps = config.width_steps
+    for placement, a in itertools.product(("none", "all"), config.widths):
+        add(f"{placement} a={a:g}", config.width_rates, placement=placement, a=a, num_steps=steps)
     return arms
 
 
@@ -129,12 +118,14 @@ def prepare(config: Config) -> Images:
 
 def measure(config: Config, images: Images, path: Path) -> Records:
     """The signal at initialization, then every arm; rates are chosen on a seed of their own."""
-    ledger = Ledger(path / "metrics.jsonl")
     arms, seeds = plan(config), range(config.seeds)
     tuned = [role for role, group in arms.items() if len(group) > 1 and role != PLAIN]
     trials = [(arm, config.seeds) for role in tuned for arm in arms[role]]
-    runs = [arm for role, group in arms.items() for arm in (group[:1] if role in tuned else group)]
-    total = sum(arm.num_steps for arm, _ in trials) + config.seeds * sum(a.num_steps for a in runs)
+    total = sum(arm.num_steps for arm, _ in trials)
+    for role, group in arms.items():
+        kept = group[:1] if role in tuned else group
+        total += config.seeds * sum(arm.num_steps for arm in kept)
+    ledger = Ledger(path / "metrics.jsonl")
     with Runner(path, ledger, total_steps=total, strategy=config.strategy) as runner:
         trainer = Trainer(images, runner, steps_per_dispatch=config.steps_per_dispatch)
         runner.describe("signal at initialization")
@@ -143,15 +134,9 @@ def measure(config: Config, images: Images, path: Path) -> Records:
         for role in tuned:
             group = [{**next(tried), "arm": arm} for arm in arms[role]]
             arms[role] = [choose(group, final_loss)["arm"]]
-        rows = [(role, arm) for role, group in arms.items() for arm in group]
-        trained = iter(trainer.train([(arm, seed) for _, arm in rows for seed in seeds]))
-    plain: list[list[Record]] = []
-    best: dict[str, list[Record]] = {}
-    for role, _ in rows:
-        row: list[Record] = [next(trained) for _ in seeds]
-        if role == PLAIN:
-            plain.append(row)
-        else:
-            best[role] = row
-    best[PLAIN] = min(plain, key=lambda row: numbers(row, final_loss).mean())
-    return Records(signal, plain, best)
+        runs = [(arm, seed) for group in arms.values() for arm in group for seed in seeds]
+        trained = iter(trainer.train(runs))
+    found = {role: [[next(trained) for _ in seeds] for _ in group] for role, group in arms.items()}
+    best: dict[str, list[Record]] = {role: rows[0] for role, rows in found.items()}
+    best[PLAIN] = min(found[PLAIN], key=lambda row: numbers(row, final_loss).mean())
+    return Records(signal, found[PLAIN], best)

@@ -125,7 +125,7 @@ def search(
     count: int,
     stride: int,
 ) -> dict[_Key, Outcomes]:
-    """Runs the searches of all keys side by side, a place of each in every round.
+    """Outcomes of the searches of all keys, run side by side: a place of each in every round.
 
     Args:
       starts: the first place of each key.
@@ -169,7 +169,7 @@ def arm_of(config: Config, setting: Setting) -> Arm:
 def find_limits(
     config: Config, settings: Sequence[Setting], trainer: Trainer, num_classes: int
 ) -> dict[Setting, Search]:
-    """Tunes every setting on the seed apart and searches the largest stable rate of each seed."""
+    """What tuning on the seed apart, and then a search on each of the others, find."""
     rates = grid(config.lowest_log2_rate, config.highest_log2_rate, config.rates_per_octave)
     seeds = range(config.seeds)
     count, stride = len(rates), config.tuning_stride
