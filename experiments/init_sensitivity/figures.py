@@ -109,16 +109,16 @@ def _escape_time(config: Config, records: Records) -> Any:
     """ε and the optimizer decide how long the plateau is."""
     fig, axis = new_figure(height=4.4)
     for column, color, marker in zip(config.columns, PALETTE, _MARKERS, strict=False):
-        epsilons, steps, exponent = escaped = escape(config, records.best, *column)
+        epsilons, steps, exponent = escape(config, records.best, *column)
         label = f"{_column(*column)}: {f'ε^{exponent.mean:.2f}' if exponent else 'no fit'}"
-        x = np.repeat(epsilons, config.seeds)
+        whole, x = np.isfinite(steps).all(axis=1), np.repeat(epsilons, config.seeds)
         axis.plot(x, steps.ravel(), marker, color=color, markersize=5, alpha=0.7, label=label)
-        for epsilon in epsilons[~escaped.whole]:
+        for epsilon in epsilons[~whole]:
             axis.plot(epsilon, 1.25 * config.escape_steps, marker, color=color, fillstyle="none")
         if exponent is None:
             continue
-        x = np.log10(epsilons[escaped.whole])
-        height = np.log10(steps[escaped.whole]).mean(axis=1).mean()
+        x = np.log10(epsilons[whole])
+        height = np.log10(steps[whole]).mean(axis=1).mean()
         ends = np.array([x.min(), x.max()])
         axis.plot(10**ends, 10 ** (height + exponent.mean * (ends - x.mean())), color=color)
         if column == ("sgd", False):

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,10 +132,10 @@ def measure(config: Config, images: Images, path: Path) -> Records:
         signal = measure_signals(config, images, ledger)
         tried = iter(trainer.tune(trials))
         for role in tuned:
-            group = [{**next(tried), "arm": arm} for arm in arms[role]]
-            arms[role] = [choose(group, final_loss)["arm"]]
+            chosen = choose([next(tried) for _ in arms[role]], final_loss)
+            arms[role] = [arms[role][0].replace(learning_rate=chosen["learning_rate"])]
         runs = [(arm, seed) for group in arms.values() for arm in group for seed in seeds]
-        trained = iter(trainer.train(runs))
+        trained: Iterator[Record] = iter(trainer.train(runs))
     found = {role: [[next(trained) for _ in seeds] for _ in group] for role, group in arms.items()}
     best: dict[str, list[Record]] = {role: rows[0] for role, rows in found.items()}
     best[PLAIN] = min(found[PLAIN], key=lambda row: numbers(row, final_loss).mean())

@@ -157,16 +157,6 @@ class Escape(NamedTuple):
     steps: np.ndarray  # until a batch's loss left it, [ε, seed]; NaN where it did not in time
     exponent: Estimate | None  # of the steps in ε; None when fewer than 3 ε have all escaped
 
-    @property
-    def whole(self) -> np.ndarray:
-        """Which ε all seeds escaped at."""
-        return np.isfinite(self.steps).all(axis=1)
-
-    @property
-    def censored(self) -> int:
-        """Runs that had not left in time."""
-        return int(np.isnan(self.steps).sum())
-
 
 def escape(config: Config, best: Best, optimizer: str = "sgd", use_bias: bool = False) -> Escape:
     """Steps to leave the plateau, and their exponent over seeds."""
@@ -179,44 +169,43 @@ def escape(config: Config, best: Best, optimizer: str = "sgd", use_bias: bool = 
     epsilons = np.array([cell.epsilon for cell in cells])
     rows = [numbers(best[f"escape {cell}"], steps) for cell in cells]
     found = np.reshape(rows, (len(cells), config.seeds))
-    escaped = Escape(epsilons, found, None)
-    if escaped.whole.sum() < 3:
-        return escaped
-    x = np.log10(epsilons[escaped.whole])
-    slopes = [slope(x, np.log10(column)).mean for column in found[escaped.whole].T]
-    return escaped._replace(exponent=estimate(slopes))
+    whole = np.isfinite(found).all(axis=1)
+    if whole.sum() < 3:
+        return Escape(epsilons, found, None)
+    x = np.log10(epsilons[whole])
+    slopes = [slope(x, np.log10(column)).mean for column in found[whole].T]
+    return Escape(epsilons, found, estimate(slopes))
 
 
 def judge_last(config: Config, best: Best) -> Finding:
     """bn-last-layer-suffices."""
     accuracy = estimate(accuracies(best, RESCUED))
-    escaped = escape(config, best)
+    _, steps, exponent = escape(config, best)
     measured = {
         "accuracy, ε = 0": accuracy.mean,
         "best rate, ε = 0": best[str(RESCUED)][0]["learning_rate"],
-        **with_intervals({"escape exponent": escaped.exponent or _UNKNOWN}),
+        **with_intervals({"escape exponent": exponent or _UNKNOWN}),
     }
     others = []
     for optimizer, use_bias in config.columns:
         if (optimizer, use_bias) == ("sgd", False):
             continue
-        other = escape(config, best, optimizer, use_bias)
+        _, found, other = escape(config, best, optimizer, use_bias)
         name = f"{optimizer}{' bias' if use_bias else ''}"
-        measured[f"escape exponent, {name}"] = (other.exponent or _UNKNOWN).mean
-        others.append(f"{name}: {other.exponent or 'fewer than 3 ε had all left the plateau'}")
-        others[-1] += f", {other.censored} runs had not left" if other.censored else ""
+        measured[f"escape exponent, {name}"] = (other or _UNKNOWN).mean
+        others.append(f"{name}: {other or 'fewer than 3 ε had all left the plateau'}")
+        if censored := np.isnan(found).sum():
+            others[-1] += f", {censored} runs had not left"
     for cell in last_cells(config):
         measured[f"accuracy, {cell}"] = accuracies(best, cell).mean()
     verdict = decide(accuracy, at_least=0.5)
     if verdict != NOT_REPRODUCED:
-        law = INCONCLUSIVE
-        if escaped.exponent:
-            law = decide(escaped.exponent, at_least=0.4, at_most=0.6)
+        law = decide(exponent, at_least=0.4, at_most=0.6) if exponent else INCONCLUSIVE
         verdict = REPRODUCED if verdict == law == REPRODUCED else INCONCLUSIVE
     note = "interval: of the accuracy with ε = 0"
-    if escaped.censored:
+    if censored := np.isnan(steps).sum():
         note += (
-            f"; {escaped.censored} runs had not left the plateau after {config.escape_steps} steps "
+            f"; {censored} runs had not left the plateau after {config.escape_steps} steps "
             "and their ε is left out of the fit"
         )
     note += listed("Escape exponents with intervals", others, "; ")
