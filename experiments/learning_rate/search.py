@@ -153,8 +153,8 @@ def places_above(outcomes: Outcomes, count: int) -> list[int]:
     return [] if low is None else [low + step for step in ISLANDS if low + step < count]
 
 
-def arm_of(config: Config, setting: Setting) -> Arm:
-    """A setting as an arm; its rate is to be replaced."""
+def arm_of(config: Config, setting: Setting, rate: float) -> Arm:
+    """A setting as an arm."""
     return Arm(
         setting.network,
         setting.placement,
@@ -162,6 +162,7 @@ def arm_of(config: Config, setting: Setting) -> Arm:
         initializer="he",
         use_bias=True,
         batch_size=setting.batch_size,
+        learning_rate=rate,
         num_steps=config.num_steps,
     )
 
@@ -174,11 +175,10 @@ def find_limits(
     seeds = range(config.seeds)
     count, stride = len(rates), config.tuning_stride
     places = list(range(0, count, stride))
-
-    def at(setting: Setting, place: int) -> Arm:
-        return arm_of(config, setting).replace(learning_rate=rates[place])
-
-    known = {s: [(at(s, place), config.seeds) for place in places] for s in settings}
+    known = {
+        setting: [(arm_of(config, setting, rates[place]), config.seeds) for place in places]
+        for setting in settings
+    }
     tuned = iter(trainer.tune([one for setting in settings for one in known[setting]]))
     tuning: dict[Setting, list[Record]] = {s: [next(tuned) for _ in places] for s in settings}
     losses = {setting: [final_loss(record) for record in tuning[setting]] for setting in settings}
@@ -189,7 +189,7 @@ def find_limits(
         starts |= {(setting, seed): start for seed in seeds}
 
     def run(wanted: Sequence[tuple[tuple[Setting, int], int]]) -> list[bool]:
-        runs = [(at(setting, place), seed) for (setting, seed), place in wanted]
+        runs = [(arm_of(config, setting, rates[place]), seed) for (setting, seed), place in wanted]
         # A sweep of fewer members than devices would be another program, to be compiled for one
         # round: runs that stand in the ledger already fill it up.
         devices = min(jax.local_device_count(), max(len(places), config.seeds))

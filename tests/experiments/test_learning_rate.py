@@ -272,7 +272,7 @@ def test_thirty_times_the_best_rate_of_the_plain_network():
     assert {arm.batch_size for arm in arms.values()} == {32}
     told = {(arm.optimizer, arm.initializer, arm.use_bias) for arm in arms.values()}
     assert told == {("momentum", "he", True)}
-    assert arm_of(SMOKE, Setting(CNN, "none", 8)).batch_size == 8
+    assert arm_of(SMOKE, Setting(CNN, "none", 8), 0.5).batch_size == 8
 
 
 def sigmoid(plain, bn, shallow=(0.5, 0.51, 0.5)):
