@@ -25,6 +25,7 @@ from bn_research.training.optimizers import create_optimizer
 from bn_research.training.parallel import Parallel
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_eval_step, make_train_step
+from experiments.imagenet import Config
 
 INCEPTION = "inception"
 
@@ -57,16 +58,9 @@ SETTINGS = {
 
 
 class Programs:
-    """The programs of a config, over the devices of a mapping.
+    """The programs of a config, over the devices of a mapping; none is compiled yet."""
 
-    Args:
-      config: of `experiments.imagenet`.
-      builder: of the data set.
-      parallel: how devices are used.
-    """
-
-    def __init__(self, config: Any, builder: Any, parallel: Parallel):
-        """Builds the programs; nothing is compiled yet."""
+    def __init__(self, config: Config, builder: Any, parallel: Parallel):
         self._config = config
         self._builder = builder
         self._parallel = parallel
@@ -155,13 +149,13 @@ class Programs:
             process_count=jax.process_count(),
             num_workers=config.num_workers,
         ) as batches:
-            placed = (self._parallel.shard(_batch(examples)) for examples in batches)
+            placed = (self._parallel.shard(Batch(*examples)) for examples in batches)
             return evaluate(self._eval_step, state, placed)
 
     def _placed(self, batches: Iterator[data.Examples]) -> Iterator[Batch]:
         count = self._config.microbatches
         while True:
-            pieces = [_batch(next(batches)) for _ in range(count)]
+            pieces = [Batch(*next(batches)) for _ in range(count)]
             rows = pieces[0] if count == 1 else jax.tree.map(lambda *leaf: np.stack(leaf), *pieces)
             yield self._parallel.shard(rows, batch_axis=self._batch_axis)
 
@@ -173,11 +167,7 @@ class Programs:
         return cifar_augmentation() if config.augmentation == "cifar" else None
 
 
-def _batch(examples: Any) -> Batch:
-    return Batch(*examples)
-
-
-def create_model(config: Any, num_classes: int, *, axis_name: str | None) -> Inception | CNN:
+def create_model(config: Config, num_classes: int, *, axis_name: str | None) -> Inception | CNN:
     """The network of a config; its norm layers share statistics over axis_name."""
     setting = SETTINGS[config.setting]
     norm = functools.partial(BatchNorm, axis_name=axis_name, group_size=config.group_size or None)

@@ -28,17 +28,15 @@ from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.parallel import create_parallel
 from bn_research.training.state import create_train_state
 from bn_research.training.step import Batch, make_train_step
-from experiments.imagenet import (
-    EXPERIMENT,
-    PRESETS,
+from experiments.imagenet import EXPERIMENT, PRESETS, Config
+from experiments.imagenet.programs import SETTINGS, Programs, create_model, make_apply_fn
+from experiments.imagenet.training import prepare
+from experiments.imagenet.verdicts import (
     PUBLISHED,
-    Config,
     is_published_setting,
     judge,
-    prepare,
     steps_to_target,
 )
-from experiments.imagenet.programs import SETTINGS, Programs, create_model, make_apply_fn
 
 ROOT = Path(__file__).parents[2]
 SMOKE = PRESETS["smoke"]
@@ -201,7 +199,7 @@ def test_verdicts_at_the_published_setting(setting, steps, curve, verdict):
     config = dataclasses.replace(Config(), setting=setting, num_steps=steps)
     assert is_published_setting(config)
     curve = [{"step": step, "accuracy": accuracy} for step, accuracy in curve]
-    for finding in judge(config, [curve], [RUN]):
+    for finding in judge(config, [{"curve": curve, **RUN}]):
         own = finding.claim.id == f"imagenet-{setting.replace('_', '-')}"
         assert finding.verdict == (verdict if own else INCONCLUSIVE)
         assert own or "published" in finding.note and not finding.measured
@@ -220,7 +218,7 @@ def test_verdicts_at_the_published_setting(setting, steps, curve, verdict):
 )
 def test_another_setting_decides_nothing(change):
     config = dataclasses.replace(Config(), **change)
-    findings = judge(config, [records(0.9)], [RUN])
+    findings = judge(config, [{"curve": records(0.9), **RUN}])
     assert {finding.verdict for finding in findings} == {INCONCLUSIVE}
     assert any("not the published setting" in finding.note for finding in findings)
 
