@@ -66,14 +66,14 @@ class Runner:
         """Says beside the progress bar what is being done."""
         self._bar.set_description(text)
 
-    def get(self, name: str, measure: Callable[[], Record]) -> dict[str, Any]:
-        """The record of a measurement that is no training; measured if there is none yet.
+    def get(self, name: str, measure: Callable[..., Record], *given: Any) -> dict[str, Any]:
+        """The record of what is no training; ``measure(*given)`` if there is none yet.
 
         Raises:
           Stopped: SIGTERM has come.
         """
         self.describe(name)
-        record = self.ledger.get(name, measure)
+        record = self.ledger.get(name, measure, *given)
         if self._preemption.requested(self._bar.n):
             raise Stopped(self._bar.n)
         return record

@@ -23,8 +23,8 @@ from typing import Any
 from bn_research.claims.results import write_json
 
 _PACKAGES = (
-    "bn_research absl-py flax jax jaxlib ml_collections numpy optax orbax-checkpoint scikit-learn "
-    "scipy tensorflow-datasets"
+    "bn_research absl-py flax jax jaxlib ml_collections numpy optax orbax-checkpoint pydantic "
+    "scikit-learn scipy tensorflow-datasets"
 ).split()
 
 
@@ -202,13 +202,15 @@ class Ledger:
         """Whether this has been measured."""
         return name in self._records
 
-    def get(self, name: str, measure: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-        """The record of this name; measured and written down if there is none yet.
+    def get(
+        self, name: str, measure: Callable[..., Mapping[str, Any]], *given: Any
+    ) -> dict[str, Any]:
+        """The record of this name; ``measure(*given)`` written down if there is none yet.
 
         Numbers that are not finite are kept as null.
         """
         if name not in self._records:
-            record = _plain({"name": name, **measure()})
+            record = _plain({"name": name, **measure(*given)})
             with self._path.open("ab") as file:
                 file.write(json.dumps(record, allow_nan=False).encode() + b"\n")
                 file.flush()
