@@ -30,38 +30,69 @@ distortions: ours are 4e-5, 4 % every 8 epochs (GoogLeNet's) and ±50 %, and ±2
 """
 
 import dataclasses
+from typing import Literal
+
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
+from bn_research.lab.fields import Count, OrNone, Positive, whole_dispatches
+from bn_research.models.spec import num_logits
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """A job."""
 
-    setting: str = "bn_x30"  # one of the paper's five
+    setting: Literal["inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid"] = "bn_x30"
     dataset: str = "imagenet2012"  # the figures are of this one
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
     # "inception", or a spec such as "c16 P c32 f10" of a network that a laptop trains: it has the
     # setting's BN, activation, rates and L2; dropout and LRN are Inception's own.
     network: str = "inception"
-    width: float = 1.0  # times the channels of "inception"
-    # "imagenet": crops of image_size, flips and the setting's distortions, in color; "cifar":
-    # shifts and flips; or "none".
-    augmentation: str = "imagenet"
-    image_size: int = 224  # height and width of the crops; 0 without them
-    batch_size: int = 32  # examples of a step, over all devices
-    microbatches: int = 1  # pieces in which a step takes its batch, to save memory
-    microbatch_statistics: str = ""  # of several: BN's are of a "microbatch" or the "batch"
-    group_size: int = 0  # examples that share statistics; 0 is the whole batch, of all devices
-    dtype: str = "float32"  # of the computation in "inception", or bfloat16; parameters keep this
-    seeds: int = 1
-    num_steps: int = 6_000_000
-    steps_per_dispatch: int = 100  # between two looks at the loss
-    evaluate_every: int = 50_000  # steps; on the whole evaluation split
-    checkpoint_every: int = 5_000  # steps
-    keep_checkpoints: int = 3  # the newest
-    num_workers: int = 8  # that read and augment, beside each training process; 0 for threads
+    width: Positive = 1.0  # times the channels of "inception"
+    # imagenet: crops of image_size, flips and the setting's distortions, in color; cifar: shifts
+    # and flips.
+    augmentation: Literal["imagenet", "cifar", "none"] = "imagenet"
+    image_size: OrNone = 224  # height and width of the crops; 0 without them
+    batch_size: Count = 32  # examples of a step, over all devices
+    microbatches: Count = 1  # pieces in which a step takes its batch, to save memory
+    microbatch_statistics: Literal["", "microbatch", "batch"] = ""  # of what BN's are
+    group_size: OrNone = 0  # examples that share statistics; 0 is the whole batch, of all devices
+    dtype: Literal["float32", "bfloat16"] = "float32"  # in "inception"; parameters are float32
+    seeds: Count = 1
+    num_steps: Count = 6_000_000
+    steps_per_dispatch: Count = 100  # between two looks at the loss
+    evaluate_every: Count = 50_000  # steps; on the whole evaluation split
+    checkpoint_every: Count = 5_000  # steps
+    keep_checkpoints: Count = 3  # the newest
+    num_workers: OrNone = 8  # that read and augment, beside each training process; 0 for threads
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where fields do not fit each other."""
+        whole_dispatches(self, "num_steps", "evaluate_every", "checkpoint_every")
+        if self.batch_size % self.microbatches:
+            raise ValueError(
+                f"microbatches={self.microbatches} does not divide batch_size={self.batch_size}"
+            )
+        named = self.microbatch_statistics
+        if (named != "") != (self.microbatches > 1):
+            raise ValueError(
+                f"microbatch_statistics={named!r} is not allowed with microbatches="
+                f"{self.microbatches}: say 'microbatch' or 'batch' with several, nothing with one"
+            )
+        if named == "batch" and self.group_size:
+            raise ValueError(
+                f"group_size={self.group_size} is not allowed with microbatch_statistics='batch': "
+                "those are of the whole batch"
+            )
+        if (self.image_size > 0) != (self.augmentation == "imagenet"):
+            raise ValueError(
+                f"image_size={self.image_size} is not allowed with augmentation="
+                f"{self.augmentation!r}: at least 1 with 'imagenet', which crops, else 0"
+            )
+        if self.network != "inception":
+            num_logits(self.network)
 
 
 _SMALL = Config(

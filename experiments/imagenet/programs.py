@@ -155,7 +155,7 @@ class Programs:
     def _placed(self, batches: Iterator[data.Examples]) -> Iterator[Batch]:
         count = self._config.microbatches
         while True:
-            pieces = [Batch(*next(batches)) for _ in range(count)]
+            pieces = [Batch(*next(batches)) for _ in range(count)]  # type: ignore[arg-type]
             rows = pieces[0] if count == 1 else jax.tree.map(lambda *leaf: np.stack(leaf), *pieces)
             yield self._parallel.shard(rows, batch_axis=self._batch_axis)
 

@@ -10,65 +10,33 @@ from tqdm import tqdm
 
 from bn_research import data
 from bn_research.lab.workdir import Ledger
-from bn_research.models.spec import num_logits, parse_spec
+from bn_research.models.spec import num_logits
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.loop import streamed, train
 from bn_research.training.parallel import create_parallel
 from bn_research.training.preemption import Preemption
 from bn_research.training.state import TrainState, digest
 from experiments.imagenet import Config
-from experiments.imagenet.programs import INCEPTION, SETTINGS, Programs
+from experiments.imagenet.programs import INCEPTION, Programs
 
 Keep = Callable[[str, Callable[[], dict[str, Any]]], None]  # by name, what is measured now
 
 
 def prepare(config: Config) -> Any:
     """The builder of the data set, for a config that fits it and the devices."""
-    if config.setting not in SETTINGS:
+    devices, together = jax.device_count(), config.batch_size // config.microbatches
+    if together % devices:
         raise ValueError(
-            f"setting={config.setting!r} is unknown: allowed are {', '.join(SETTINGS)}"
+            f"batch_size={config.batch_size} does not divide over {devices} devices: allowed are "
+            f"multiples of {devices * config.microbatches}"
         )
-    for name in ("seeds", "steps_per_dispatch", "batch_size", "microbatches", "keep_checkpoints"):
-        if getattr(config, name) < 1:
-            raise ValueError(f"{name}={getattr(config, name)} is not allowed: at least 1 is needed")
-    for name in ("num_steps", "evaluate_every", "checkpoint_every"):
-        steps = getattr(config, name)
-        if steps < 1 or steps % config.steps_per_dispatch:
-            raise ValueError(
-                f"{name}={steps} is not allowed: it must be a positive multiple of "
-                f"steps_per_dispatch={config.steps_per_dispatch}"
-            )
-    if config.num_workers < 0:
-        raise ValueError(f"num_workers={config.num_workers} is not allowed: it must be ≥ 0")
-    if config.batch_size % config.microbatches:
+    group, each = config.group_size or together, together // devices
+    if together % group or (group % each and each % group):
         raise ValueError(
-            f"microbatches={config.microbatches} does not divide batch_size={config.batch_size}"
+            f"group_size={config.group_size} does not divide the {together} examples that "
+            f"{devices} devices take at once: it must divide the {each} on each, or be those of a "
+            f"divisor of {devices} devices; 0 is all"
         )
-    _check_devices(config, jax.device_count())
-    named = config.microbatch_statistics
-    if named not in (("microbatch", "batch") if config.microbatches > 1 else ("",)):
-        raise ValueError(
-            f"microbatch_statistics={named!r} is not allowed with microbatches="
-            f"{config.microbatches}: say 'microbatch' or 'batch' with several, nothing with one"
-        )
-    if named == "batch" and config.group_size:
-        raise ValueError(
-            f"group_size={config.group_size} is not allowed with microbatch_statistics='batch': "
-            "those are of the whole batch"
-        )
-    if config.augmentation not in ("imagenet", "cifar", "none"):
-        raise ValueError(
-            f"augmentation={config.augmentation!r} is unknown: allowed are imagenet, cifar, none"
-        )
-    if (config.image_size > 0) != (config.augmentation == "imagenet") or config.image_size < 0:
-        raise ValueError(
-            f"image_size={config.image_size} is not allowed with augmentation="
-            f"{config.augmentation!r}: at least 1 with 'imagenet', which crops, else 0"
-        )
-    if config.dtype not in ("float32", "bfloat16"):
-        raise ValueError(f"dtype={config.dtype!r} is unknown: allowed are float32, bfloat16")
-    if config.network != INCEPTION:
-        parse_spec(config.network)
     builder = data.prepare(
         config.dataset, data_dir=config.data_dir or None, manual_dir=config.manual_dir or None
     )
@@ -84,23 +52,6 @@ def prepare(config: Config) -> Any:
             "images differ in size: give 'imagenet' and an image_size"
         )
     return builder
-
-
-def _check_devices(config: Config, devices: int) -> None:
-    """ValueError unless the devices divide the batch, and groups fit them."""
-    together = config.batch_size // config.microbatches
-    if together % devices:
-        raise ValueError(
-            f"batch_size={config.batch_size} does not divide over {devices} devices: allowed are "
-            f"multiples of {devices * config.microbatches}"
-        )
-    group, each = config.group_size or together, together // devices
-    if group < 1 or together % group or (group % each and each % group):
-        raise ValueError(
-            f"group_size={config.group_size} does not divide the {together} examples that "
-            f"{devices} devices take at once: it must divide the {each} on each, or be those of a "
-            f"divisor of {devices} devices; 0 is all"
-        )
 
 
 def measure(config: Config, builder: Any, path: Path, *, parallel: str) -> list[dict[str, Any]]:
