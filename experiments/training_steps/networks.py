@@ -9,17 +9,18 @@ alone.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
+from bn_research.lab.settings import Setting
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.inception import Inception
 from bn_research.training.optimizers import create_optimizer, weight_mask
+from experiments.training_steps import Config
 
 PLAIN, BASELINE, X5, X30 = "Inception", "BN-Baseline", "BN-x5", "BN-x30"
 SIGMOID = "BN-x5-Sigmoid"
@@ -56,31 +57,23 @@ PUBLISHED = {
 }
 
 
-class Setting(NamedTuple):
-    """A network and its training; what stands before `rate` is static, the rest traced."""
+class Network(Setting, traced="rate decay l2 distortion shuffled"):
+    """A network and its training."""
 
     batch_norm: bool
     activation: str  # of jax.nn
     dropout: float
     local_response_norm: bool
     rate: float  # of the first step
-    decay: float  # of the rate, per step: rate·exp(−decay·t)
+    decay: float  # of the rate, per step
     l2: float  # λ of g + λ·θ, on weights alone
     distortion: float  # factors of contrast and brightness within 1 ± this
     shuffled: bool  # whether examples meet others in every epoch
 
-    @property
-    def static(self) -> tuple[Any, ...]:
-        """The part that makes the program."""
-        return self[: _STATIC.index("rate")]
 
-
-_STATIC = Setting._fields
-
-
-def inception(config: Any) -> Setting:
+def inception(config: Config) -> Network:
     """The network without BN, at the base rate."""
-    return Setting(
+    return Network(
         batch_norm=False,
         activation="relu",
         dropout=config.dropout,
@@ -93,89 +86,73 @@ def inception(config: Any) -> Setting:
     )
 
 
-def changes(config: Any) -> dict[str, Callable[[Setting], Setting]]:
+def changes(config: Config) -> dict[str, Callable[[Network], Network]]:
     """The seven changes that make BN-x5 of BN-Baseline, by name, in the paper's order."""
     return {
-        "learning_rate": lambda s: s._replace(rate=X5_RATE * s.rate),
-        "dropout": lambda s: s._replace(dropout=0.0),
-        "l2": lambda s: s._replace(l2=s.l2 / _L2_DIVISOR),
-        "rate_decay": lambda s: s._replace(decay=_DECAY_FACTOR * s.decay),
-        "local_response_norm": lambda s: s._replace(local_response_norm=False),
-        "shuffling": lambda s: s._replace(shuffled=True),
-        "photometric_distortion": lambda s: s._replace(distortion=config.weaker_distortion),
+        "learning_rate": lambda s: s.replace(rate=X5_RATE * s.rate),
+        "dropout": lambda s: s.replace(dropout=0.0),
+        "l2": lambda s: s.replace(l2=s.l2 / _L2_DIVISOR),
+        "rate_decay": lambda s: s.replace(decay=_DECAY_FACTOR * s.decay),
+        "local_response_norm": lambda s: s.replace(local_response_norm=False),
+        "shuffling": lambda s: s.replace(shuffled=True),
+        "photometric_distortion": lambda s: s.replace(distortion=config.weaker_distortion),
     }
 
 
-def ladder(config: Any) -> dict[str, Setting]:
+def ladder(config: Config) -> dict[str, Network]:
     """The five networks of the paper, by name."""
     plain = inception(config)
-    baseline = plain._replace(batch_norm=True)
+    baseline = plain.replace(batch_norm=True)
     x5 = baseline
     for change in changes(config).values():
         x5 = change(x5)
-    x30 = x5._replace(rate=X30_RATE * plain.rate)
-    settings = (plain, baseline, x5, x30, x5._replace(activation="sigmoid"))
+    x30 = x5.replace(rate=X30_RATE * plain.rate)
+    settings = (plain, baseline, x5, x30, x5.replace(activation="sigmoid"))
     return dict(zip(LADDER, settings, strict=True))
 
 
-def switched(config: Any) -> dict[str, Setting]:
+def switched(config: Config) -> dict[str, Network]:
     """BN-Baseline with one change each, by the name of the change."""
     baseline = ladder(config)[BASELINE]
     return {name: change(baseline) for name, change in changes(config).items()}
 
 
-class Network(NamedTuple):
+def plan(config: Config) -> dict[str, Network]:
+    """The networks that are trained for each seed, by name; tuned ones are chosen in the run."""
+    return {**ladder(config), **(switched(config) if config.switches else {})}
+
+
+def learning_rate(network: Network, step: Int[Array, ""]) -> Float[Array, ""]:
+    """η_t = rate·exp(−decay·t): the paper's, decayed exponentially."""
+    return network.rate * jnp.exp(-network.decay * step)
+
+
+def optimizer(network: Network) -> optax.GradientTransformation:
+    """Momentum SGD at the decaying rate on the loss with an L2 term; all of it traced."""
+    rate = functools.partial(learning_rate, network)
+    sgd = create_optimizer("momentum", rate, momentum=_MOMENTUM)
+    return optax.chain(optax.add_decayed_weights(network.l2, weight_mask), sgd)
+
+
+class Task(NamedTuple):
     """What all networks of a run have in common; static."""
 
+    config: Config
     num_classes: int
-    width: float
-    modules: tuple[str, ...]
-    batch_size: int
-    steps_per_dispatch: int
     image_shape: tuple[int, ...]
-    lanes: int  # devices that train side by side, at most
-    compiler_level: int = 1  # see `bn_research.lab.arms.compiler_options`
 
 
-class Hyper(NamedTuple):
-    """The traced part of a setting, shape=() each."""
-
-    rate: Array
-    decay: Array
-    l2: Array
-    distortion: Array
-    shuffled: Array
-
-
-def hyper(setting: Setting) -> Hyper:
-    """The traced part."""
-    *numbers, shuffled = (getattr(setting, field) for field in Hyper._fields)
-    return Hyper(*map(np.float32, numbers), np.bool_(shuffled))  # type: ignore[arg-type, call-arg]
-
-
-def learning_rate(hyper: Hyper, step: Int[Array, ""]) -> Float[Array, ""]:
-    """η_t = rate·exp(−decay·t): the paper's, decayed exponentially."""
-    return hyper.rate * jnp.exp(-hyper.decay * step)
-
-
-def optimizer(hyper: Hyper) -> optax.GradientTransformation:
-    """Momentum SGD at the decaying rate on the loss with an L2 term; all of it traced."""
-    sgd = create_optimizer("momentum", functools.partial(learning_rate, hyper), momentum=_MOMENTUM)
-    return optax.chain(optax.add_decayed_weights(hyper.l2, weight_mask), sgd)
-
-
-def make_model(network: Network, static: tuple[Any, ...]) -> Inception:
-    """The network of a setting, see `Setting.static`."""
-    batch_norm, activation, dropout, local_response_norm = static
+def make_model(network: Network, task: Task) -> Inception:
+    """The module of a network."""
     norm = functools.partial(BatchNorm, momentum=_STATS_MOMENTUM, epsilon=_EPSILON)
     return Inception(
-        network.num_classes,
-        norm if batch_norm else None,
-        width=network.width,
-        dropout=dropout,
-        local_response_norm=local_response_norm,
-        activation=getattr(jax.nn, activation),
-        modules=network.modules,
+        task.num_classes,
+        norm if network.batch_norm else None,
+        width=task.config.width,
+        dropout=network.dropout,
+        local_response_norm=network.local_response_norm,
+        activation=getattr(jax.nn, network.activation),
+        modules=task.config.modules,
         stem="small",
         implementation="auto",
     )
