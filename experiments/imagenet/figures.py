@@ -27,8 +27,8 @@ def _accuracy(config: Config, records: Sequence[Record]) -> Any:
     caption = f"Mean and range of {len(records)} seed(s), on the whole evaluation split."
     if config.dataset == "imagenet2012":
         published = PUBLISHED[config.setting]
-        look = {"color": PALETTE.black, "linewidth": 1.5, "label": "published, best"}
-        reference(axis, y=100 * published.top1, **look)
+        best = 100 * published.top1
+        reference(axis, y=best, color=PALETTE.black, linewidth=1.5, label="published, best")
         caption += f" Dashed: the best that the paper reports of {published.label}."
     axis.set(xlabel="steps", ylabel="top-1 accuracy (%)")
     axis.legend(frameon=False)

@@ -149,8 +149,8 @@ class Programs:
             process_count=jax.process_count(),
             num_workers=config.num_workers,
         ) as batches:
-            placed = (self._parallel.shard(Batch(*examples)) for examples in batches)
-            return evaluate(self._eval_step, state, placed)
+            rows = (Batch(*examples) for examples in batches)  # type: ignore[arg-type]
+            return evaluate(self._eval_step, state, map(self._parallel.shard, rows))
 
     def _placed(self, batches: Iterator[data.Examples]) -> Iterator[Batch]:
         count = self._config.microbatches

@@ -185,14 +185,14 @@ def _measured(records: Records, arm: str) -> dict[str, float]:
     for baseline, words in ((PLAIN, "base rate"), (TUNED, "its own best rate")):
         of = f"plain at {words} over {arm}"
         found = against(arms[baseline], arms[arm])
-        time = Estimate(*(faster * x for x in (found.known, *found.interval)), found.pairs)
+        known, low, high = (faster * x for x in (found.known, *found.interval))
         measured |= with_intervals(
             {
                 f"steps, {of}": found,
                 f"steps to {_NEAR:.0%} of the target, {of}": against(
                     arms[baseline], arms[arm], _NEAR
                 ),
-                f"wall-clock time, {of}": time,
+                f"wall-clock time, {of}": Estimate(known, low, high, found.pairs),
             }
         )
     for name in (PLAIN, TUNED, arm):
