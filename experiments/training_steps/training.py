@@ -15,7 +15,7 @@ from jaxtyping import Array
 
 from bn_research.claims.judging import choose, final
 from bn_research.lab.fields import at_most
-from bn_research.lab.images import Images, load_images
+from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import Programs, Training, creator, per_structure, sweep, train
 from bn_research.lab.workdir import Ledger
@@ -49,13 +49,7 @@ _EVAL_BATCH = 125
 def prepare(config: Config) -> Images:
     """The images, which the networks can take; each core becomes a device, for the sweeps."""
     use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="unit",
-        size=config.image_size,
-    )
+    images = images_of(config, scale="unit")
     at_most(config, len(images.train.label), f"all of {config.dataset}", "train_examples")
     at_most(config, len(images.test.label), f"all of {config.dataset}", "eval_examples")
     images = images._replace(
