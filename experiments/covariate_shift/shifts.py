@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
+from bn_research.models.mlp import MLP
+from bn_research.models.spec import num_weight_layers
 from bn_research.probes.covariate_shift import (
     distribution_drift,
     gradient_noise,
@@ -20,7 +22,7 @@ from bn_research.probes.covariate_shift import (
 from bn_research.training.loop import History, batch_at
 from bn_research.training.metrics import cross_entropy_metrics
 from bn_research.training.state import TrainState
-from bn_research.training.step import Batch
+from bn_research.training.step import Batch, apply_fn_of
 
 LEVELS = (15.0, 50.0, 85.0)  # percentiles, those of the paper's figure 1
 FAN = (10.0, 50.0, 90.0)  # percentiles over units, of their medians
@@ -44,16 +46,31 @@ class Observed(NamedTuple):
     noise: Array  # shape=(layers,): ‖G_a − G_b‖/‖G_a‖ of that step's batch and one disjoint from it
 
 
-def observe(
-    step_fn: Any, apply_fn: Any, state: TrainState, data: Data, *, batch_size: int, layers: int
-) -> Observed:
+def inputs_of_last_activation(
+    model: MLP, variables: Any, image: Float[Array, "batch ..."]
+) -> Float[Array, "batch units"]:
+    """What the last hidden activation receives, in training mode: after BN, where there is."""
+    kind = "dense" if model.placement == "none" else "batch_norm"
+    name = f"{kind}{num_weight_layers(model.spec) - 1}"
+    _, found = model.apply(
+        variables,
+        image,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=lambda module, method: module.name == name,
+    )
+    return found["intermediates"][name]["__call__"][0]
+
+
+def observe(model: MLP, step_fn: Any, state: TrainState, data: Data, batch_size: int) -> Observed:
     """Both kinds of shift at a state, and the accuracy.
 
     Percentiles are of what the last hidden activation receives, with BN by the statistics of the
     measuring set itself. The gradient shift is that of the step that training takes next: its
-    batch, its update. `apply_fn` is a `training.Apply`, of so many weight layers.
+    batch, its update.
     """
-    inputs = apply_fn.inputs_of_last_activation(_variables(state), data.measuring)
+    apply_fn = apply_fn_of(model)
+    inputs = inputs_of_last_activation(model, _variables(state), data.measuring)
     half = len(data.measuring) // 2
     parts = (inputs, inputs[:half], inputs[half : 2 * half])
     logits, _ = apply_fn(_variables(state), data.evaluation.image, train=False)
@@ -70,7 +87,7 @@ def observe(
 
     paths = [
         tuple(f"['{name}{i}']" for name in ("dense", "batch_norm") if f"{name}{i}" in state.params)
-        for i in range(1, layers + 1)
+        for i in range(1, num_weight_layers(model.spec) + 1)
     ]
     new_params = step_fn(state, batch)[0].params
     shift = gradient_shift(loss_of(batch), state.params, new_params, paths)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from bn_research.claims.judging import by_seed, choose
 from bn_research.lab.compiler import compiler_options
@@ -30,12 +30,11 @@ from bn_research.lab.settings import (
 from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.mlp import MLP
-from bn_research.models.spec import num_weight_layers
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.loop import History, run_steps
 from bn_research.training.state import TrainState
-from bn_research.training.step import Batch, make_eval_step, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
 from experiments.covariate_shift import Config
 from experiments.covariate_shift.shifts import Data, observe, summary
 from experiments.covariate_shift.verdicts import ARMS, Arms, small_weights
@@ -164,48 +163,21 @@ def measure(config: Config, images: Images, path: Path) -> dict[str, Arms]:
     return found
 
 
-class Apply:
-    """The apply function of a network of dense layers, for steps, and a look inside it."""
-
-    def __init__(self, network: Network, spec: str, **options: Any):
-        self._last_hidden = num_weight_layers(spec) - 1
-        self._batch_norm = network.batch_norm
-        self.model = MLP(
-            spec=spec,
-            norm=functools.partial(BatchNorm, epsilon=network.epsilon),
-            placement="hidden" if network.batch_norm else "none",
-            activation=getattr(jax.nn, network.activation),
-            **options,
-        )
-
-    def __call__(self, variables: Any, image: Array, *, train: bool) -> tuple[Array, Any]:
-        """Logits and the new running statistics."""
-        if not train:
-            logits = jnp.asarray(self.model.apply(variables, image, train=False))
-            return logits, variables["batch_stats"]
-        logits, new = self.model.apply(variables, image, train=True, mutable=["batch_stats"])
-        return logits, new.get("batch_stats", {})
-
-    def inputs_of_last_activation(
-        self, variables: Any, image: Float[Array, "batch ..."]
-    ) -> Float[Array, "batch units"]:
-        """What the last hidden activation receives, in training mode: after BN, where there is."""
-        name = f"{'batch_norm' if self._batch_norm else 'dense'}{self._last_hidden}"
-        _, found = self.model.apply(
-            variables,
-            image,
-            train=True,
-            mutable=["batch_stats", "intermediates"],
-            capture_intermediates=lambda module, method: module.name == name,
-        )
-        return found["intermediates"][name]["__call__"][0]
+def make_model(network: Network, spec: str, **options: Any) -> MLP:
+    """The module of a network."""
+    return MLP(
+        spec=spec,
+        norm=functools.partial(BatchNorm, epsilon=network.epsilon),
+        placement="hidden" if network.batch_norm else "none",
+        activation=getattr(jax.nn, network.activation),
+        **options,
+    )
 
 
 @per_structure
 def programs(_: Network, config: Config, shape: tuple[int, ...]) -> Programs:
     """Those of a network on images of a shape [1, …]; a dispatch observes before it trains."""
     spec, batch_size, every = config.network, config.batch_size, config.steps_per_dispatch
-    layers = num_weight_layers(spec)
 
     def optimizer(network: Network) -> optax.GradientTransformation:
         # A momentum of 0 is SGD, bit for bit: one program serves both.
@@ -213,13 +185,13 @@ def programs(_: Network, config: Config, shape: tuple[int, ...]) -> Programs:
 
     def init(key: Array, network: Network) -> Any:
         kernel_init = jax.nn.initializers.normal(network.init_std)
-        model = Apply(network, spec, kernel_init=kernel_init).model
+        model = make_model(network, spec, kernel_init=kernel_init)
         return model.init(key, jnp.zeros(shape), train=False)
 
     def advance(state: TrainState, network: Network, data: Data):
-        apply_fn = Apply(network, spec)
-        step = make_train_step(apply_fn, optimizer(network))
-        seen = observe(step, apply_fn, state, data, batch_size=batch_size, layers=layers)
+        model = make_model(network, spec)
+        step = make_train_step(apply_fn_of(model), optimizer(network))
+        seen = observe(model, step, state, data, batch_size)
         state, metrics = run_steps(step, state, data.train, batch_size=batch_size, num_steps=every)
         return state, metrics._replace(observed=seen)
 
@@ -229,7 +201,7 @@ def programs(_: Network, config: Config, shape: tuple[int, ...]) -> Programs:
 @per_structure
 def _evaluation(network: Network, spec: str, mesh: jax.sharding.Mesh):
     def eval_step(batch, state, epsilon):
-        apply_fn = Apply(network.replace(epsilon=epsilon), spec)
-        return make_eval_step(apply_fn)(state, batch)
+        model = make_model(network.replace(epsilon=epsilon), spec)
+        return make_eval_step(apply_fn_of(model))(state, batch)
 
     return make_evaluation(eval_step, mesh, compiler_options=compiler_options(0))

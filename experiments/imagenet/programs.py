@@ -24,7 +24,7 @@ from bn_research.training.loop import evaluate
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.parallel import Parallel
 from bn_research.training.state import TrainState, create_train_state
-from bn_research.training.step import Batch, make_eval_step, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
 from experiments.imagenet import Config
 
 INCEPTION = "inception"
@@ -192,13 +192,9 @@ def create_model(config: Config, num_classes: int, *, axis_name: str | None) -> 
 
 def make_apply_fn(model: Inception | CNN, full_scale: int) -> Callable[..., tuple[Array, Any]]:
     """(variables, images, train, keys) -> (logits, batch_stats), of images 0 ... full_scale."""
+    apply_fn = apply_fn_of(model)
 
-    def apply_fn(variables, images, *, train, keys=None):
-        images = images.astype(jnp.float32) * (2 / full_scale) - 1
-        options = {} if keys is None else {"keys": keys}
-        if not train:
-            return model.apply(variables, images, train=False), variables["batch_stats"]
-        logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"], **options)
-        return logits, new.get("batch_stats", {})
+    def scaled(variables: Any, images: Array, **options: Any) -> tuple[Array, Any]:
+        return apply_fn(variables, images.astype(jnp.float32) * (2 / full_scale) - 1, **options)
 
-    return apply_fn
+    return scaled

@@ -24,7 +24,7 @@ from bn_research.training.distortion import distort, draw_factors
 from bn_research.training.lanes import CreateFn
 from bn_research.training.loop import History, epoch_order_of_groups, run_steps
 from bn_research.training.state import TrainState
-from bn_research.training.step import Batch, make_eval_step, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
 from bn_research.training.sweep import Member, Sweep
 from experiments.training_steps import Config
 from experiments.training_steps.networks import (
@@ -150,21 +150,16 @@ def place(images: Images, eval_examples: int) -> Data:
 
 def apply_fn(network: Network, task: Task, data: Data):
     """What the steps apply: distortion (in training), standardization, the network."""
-    model = make_model(network, task)
+    apply_model = apply_fn_of(make_model(network, task))
 
-    def apply(variables, image, *, train, keys=None):
-        if not train:
-            logits = model.apply(variables, (image - data.mean) / data.std, train=False)
-            return logits, variables["batch_stats"]
-        distortion_keys, dropout_keys = (
-            jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in (0, 1)
-        )
-        factors = draw_factors(distortion_keys, strength=network.distortion)
-        image = (distort(image, factors) - data.mean) / data.std
-        logits, new = model.apply(
-            variables, image, train=True, keys=dropout_keys, mutable=["batch_stats"]
-        )
-        return logits, new.get("batch_stats", {})
+    def apply(variables: Any, image: Array, *, train: bool, keys: Any = None):
+        options = {}
+        if train:
+            distortion_keys, options["keys"] = (
+                jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in (0, 1)
+            )
+            image = distort(image, draw_factors(distortion_keys, strength=network.distortion))
+        return apply_model(variables, (image - data.mean) / data.std, train=train, **options)
 
     return apply
 

@@ -14,13 +14,13 @@ from scipy import stats
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from bn_research.training.loop import History, batch_at, run_steps
-from bn_research.training.step import Batch, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_train_step
 from experiments.covariate_shift import EXPERIMENT, PRESETS, shifts
 from experiments.covariate_shift.training import (
-    Apply,
     Network,
     choose_arms,
     comparisons,
+    make_model,
     programs,
     trials,
 )
@@ -61,14 +61,14 @@ def measured(request):
     config = dataclasses.replace(CONFIG, network=NETWORK)
     create = programs(network, config, (1, 2, 3, 1)).create
     state = create(jax.random.key(3), network.traced)
-    apply_fn = Apply(network, NETWORK)
-    step = make_train_step(apply_fn, optax.sgd(0.7, momentum=0.9))
+    model = make_model(network, NETWORK)
+    step = make_train_step(apply_fn_of(model), optax.sgd(0.7, momentum=0.9))
     data = shifts.Data(examples(40), examples(31, 1).image, examples(16, 2))
 
     @jax.jit
     def advance(state):
         state, metrics = run_steps(step, state, data.train, batch_size=8, num_steps=3)
-        seen = shifts.observe(step, apply_fn, state, data, batch_size=8, layers=3)
+        seen = shifts.observe(model, step, state, data, 8)
         after, following = run_steps(step, state, data.train, batch_size=8, num_steps=1)
         batches = [batch_at(state, data.train, 8, ahead=n) for n in (0, 1)]
         return state, seen, batches, after, following.loss[0]
