@@ -46,7 +46,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bn_research.lab.experiment import Experiment
+from bn_research.lab import Experiment
 from bn_research.lab.fields import (
     Count,
     Network,

@@ -14,6 +14,7 @@ import optax
 from jaxtyping import Array
 
 from bn_research.claims.judging import by_seed, choose
+from bn_research.lab import Ledger
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, check_network, images_of
@@ -27,7 +28,6 @@ from bn_research.lab.settings import (
     sweep,
     train,
 )
-from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.mlp import MLP
 from bn_research.training.cores import use_cpu_cores

@@ -6,10 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims import Claim, Finding, paired_difference
 from bn_research.claims.bounded import Ratio, ratio
-from bn_research.claims.claim import Claim
-from bn_research.claims.estimate import paired_difference
-from bn_research.claims.finding import INCONCLUSIVE, Finding, verdict_of
+from bn_research.claims.finding import INCONCLUSIVE, verdict_of
 from bn_research.claims.formatting import format_interval, format_number
 from bn_research.claims.judging import at_end, listed, lost, numbers, with_intervals
 from bn_research.models.spec import num_logits, num_weight_layers
@@ -72,7 +71,7 @@ def shift(record: Record, start: int = 0, *, key: str = "relative") -> float:
 
 
 def noise_floor(record: Record) -> float:
-    """Likewise of the distance between the gradients of two batches."""
+    """As `shift`, of the distance between the gradients of two batches."""
     return shift(record, key="noise")
 
 

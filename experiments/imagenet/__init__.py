@@ -34,7 +34,7 @@ from typing import Literal
 
 from pydantic.dataclasses import dataclass
 
-from bn_research.lab.experiment import Experiment
+from bn_research.lab import Experiment
 from bn_research.lab.fields import Count, OrNone, Positive, whole_dispatches
 from bn_research.models.spec import num_logits
 

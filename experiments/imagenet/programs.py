@@ -61,13 +61,22 @@ class Programs:
     """The programs of a config, over the devices of a mapping; none is compiled yet."""
 
     def __init__(self, config: Config, builder: Any, parallel: Parallel):
-        self._config = config
-        self._builder = builder
-        self._parallel = parallel
+        self._config, self._builder, self._parallel = config, builder, parallel
         setting = SETTINGS[config.setting]
         self._image_shape = builder.info.features["image"].shape
+        self._augmentation = cifar_augmentation() if config.augmentation == "cifar" else None
+        self._cropping = None
         if config.augmentation == "imagenet":
-            self._image_shape = (config.image_size, config.image_size, 3)
+            size = config.image_size
+            self._image_shape = (size, size, 3)
+            self._augmentation = imagenet_augmentation(size, strength=setting.distortion)
+            self._cropping = imagenet_evaluation(size)
+        self._input = dict(
+            batch_size=config.batch_size // config.microbatches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_workers=config.num_workers,
+        )
         self._model = create_model(
             config, builder.info.features["label"].num_classes, axis_name=parallel.axis_name
         )
@@ -115,39 +124,26 @@ class Programs:
     @contextlib.contextmanager
     def stream(self, seed: int) -> Iterator[Callable[[int], Iterator[Batch]]]:
         """Inside it: step -> the batches from that step on, over the devices."""
-        config = self._config
         with contextlib.ExitStack() as stack:
 
             def open_stream(step: int) -> Iterator[Batch]:
-                batches = stack.enter_context(
-                    data.training_batches(
-                        self._builder,
-                        "train",
-                        batch_size=config.batch_size // config.microbatches,
-                        seed=seed,
-                        transform=self._augmentation(),
-                        process_index=jax.process_index(),
-                        process_count=jax.process_count(),
-                        start_step=step * config.microbatches,
-                        num_workers=config.num_workers,
-                    )
+                batches = data.training_batches(
+                    self._builder,
+                    "train",
+                    seed=seed,
+                    transform=self._augmentation,
+                    start_step=step * self._config.microbatches,
+                    **self._input,
                 )
-                return self._placed(batches)
+                return self._placed(stack.enter_context(batches))
 
             yield open_stream
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the whole evaluation split, by running statistics."""
-        config = self._config
-        crops = config.augmentation == "imagenet"
+        split = data.EVALUATION_SPLIT[self._config.dataset]
         with data.evaluation_batches(
-            self._builder,
-            data.EVALUATION_SPLIT[config.dataset],
-            batch_size=config.batch_size // config.microbatches,
-            transform=imagenet_evaluation(config.image_size) if crops else None,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_workers=config.num_workers,
+            self._builder, split, transform=self._cropping, **self._input
         ) as batches:
             rows = (Batch(*examples) for examples in batches)  # type: ignore[arg-type]
             return evaluate(self._eval_step, state, map(self._parallel.shard, rows))
@@ -158,13 +154,6 @@ class Programs:
             pieces = [Batch(*next(batches)) for _ in range(count)]  # type: ignore[arg-type]
             rows = pieces[0] if count == 1 else jax.tree.map(lambda *leaf: np.stack(leaf), *pieces)
             yield self._parallel.shard(rows, batch_axis=self._batch_axis)
-
-    def _augmentation(self) -> Any:
-        config = self._config
-        if config.augmentation == "imagenet":
-            strength = SETTINGS[config.setting].distortion
-            return imagenet_augmentation(config.image_size, strength=strength)
-        return cifar_augmentation() if config.augmentation == "cifar" else None
 
 
 def create_model(config: Config, num_classes: int, *, axis_name: str | None) -> Inception | CNN:

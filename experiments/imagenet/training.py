@@ -9,7 +9,7 @@ import jax
 from tqdm import tqdm
 
 from bn_research import data
-from bn_research.lab.workdir import Ledger
+from bn_research.lab import Ledger
 from bn_research.models.spec import num_logits
 from bn_research.training.checkpoint import Checkpointer
 from bn_research.training.loop import streamed, train

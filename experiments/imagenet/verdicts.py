@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from bn_research.claims.claim import Claim
-from bn_research.claims.finding import INCONCLUSIVE, Finding, verdict_of
+from bn_research.claims import Claim, Finding
+from bn_research.claims.finding import INCONCLUSIVE, verdict_of
 from bn_research.claims.judging import numbers
 from experiments.imagenet import PRESETS, Config
 

@@ -48,7 +48,7 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bn_research.lab.experiment import Experiment
+from bn_research.lab import Experiment
 from bn_research.lab.fields import (
     CompilerLevel,
     Count,

@@ -14,11 +14,11 @@ import numpy as np
 from jaxtyping import Array
 
 from bn_research.claims.judging import choose, final
+from bn_research.lab import Ledger
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import Programs, Training, creator, per_structure, sweep, train
-from bn_research.lab.workdir import Ledger
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.distortion import distort, draw_factors
 from bn_research.training.lanes import CreateFn
@@ -165,7 +165,7 @@ def apply_fn(network: Network, task: Task, data: Data):
 
 
 def programs(network: Network, task: Task) -> Programs:
-    """Those of a network; it begins as all that differ from it in what has no parameters."""
+    """Those of a network, whose start is that of all networks with its parameters."""
 
     def bare(network: Network) -> Network:
         return network.replace(activation="relu", dropout=0.0, local_response_norm=False)

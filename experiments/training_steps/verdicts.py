@@ -5,10 +5,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from bn_research.claims import Claim, Finding, paired_difference
 from bn_research.claims.bounded import Bounded, Ratio, first_reaching, ratio
-from bn_research.claims.claim import Claim
-from bn_research.claims.estimate import Estimate, paired_difference
-from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, verdict_of
+from bn_research.claims.estimate import Estimate
+from bn_research.claims.finding import INCONCLUSIVE, conjunction, verdict_of
 from bn_research.claims.judging import at_end, final, listed, numbers, with_intervals
 from experiments.training_steps import Config
 from experiments.training_steps.networks import (
@@ -136,32 +136,27 @@ def judge(config: Config, records: Records) -> list[Finding]:
     higher = gain(arms[X30], arms[X5])
     findings = []
     for claim, arm in zip(CLAIMS, (BASELINE, X5, X30), strict=True):
-        base = against(arms[PLAIN], arms[arm])
-        tuned = against(arms[TUNED], arms[arm])
+        base, tuned = (against(arms[baseline], arms[arm]) for baseline in (PLAIN, TUNED))
         measured = _measured(records, arm)
+        verdicts = [_at_least(base, _CHANGED), _at_least(tuned, 1.0)]
         if arm == BASELINE:
             both = against(arms[TUNED], arms[TUNED_BN])
-            measured = with_intervals({"steps, both at their own best rate": both}) | measured
+            measured = {"steps, both at their own best rate": both} | measured
             measured[f"rate, {TUNED_BN}"] = arms[TUNED_BN][0]["rate"]
             measured[f"best accuracy, {TUNED_BN}"] = numbers(arms[TUNED_BN], best).mean()
             refuted = _is_known(base) and base.low <= 1
             verdicts = [verdict_of(reproduced=base.low >= _SAME_RATE, refuted=refuted)]
-        else:
-            verdicts = [_at_least(base, _CHANGED), _at_least(tuned, 1.0)]
         if arm == X5:
             for name, (steps, accuracy) in contributions(config, arms).items():
-                measured |= with_intervals(
-                    {
-                        f"steps, {BASELINE} over {name} alone": steps,
-                        f"final accuracy, {name} alone − {BASELINE}": accuracy,
-                    }
-                )
+                measured[f"steps, {BASELINE} over {name} alone"] = steps
+                measured[f"final accuracy, {name} alone − {BASELINE}"] = accuracy
             measured[f"best accuracy, {SIGMOID}"] = numbers(arms[SIGMOID], best).mean()
         if arm == X30:
-            measured |= with_intervals({f"final accuracy, {X30} − {X5}": higher})
+            measured[f"final accuracy, {X30} − {X5}"] = higher
             verdicts.append(verdict_of(reproduced=higher.low > 0, refuted=higher.high <= 0))
         verdict = conjunction(*verdicts) if learned else INCONCLUSIVE
-        findings.append(Finding(claim, measured, base.interval, verdict, _note(config, arms, arm)))
+        note = _note(config, arms, arm)
+        findings.append(Finding(claim, with_intervals(measured), base.interval, verdict, note))
     return findings
 
 
@@ -177,24 +172,19 @@ def _at_least(found: Ratio, threshold: float) -> str:
     )
 
 
-def _measured(records: Records, arm: str) -> dict[str, float]:
+def _measured(records: Records, arm: str) -> dict[str, float | Ratio | Estimate]:
     arms, seconds = records.by_arm, records.seconds
     program = X5 if arm == X30 else arm  # the two differ in the rate
     faster = seconds[PLAIN] / seconds[program]
-    measured: dict[str, float] = {}
+    measured: dict[str, float | Ratio | Estimate] = {}
     for baseline, words in ((PLAIN, "base rate"), (TUNED, "its own best rate")):
         of = f"plain at {words} over {arm}"
         found = against(arms[baseline], arms[arm])
+        near = against(arms[baseline], arms[arm], _NEAR)
         known, low, high = (faster * x for x in (found.known, *found.interval))
-        measured |= with_intervals(
-            {
-                f"steps, {of}": found,
-                f"steps to {_NEAR:.0%} of the target, {of}": against(
-                    arms[baseline], arms[arm], _NEAR
-                ),
-                f"wall-clock time, {of}": Estimate(known, low, high, found.pairs),
-            }
-        )
+        measured[f"steps, {of}"] = found
+        measured[f"steps to {_NEAR:.0%} of the target, {of}"] = near
+        measured[f"wall-clock time, {of}"] = Estimate(known, low, high, found.pairs)
     for name in (PLAIN, TUNED, arm):
         measured[f"best accuracy, {name}"] = numbers(arms[name], best).mean()
         measured[f"final accuracy, {name}"] = numbers(arms[name], _final_accuracy).mean()
