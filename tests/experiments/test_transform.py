@@ -14,31 +14,30 @@ from bn_research.lab.launch import main
 from bn_research.lab.workdir import _plain
 from bn_research.normalization import batch_norm
 from bn_research.normalization.whitening import CovarianceMoments
-from experiments import transform
-from experiments.transform import (
+from experiments.transform import EXPERIMENT, PRESETS, measurements, verdicts
+from experiments.transform.measurements import (
     ARMS,
-    CONTROLS,
-    EXPERIMENT,
     PASSES,
-    PRESETS,
     REAL,
+    SOURCES,
     correlation,
-    exponent,
     features,
     identities,
+    measure_outlier,
+    measure_source,
+    measure_whitening,
+    prepare,
+    standardize,
+    transfer_error,
+    undoing,
+)
+from experiments.transform.verdicts import (
+    exponent,
     judge_cost,
     judge_decorrelation,
     judge_identity,
     judge_unit,
-    measure_outlier,
-    measure_source,
-    measure_whitening,
-    median_interval,
-    prepare,
-    standardize,
-    transfer_error,
     transfer_slopes,
-    undoing,
 )
 
 CLAIM_IDS = [
@@ -71,7 +70,7 @@ def pixels():
 @pytest.fixture
 def programs():
     """Forgets the compiled programs, so that a replaced transform is used, and then forgotten."""
-    compiled = (transform._normalized, transform._covariance, transform._whitened)
+    compiled = (measurements._normalized, measurements._covariance, measurements._whitened)
     for program in compiled:
         program.clear_cache()
     yield
@@ -142,23 +141,12 @@ def test_convolutional_features_are_xlas_convolution(pixels):
 
 
 def test_features_are_drawn_by_seed_and_the_controls_are_what_they_say(pixels):
-    for source in REAL + CONTROLS:
+    for source in SOURCES:
         one, again, other = (features(source, pixels, seed) for seed in (0, 0, 1))
         np.testing.assert_array_equal(one, again)
         assert (source == "pixels") == np.array_equal(one, other)
     offset = features("offset", pixels, 0)
     np.testing.assert_allclose((offset.mean(0) / offset.std(0))[[0, -1]], [1, 1e6], rtol=0.2)
-
-
-@pytest.mark.parametrize(
-    ("count", "low", "high"),
-    [(5, -math.inf, math.inf), (6, 1, 6), (10, 2, 9), (11, 2, 10), (25, 8, 18), (100, 40, 61)],
-)
-def test_interval_of_the_median(count, low, high):
-    """Ranks from tables of the sign test, two-sided 5 %."""
-    values = np.random.default_rng(0).permutation(np.arange(1, count + 1))
-    found = median_interval(values)
-    assert (found.low, found.high, found.mean) == (low, high, (count + 1) / 2)
 
 
 # --- verdicts on wrong transforms ---
@@ -167,8 +155,8 @@ def test_interval_of_the_median(count, low, high):
 @pytest.fixture
 def dense_alone(monkeypatch):
     """One kind of features: programs of five kinds take seconds to compile."""
-    monkeypatch.setattr(transform, "REAL", ("dense",))
-    monkeypatch.setattr(transform, "CONTROLS", ())
+    for name in ("REAL", "SOURCES"):
+        monkeypatch.setattr(verdicts, name, ("dense",))
 
 
 def stored(record):
@@ -239,7 +227,7 @@ def test_a_wrong_transform_is_not_reproduced(
 
     The second is at best inconclusive: one seed gives no interval of the slope.
     """
-    monkeypatch.setattr(transform, "batch_norm", wrong)
+    monkeypatch.setattr(measurements, "batch_norm", wrong)
     records = measure(pixels)
     whitened = [stored(measure_whitening(pixels, 0))]
     findings = (
@@ -254,7 +242,7 @@ def test_a_control_that_does_not_whiten_leaves_decorrelation_open(
     monkeypatch, dense_alone, programs, pixels
 ):
     records = measure(pixels)
-    monkeypatch.setattr(transform, "whiten", batch_norm)
+    monkeypatch.setattr(measurements, "whiten", batch_norm)
     finding = judge_decorrelation(records, [measure_whitening(pixels, 0)])
     assert finding.verdict == INCONCLUSIVE
     assert finding.measured["largest |correlation|, ZCA"] > 0.1
@@ -267,8 +255,8 @@ def test_a_covariance_that_is_not_centred_has_too_high_a_rank(
         return CovarianceMoments(jnp.float32(len(x)), jnp.zeros(x.shape[-1]), x.T @ x)
 
     assert judge_cost(measure(pixels), times()).verdict == REPRODUCED
-    monkeypatch.setattr(transform, "batch_covariance", raw)
-    transform._covariance.clear_cache()
+    monkeypatch.setattr(measurements, "batch_covariance", raw)
+    measurements._covariance.clear_cache()
     finding = judge_cost(measure(pixels), times())
     assert finding.verdict == NOT_REPRODUCED
     assert finding.measured["largest excess of a rank over m - 1"] == 1
@@ -289,7 +277,7 @@ def made_up(exponents=(-0.5,) * 5, noise=0.01, **worst):
             "transfer": list(sizes ** (power + noise * (seed - 1))),
             **{key: [worst.get(key, 0.0)] * 2 for key in zero},
         }
-        for source, power in zip(REAL + CONTROLS, exponents, strict=True)
+        for source, power in zip(SOURCES, exponents, strict=True)
         for seed in range(3)
     ]
 
@@ -431,7 +419,7 @@ def test_interrupted_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch)
         raise Stop
 
     with monkeypatch.context() as patched:
-        patched.setattr(transform, "measure_time", stop)
+        patched.setattr(measurements, "measure_time", stop)
         with pytest.raises(Stop):
             launch(tmp_path / "run")
     ledger = tmp_path / "run" / "metrics.jsonl"
