@@ -1,39 +1,47 @@
 """Arms of a comparison: one network, one optimizer, one setting, trained for each seed.
 
-Everything that changes the program (network, BN placement, optimizer, initializer, biases) is
-static; rate, ε and the initialization's width are traced, so that a sweep over them compiles once.
+Rate, ε and the initialization's width are traced, so that a sweep over them compiles once.
 """
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.images import Images
 from bn_research.lab.runner import Runner
+from bn_research.lab.settings import (
+    Programs,
+    Setting,
+    Training,
+    creator,
+    per_structure,
+    sweep,
+    train,
+)
 from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import kernel_initializer
 from bn_research.training.evaluation import make_evaluation, place_batches
-from bn_research.training.loop import run_steps
+from bn_research.training.loop import History, run_steps
 from bn_research.training.optimizers import create_optimizer
-from bn_research.training.state import TrainState, create_train_state
-from bn_research.training.step import make_eval_step, make_train_step
-from bn_research.training.sweep import Member, Sweep
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch, make_eval_step, make_train_step
 
 FIXUP = "fixup"  # He's, with a head of zeros: Zhang et al. (2019) without residual branches
 _EVAL_BATCH = 32
 _POPULATION_BATCHES = 32
 
 
-class Arm(NamedTuple):
-    """A setting; the fields before `learning_rate` are static, it and the next two traced."""
+class Arm(Setting, traced="learning_rate epsilon a", unseen="num_steps stop_below"):
+    """A network and how it is trained."""
 
     network: str
     placement: NormPlacement  # of BN
@@ -47,22 +55,6 @@ class Arm(NamedTuple):
     a: float = 1e-3  # half-width of the uniform initializer
     num_steps: int = 100
     stop_below: float = -math.inf  # end once a batch's loss is below this
-
-    @property
-    def name(self) -> str:
-        """Identifies the arm in the ledger."""
-        return " ".join(f"{field}={getattr(self, field)}" for field in self._fields)
-
-
-_STATIC = Arm._fields.index("learning_rate")
-
-
-class Hyper(NamedTuple):
-    """The traced part of an arm."""
-
-    learning_rate: Array
-    epsilon: Array
-    a: Array
 
 
 class Trainer:
@@ -96,58 +88,47 @@ class Trainer:
         """Records of arms trained to choose between settings: losses only, no test set."""
         return self._records("tune", runs, lambda arm, state: {})
 
-    def _records(self, purpose, runs, score):
-        arms = {
-            f"{self._prefix}{purpose}/{arm.name} seed={seed}": (arm, seed) for arm, seed in runs
-        }
-        sweeps: dict[tuple, list[str]] = {}
-        for name, (arm, _) in arms.items():
-            sweeps.setdefault(arm[:_STATIC], []).append(name)
-        records = {}
-        for names in sweeps.values():
-            group = {name: arms[name] for name in names}
-            records.update(zip(names, self._sweep(group, score), strict=True))
-        return [records[name] for name in arms]
-
-    def _sweep(self, arms, score):
-        """Records of the arms of one sweep."""
-        first: Arm = next(iter(arms.values()))[0]
-        shape = (1, *self._images.train.image.shape[1:])
-        self._runner.describe(f"BN {first.placement}, {first.optimizer}, {first.initializer}")
-
-        def record(member, state, history):
-            arm, seed = arms[member.name]
+    def _records(
+        self,
+        purpose: str,
+        runs: Sequence[tuple[Arm, int]],
+        score: Callable[[Arm, TrainState], dict[str, float]],
+    ) -> list[dict[str, Any]]:
+        def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
             return {
-                **arm._asdict(),
-                "seed": seed,
+                **training.setting.as_record(),
+                "seed": training.seed,
                 "loss": history.loss,
                 "diverged": history.diverged,
-                **score(arm, state),
+                **score(training.setting, state),
             }
 
-        return self._runner.train(
-            _create_program(first[:_STATIC], shape),
-            _sweep_program(first[:_STATIC], self._steps_per_dispatch),
-            [Member(name, seed, _hyper(arm), arm.num_steps) for name, (arm, seed) in arms.items()],
+        shape = (1, *self._images.train.image.shape[1:])
+        return train(
+            self._runner,
+            [Training(arm, seed, arm.num_steps) for arm, seed in runs],
+            lambda arm: _programs(arm, shape, self._steps_per_dispatch),
             self._images.train,
             record=record,
-            stop_when=lambda member, loss: bool(np.min(loss) < arms[member.name][0].stop_below),
+            name=lambda t: f"{self._prefix}{purpose}/{t.setting.name} seed={t.seed}",
+            describe=lambda t: (
+                f"BN {t.setting.placement}, {t.setting.optimizer}, {t.setting.initializer}"
+            ),
+            stop_when=lambda t, loss: bool(np.min(loss) < t.setting.stop_below),
         )
 
     def _evaluate(self, arm: Arm, state: TrainState) -> dict[str, float]:
-        static = arm[:_STATIC]
-        epsilon = _hyper(arm).epsilon
+        epsilon = arm.traced.epsilon
         state = state._replace(opt_state=())  # one program for every optimizer
         if arm.placement != "none":
-            moments = _moments_program(static)
+            moments = _moments_program(arm)
             population = population_batch_stats(
                 lambda variables, image: moments(variables, image, epsilon),
                 {"params": state.params, "batch_stats": state.batch_stats},
                 self._population_batches(arm.batch_size),
             )
             state = state._replace(batch_stats=population)
-        evaluation = _evaluation_program(static, self._test.mesh)
-        scores = evaluation(self._test.batches, state, epsilon)
+        scores = _evaluation_program(arm, self._test.mesh)(self._test.batches, state, epsilon)
         return {"accuracy": scores["accuracy"], "test_loss": scores["loss"]}
 
     def _population_batches(self, batch_size: int) -> list[Array]:
@@ -156,12 +137,7 @@ class Trainer:
         return list(jnp.split(images[: count * batch_size], count))
 
 
-def _hyper(arm: Arm) -> Hyper:
-    return Hyper(*(jnp.float32(getattr(arm, field)) for field in Hyper._fields))
-
-
-def _model(static: tuple, epsilon: Any, **options: Any) -> CNN:
-    arm = Arm(*static)
+def _model(arm: Arm, epsilon: Any, **options: Any) -> CNN:
     return CNN(
         arm.network,
         functools.partial(BatchNorm, epsilon=epsilon),
@@ -182,54 +158,46 @@ def _apply_fn(model: CNN):
     return apply_fn
 
 
-@functools.cache
-def _create_program(static, shape):
-    arm = Arm(*static)
+def _optimizer(arm: Arm) -> optax.GradientTransformation:
+    return create_optimizer(arm.optimizer, arm.learning_rate)
 
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key, hyper):
+
+@per_structure
+def _programs(arm: Arm, shape: tuple[int, ...], num_steps: int) -> Programs:
+    batch_size = arm.batch_size
+
+    def init(key: Array, arm: Arm) -> Any:
         fixup = arm.initializer == FIXUP
         model = _model(
-            static,
-            hyper.epsilon,
-            kernel_init=kernel_initializer("he" if fixup else arm.initializer, a=hyper.a),
+            arm,
+            arm.epsilon,
+            kernel_init=kernel_initializer("he" if fixup else arm.initializer, a=arm.a),
             head_init=jax.nn.initializers.zeros if fixup else None,
         )
-        return create_train_state(
-            lambda key: model.init(key, jnp.zeros(shape), train=False),
-            create_optimizer(arm.optimizer, hyper.learning_rate),
-            key,
-        )
+        return model.init(key, jnp.zeros(shape), train=False)
 
-    return create
+    def advance(state: TrainState, arm: Arm, examples: Batch):
+        step = make_train_step(_apply_fn(_model(arm, arm.epsilon)), _optimizer(arm))
+        return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 
-
-@functools.cache
-def _sweep_program(static, num_steps):
-    arm = Arm(*static)
-
-    def advance(state, hyper, examples):
-        apply_fn = _apply_fn(_model(static, hyper.epsilon))
-        step = make_train_step(apply_fn, create_optimizer(arm.optimizer, hyper.learning_rate))
-        return run_steps(step, state, examples, batch_size=arm.batch_size, num_steps=num_steps)
-
-    return Sweep(advance, steps_per_dispatch=num_steps, compiler_options=compiler_options(1))
+    return Programs(
+        creator(init, _optimizer), sweep(advance, steps_per_dispatch=num_steps, strategy="auto")
+    )
 
 
-@functools.cache
-def _moments_program(static):
+@per_structure
+def _moments_program(arm: Arm):
     @functools.partial(jax.jit, compiler_options=compiler_options(1))
     def moments(variables, image, epsilon):
         mutable = [MOMENTS, "batch_stats"]
-        model = _model(static, epsilon)
-        return model.apply(variables, image, train=True, mutable=mutable)[1][MOMENTS]
+        return _model(arm, epsilon).apply(variables, image, train=True, mutable=mutable)[1][MOMENTS]
 
     return moments
 
 
-@functools.cache
-def _evaluation_program(static, mesh):
+@per_structure
+def _evaluation_program(arm: Arm, mesh: jax.sharding.Mesh):
     def eval_step(batch, state, epsilon):
-        return make_eval_step(_apply_fn(_model(static, epsilon)))(state, batch)
+        return make_eval_step(_apply_fn(_model(arm, epsilon)))(state, batch)
 
     return make_evaluation(eval_step, mesh, compiler_options=compiler_options(1))

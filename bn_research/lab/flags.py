@@ -6,10 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pydantic
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bn_research.lab.experiment import Experiment
+from bn_research.lab.fields import in_words
 from bn_research.lab.tensorboard import obstacle
 
 _PARALLEL = ("auto", "jit", "pmap", "shard_map")
@@ -68,7 +70,10 @@ def parse(experiment: Experiment, argv: list[str]) -> Options | None:
         raise UsageError(f"{error} (see --help for what is allowed)") from error
     if len(rest) > 1:
         raise UsageError(f"unexpected argument {rest[1]!r}: flags start with -- (see --help)")
-    resolved = dataclasses.replace(experiment.presets[basic.preset], **config.to_dict())
+    try:
+        resolved = dataclasses.replace(experiment.presets[basic.preset], **config.to_dict())
+    except pydantic.ValidationError as error:
+        raise UsageError(in_words(error)) from error
     _check(resolved, experiment.presets[basic.preset])
     path = Path(basic.workdir or default_path(experiment, basic.preset))
     if basic.tensorboard and (missing := obstacle()):

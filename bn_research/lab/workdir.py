@@ -23,7 +23,7 @@ from typing import Any
 from bn_research.claims.results import write_json
 
 _PACKAGES = (
-    "bn_research absl-py flax jax jaxlib ml_collections numpy optax orbax-checkpoint scikit-learn "
+    "bn_research absl-py flax jax jaxlib ml_collections numpy optax orbax-checkpoint pydantic scikit-learn "
     "scipy tensorflow-datasets"
 ).split()
 

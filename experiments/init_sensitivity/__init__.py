@@ -235,14 +235,14 @@ def plan(config: Config) -> dict[str, list[Arm]]:
     )
     rates = {"sgd": config.rates, "adam": config.adam_rates}
     arms = {
-        PLAIN: [plain._replace(learning_rate=rate) for rate in config.rates],
+        PLAIN: [plain.replace(learning_rate=rate) for rate in config.rates],
         "plain, Adam": [
-            plain._replace(optimizer="adam", learning_rate=rate) for rate in config.adam_rates
+            plain.replace(optimizer="adam", learning_rate=rate) for rate in config.adam_rates
         ],
     }
     for scheme in config.schemes:
         arms[f"plain, {scheme}"] = [
-            plain._replace(initializer=scheme, learning_rate=rate) for rate in config.scheme_rates
+            plain.replace(initializer=scheme, learning_rate=rate) for rate in config.scheme_rates
         ]
     columns = list(itertools.product(config.optimizers, config.biases))
     cells: list[tuple[float, str, bool, NormPlacement]] = [
@@ -256,17 +256,17 @@ def plan(config: Config) -> dict[str, list[Arm]]:
         for optimizer, epsilon in layer_cells(config)
     ]
     for epsilon, optimizer, use_bias, placement in cells:
-        arm = plain._replace(
+        arm = plain.replace(
             placement=placement, epsilon=epsilon, optimizer=optimizer, use_bias=use_bias
         )
         arms[grid_cell(epsilon, optimizer, use_bias, placement)] = [
-            arm._replace(learning_rate=rate) for rate in rates[optimizer]
+            arm.replace(learning_rate=rate) for rate in rates[optimizer]
         ]
     escape_rates = {"sgd": config.escape_rate, "adam": config.adam_escape_rate}
     for optimizer, use_bias in columns:
         for epsilon in escape_epsilons(config, optimizer):
             arms[escape_role(epsilon, optimizer, use_bias)] = [
-                plain._replace(
+                plain.replace(
                     placement="last",
                     epsilon=epsilon,
                     optimizer=optimizer,
@@ -280,7 +280,7 @@ def plan(config: Config) -> dict[str, list[Arm]]:
     for placement in everywhere:
         for a in config.widths:
             arms[f"{placement} a={a:g}"] = [
-                plain._replace(
+                plain.replace(
                     placement=placement, a=a, learning_rate=rate, num_steps=config.width_steps
                 )
                 for rate in config.width_rates

@@ -233,7 +233,7 @@ def boosted_arms(config: Config, searches: Searches) -> dict[str, Arm]:
     best = searches[plain].best
     rates = (best, PUBLISHED_FACTOR * best, searches[bn].best)
     return {
-        name: arm_of(config, setting)._replace(learning_rate=rate)
+        name: arm_of(config, setting).replace(learning_rate=rate)
         for name, setting, rate in zip(BOOSTED, (plain, bn, bn), rates, strict=True)
     }
 

@@ -181,7 +181,7 @@ def find_limits(
     places = list(range(0, count, stride))
     arms = {setting: arm_of(config, setting) for setting in settings}
     known = {
-        setting: [(arm._replace(learning_rate=rates[place]), config.seeds) for place in places]
+        setting: [(arm.replace(learning_rate=rates[place]), config.seeds) for place in places]
         for setting, arm in arms.items()
     }
     tuned = iter(trainer.tune([one for setting in settings for one in known[setting]]))
@@ -198,7 +198,7 @@ def find_limits(
 
     def run(wanted: Sequence[tuple[tuple[Setting, int], int]]) -> list[bool]:
         runs = [
-            (arms[setting]._replace(learning_rate=rates[place]), seed)
+            (arms[setting].replace(learning_rate=rates[place]), seed)
             for (setting, seed), place in wanted
         ]
         # A sweep of fewer members than devices would be another program, to be compiled for one

@@ -55,14 +55,14 @@ def train_sigmoids(config: Any, trainer: Trainer) -> Sigmoids:
     }
     rates = config.sigmoid_rates
     trials = [
-        (arm._replace(learning_rate=rate), config.seeds) for arm in arms.values() for rate in rates
+        (arm.replace(learning_rate=rate), config.seeds) for arm in arms.values() for rate in rates
     ]
     losses = np.reshape([final_loss(record) for record in trainer.tune(trials)], (-1, len(rates)))
     best = [rates[place] for place in losses.argmin(axis=1)]
     seeds = range(config.seeds)
     records = trainer.train(
         [
-            (arm._replace(learning_rate=rate), seed)
+            (arm.replace(learning_rate=rate), seed)
             for arm, rate in zip(arms.values(), best, strict=True)
             for seed in seeds
         ]
