@@ -32,26 +32,45 @@ forms a d × d covariance, O(m·d²), and its inverse root, O(d³).
 | whitening-cost | rank min(m − 1, d); at d = 512 ZCA costs some ten times BN, or more |
 """
 
-import dataclasses
+from typing import Annotated
+
+from pydantic import Field
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
+from bn_research.lab.fields import Count, NonNegative, OrNone, Several, Some
+
+Sizes = Annotated[Some[Several], Field(min_length=2)]  # a slope is asked of them
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    seeds: int = 3  # 0, 1, …; a seed draws the random layers, the controls and the batches
+    seeds: Count = 3  # 0, 1, …; a seed draws the random layers, the controls and the batches
     dataset: str = "digits"
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
-    examples: int = 0  # of the training split; 0 is all
-    batch_sizes: tuple[int, ...] = (8, 16, 32, 64, 128, 256)
-    pairs: int = 64  # of disjoint batches, for each size and seed; they take the ε in turn
-    epsilons: tuple[float, ...] = (0.0, 1e-5, 1e-3)
-    dims: tuple[int, ...] = (64, 128, 256, 512)  # features of the timed transforms
-    timed_batch: int = 2048  # twice the largest d: every covariance has full rank
-    repeats: int = 11  # of each timing
+    examples: OrNone = 0  # of the training split; 0 is all
+    batch_sizes: Sizes = (8, 16, 32, 64, 128, 256)
+    pairs: Count = 64  # of disjoint batches, for each size and seed; they take the ε in turn
+    epsilons: Some[NonNegative] = (0.0, 1e-5, 1e-3)
+    dims: Sizes = (64, 128, 256, 512)  # features of the timed transforms
+    timed_batch: Several = 2048  # twice the largest d: every covariance has full rank
+    repeats: Count = 11  # of each timing
+
+    def __post_init__(self) -> None:
+        """Each ε needs a pair, and a covariance more examples than features."""
+        if self.pairs < len(self.epsilons):
+            raise ValueError(
+                f"pairs={self.pairs} is not allowed: at least one for each of "
+                f"epsilons={self.epsilons}"
+            )
+        if self.timed_batch <= max(self.dims):
+            raise ValueError(
+                f"timed_batch={self.timed_batch} is not allowed: it must be above the largest of "
+                f"dims={self.dims}, or the covariance is singular"
+            )
 
 
 PRESETS = {

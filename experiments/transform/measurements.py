@@ -13,6 +13,7 @@ import numpy as np
 from tqdm import tqdm
 
 from bn_research import data
+from bn_research.lab.fields import at_most
 from bn_research.lab.workdir import Ledger
 from bn_research.normalization import batch_norm
 from bn_research.normalization.whitening import batch_covariance, covariance, whiten
@@ -45,38 +46,12 @@ class Records(NamedTuple):
 
 
 def prepare(config: Config) -> np.ndarray:
-    """Checks the config and loads the pixels, float64 from 0 to 1, [N, height, width, channels]."""
-    for name, least in (
-        ("seeds", 1),
-        ("examples", 0),
-        ("pairs", len(config.epsilons)),
-        ("repeats", 1),
-    ):
-        value = getattr(config, name)
-        if value < least:
-            raise ValueError(f"{name}={value} is not allowed: at least {least} is needed")
-    for name in ("batch_sizes", "dims"):
-        sizes = getattr(config, name)
-        if len(set(sizes)) < 2 or min(sizes) < 2:
-            raise ValueError(
-                f"{name}={sizes} is not allowed: at least two different sizes are needed, from 2 up"
-            )
-    if not config.epsilons or not min(config.epsilons) >= 0:
-        raise ValueError(f"epsilons={config.epsilons} is not allowed: give numbers ≥ 0")
-    if config.timed_batch <= max(config.dims):
-        raise ValueError(
-            f"timed_batch={config.timed_batch} is not allowed: it must be above the largest of "
-            f"dims={config.dims}, or the covariance is singular"
-        )
+    """Pixels, float64 from 0 to 1, [N, height, width, channels]."""
     builder = data.prepare(
         config.dataset, data_dir=config.data_dir or None, manual_dir=config.manual_dir or None
     )
     image = data.load_examples(builder, "train", limit=config.examples or None).image
-    if 2 * max(config.batch_sizes) > len(image):
-        raise ValueError(
-            f"batch_sizes={config.batch_sizes} is not allowed: two batches of the largest must fit "
-            f"into {len(image)} examples"
-        )
+    at_most(config, len(image) // 2, f"half of {len(image)} examples", "batch_sizes")
     return image / float(data.FULL_SCALE[config.dataset])
 
 
