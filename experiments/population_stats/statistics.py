@@ -1,4 +1,4 @@
-"""What `experiments.population_stats` measures: statistics, their distance, the test set by each.
+"""Statistics for inference, their distance to the truth, and the test set by each.
 
 Distance. Of estimated statistics (μ̂, σ̂²) to the truth (μ, σ²) of a layer, mean over its features:
 
@@ -25,6 +25,7 @@ from bn_research.models.initializers import kernel_initializer
 from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.state import TrainState
 from bn_research.training.step import make_eval_step
+from experiments.population_stats import Config
 
 EPSILON = 1e-5  # of BN
 TRUTH, ALGORITHM2, MERGED = "truth", "Algorithm 2", "merged"
@@ -109,7 +110,7 @@ class Measurement:
       images: the data set.
     """
 
-    def __init__(self, config: Any, images: Images):
+    def __init__(self, config: Config, images: Images):
         """Places the test set on the devices."""
         self._config, self._image = config, images.train.image
         self._test = place_batches(images.test, batch_size=_EVAL_BATCH)
