@@ -91,8 +91,8 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     steps = len(LEVELS) * sum(config.snapshots) + max(config.snapshots)
     tuning = config.tuning_steps * len(config.learning_rates)
     total = len(config.batch_sizes) * (config.seeds * steps + tuning)
-    found, rates = [], {}
-    with Runner(path, Ledger(path / "metrics.jsonl"), total_steps=total) as runner:
+    ledger, found, rates = Ledger(path / "metrics.jsonl"), [], {}
+    with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
         trainer = Trainer(config, images, runner)
         for size in sorted(config.batch_sizes):
             trials = [
