@@ -142,9 +142,8 @@ def test_the_flags_that_a_page_prints_exist(page, capsys):
         capsys.readouterr()
 
 
-def test_the_example_has_few_lines_below_its_imports():
-    below = example().partition("from bn_research.normalization import batch_norm\n")[2]
-    assert len([line for line in below.splitlines() if line.strip()]) < 45
+def test_the_example_has_fifty_lines():
+    assert len([line for line in example().splitlines() if line.strip()]) <= 50
 
 
 def test_the_example_is_as_clean_as_the_project(tmp_path):

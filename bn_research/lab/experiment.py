@@ -1,5 +1,7 @@
 """An experiment, as its package or file describes it."""
 
+from __future__ import annotations
+
 import dataclasses
 import functools
 import importlib
@@ -7,11 +9,12 @@ import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from bn_research.claims.claim import Claim, check_unique
-from bn_research.claims.figures import Figure
-from bn_research.claims.finding import Finding
+if TYPE_CHECKING:  # what a run needs takes seconds to import
+    from bn_research.claims.claim import Claim
+    from bn_research.claims.figures import Figure
+    from bn_research.claims.finding import Finding
 
 _FILES = {  # of a room, where it does not hold them itself
     "prepare": ("measurements", "training"),
@@ -88,6 +91,8 @@ class Experiment:
     @functools.cached_property
     def claims(self) -> Sequence[Claim]:
         """With their criteria, as they stand before the run."""
+        from bn_research.claims.claim import check_unique
+
         claims = tuple(self._door("CLAIMS"))
         check_unique(claims)
         return claims

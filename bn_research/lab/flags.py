@@ -12,7 +12,6 @@ from ml_collections import ConfigDict, config_flags
 
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.fields import in_words
-from bn_research.lab.tensorboard import obstacle
 
 _PARALLEL = ("auto", "jit", "pmap", "shard_map")
 
@@ -76,15 +75,18 @@ def parse(experiment: Experiment, argv: list[str]) -> Options | None:
         raise UsageError(in_words(error)) from error
     _check(resolved, experiment.presets[basic.preset])
     path = Path(basic.workdir or default_path(experiment, basic.preset))
-    if basic.tensorboard and (missing := obstacle()):
-        raise UsageError(missing)
+    if basic.tensorboard:
+        from bn_research.lab.tensorboard import obstacle
+
+        if missing := obstacle():
+            raise UsageError(missing)
     parallel = basic.parallel if experiment.distributed else None
     job = _job(basic) if experiment.distributed else None
     return Options(basic.preset, resolved, path, basic.strict, basic.tensorboard, parallel, job)
 
 
 def _check(config: Any, preset: Any) -> None:
-    """What holds for every experiment, and what ml_collections does not look at."""
+    """UsageError where a tuple of numbers was given something else, or seeds is below 1."""
     if config.seeds < 1:
         raise UsageError(f"--config.seeds={config.seeds} is not allowed: at least 1")
     for field, before in dataclasses.asdict(preset).items():

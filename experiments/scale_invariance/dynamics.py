@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float
 
-from bn_research.lab.launch import UsageError
+from bn_research.lab.flags import UsageError
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.cnn import CNN, hidden_layers
 from bn_research.probes.angular_updates import angular_update

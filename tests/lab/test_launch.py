@@ -16,7 +16,7 @@ import pytest
 from bn_research.claims.claim import Claim
 from bn_research.claims.figures import Figure
 from bn_research.claims.finding import NOT_REPRODUCED, REPRODUCED, Finding
-from bn_research.lab import launch as launch_module
+from bn_research.lab import run as run_module
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.launch import main
 from bn_research.lab.workdir import Ledger
@@ -150,9 +150,9 @@ def test_another_config_is_refused(tmp_path, capsys):
 
 
 def test_the_report_asks_the_question_without_the_listings():
-    asked = launch_module._first_prose("Title?\n\nWhy, and\nhow.\n\n    --flag  x\n\nTheory.\n")
+    asked = run_module._first_prose("Title?\n\nWhy, and\nhow.\n\n    --flag  x\n\nTheory.\n")
     assert asked == "Why, and\nhow."
-    assert launch_module._first_prose("What is one and two?") == "What is one and two?"
+    assert run_module._first_prose("What is one and two?") == "What is one and two?"
 
 
 def test_help_names_every_field_preset_and_status(capsys):

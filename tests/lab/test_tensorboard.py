@@ -15,6 +15,7 @@ import pytest
 from bn_research.claims.claim import Claim
 from bn_research.claims.finding import REPRODUCED, Finding
 from bn_research.lab import launch, tensorboard
+from bn_research.lab import run as run_module
 from bn_research.lab.experiment import Experiment
 from bn_research.lab.tensorboard import curves, event_files
 from bn_research.lab.workdir import Ledger
@@ -252,7 +253,7 @@ def test_the_flag_of_an_experiment(tmp_path, capsys):
 
 def test_only_process_0_of_a_job_writes(tmp_path, monkeypatch):
     assert start(tmp_path / "w") == 0
-    monkeypatch.setattr(launch, "_writes", lambda job: False)
+    monkeypatch.setattr(run_module, "_writes", lambda job: False)
     assert start(tmp_path / "w", "--tensorboard") == 0
     assert not (tmp_path / "w" / "tensorboard").exists()
 
@@ -266,9 +267,7 @@ def test_without_the_library_the_flag_is_refused_in_one_line(tmp_path, capsys, m
 
 
 def test_the_library_is_loaded_for_the_flag_alone():
-    program = (
-        "import sys, bn_research.lab.launch; print([m for m in sys.modules if 'tensorb' in m])"
-    )
+    program = "import sys, bn_research.lab.run; print([m for m in sys.modules if 'tensorb' in m])"
     done = subprocess.run(
         [sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True
     )
