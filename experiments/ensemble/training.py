@@ -17,7 +17,7 @@ from jaxtyping import Array
 from bn_research.claims import atomic
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
-from bn_research.lab.images import Images, load_images
+from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import (
     Programs,
@@ -109,13 +109,7 @@ class Records(NamedTuple):
 def prepare(config: Config) -> Images:
     """The images, as many as are used; each core becomes a device, for the sweeps."""
     use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-    )
+    images = images_of(config, scale="standardized")
     for split, name in ((images.train, "train_examples"), (images.test, "eval_examples")):
         at_most(config, len(split.label), f"as {config.dataset} has", name)
     images = images._replace(

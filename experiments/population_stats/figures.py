@@ -94,16 +94,7 @@ def _draw_kinds(
     value: Callable[[str], Callable[[Record], float]],
     names: Mapping[str, str] | None = None,
 ):
-    """A panel for each level, with a band for each kind of statistics, along a field of the cell.
-
-    Args:
-      cells: of the grid.
-      along: the field.
-      where: which of the cells.
-      looks: of each kind.
-      value: of a kind, as a function of the record.
-      names: of the kinds in the legend.
-    """
+    """Panels of both levels with a band for each kind of statistics, along a field of the cells."""
     fig, axes = _panels()
     for level, axis in axes.items():
         chosen = {c: runs for c, runs in cells.items() if c.level == level and where(c)}

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from bn_research.claims.judging import choose
 from bn_research.lab.fields import at_most
-from bn_research.lab.images import Images, check_network, load_images
+from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import (
     Programs,
@@ -73,14 +73,7 @@ class Records(NamedTuple):
 def prepare(config: Config) -> Images:
     """The images; each core becomes a device, for the sweeps."""
     use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-        limit=config.examples or None,
-    )
+    images = images_of(config, scale="standardized", limit=config.examples)
     check_network(config.network, images, config.dataset)
     at_most(config, len(images.train.label), "the training set", "batch_sizes")
     return images
@@ -93,13 +86,13 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     total = len(config.batch_sizes) * (config.seeds * steps + tuning)
     ledger, found, rates = Ledger(path / "metrics.jsonl"), [], {}
     with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
-        trainer = Trainer(config, images, runner)
+        given = config, images, runner, Measurement(config, images)
         for size in sorted(config.batch_sizes):
             trials = [
                 Run(size, rate, config.tuning_steps, config.seeds) for rate in config.learning_rates
             ]
-            rates[size] = choose_rates(trainer.tune(trials), images.num_classes)
-            found += trainer.train(settings(config, size, rates[size]))
+            rates[size] = choose_rates(trained("tune", trials, *given), images.num_classes)
+            found += trained("train", settings(config, size, rates[size]), *given)
     return Records(found, rates, images.num_classes)
 
 
@@ -136,51 +129,38 @@ def choose_rates(records: Sequence[Mapping[str, Any]], num_classes: int) -> Rate
     return Rates(best, best / 10, high)
 
 
-class Trainer:
-    """Trains on a data set, each run once in the life of a workdir."""
+def trained(
+    purpose: str,
+    runs: Sequence[Run],
+    config: Config,
+    images: Images,
+    runner: Runner,
+    measurement: Callable[..., Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Records of runs: the training loss at their end, and what the measurement says of the state.
 
-    def __init__(self, config: Config, images: Images, runner: Runner):
-        """Places the test set on the devices."""
-        self._config, self._images, self._runner = config, images, runner
-        self._measurement = Measurement(config, images)
+    Tuning is to choose a rate and is not measured.
+    """
 
-    def tune(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """Records of runs that are to choose a rate: the training loss at their end alone."""
-        return self._records("tune", runs, lambda run, state: {})
+    def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+        run: Run = training.setting
+        loss = np.mean(history.loss[-max(1, run.step // 10) :])
+        found = {**run.as_record(), "loss": loss, "diverged": history.diverged}
+        if purpose == "tune":
+            return found
+        late = run.step == max(config.snapshots)
+        return {**found, **measurement(state, batch_size=run.batch_size, seed=run.seed, late=late)}
 
-    def train(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """Records with the distance of each kind of statistics, and the test set by each."""
-        late = max(self._config.snapshots)
-        return self._records(
-            "train",
-            runs,
-            lambda run, state: self._measurement(
-                state, batch_size=run.batch_size, seed=run.seed, late=run.step == late
-            ),
-        )
-
-    def _records(
-        self,
-        purpose: str,
-        runs: Sequence[Run],
-        measure: Callable[[Run, TrainState], Mapping[str, Any]],
-    ) -> list[dict[str, Any]]:
-        def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
-            run: Run = training.setting
-            last = history.loss[-max(1, run.step // 10) :]
-            ended = {"loss": np.mean(last), "diverged": history.diverged}
-            return {**run.as_record(), **ended, **measure(run, state)}
-
-        shape = (1, *self._images.train.image.shape[1:])
-        return train(
-            self._runner,
-            [Training(run, run.seed, run.step) for run in runs],
-            lambda run: _programs(run, self._config, shape),
-            self._images.train,
-            record=record,
-            name=lambda training: f"{purpose} {_name(training.setting)}",
-            describe=lambda training: f"{purpose}, batch {training.setting.batch_size}",
-        )
+    shape = (1, *images.train.image.shape[1:])
+    return train(
+        runner,
+        [Training(run, run.seed, run.step) for run in runs],
+        lambda run: _programs(run, config, shape),
+        images.train,
+        record=record,
+        name=lambda training: f"{purpose} {_name(training.setting)}",
+        describe=lambda training: f"{purpose}, batch {training.setting.batch_size}",
+    )
 
 
 def _name(run: Run) -> str:

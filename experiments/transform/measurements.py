@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from tqdm import tqdm
 
 from bn_research import data
 from bn_research.lab.fields import at_most
@@ -57,28 +56,23 @@ def prepare(config: Config) -> np.ndarray:
 
 def measure(config: Config, pixels: np.ndarray, path: Path) -> Records:
     """Measures what is not yet in the workdir."""
-    ledger, seeds = Ledger(path / "metrics.jsonl"), range(config.seeds)
-    count = config.seeds * (len(SOURCES) + 1) + 1 + len(config.dims)
-
-    def get(name: str, measurement: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
-        bar.set_description(name)
-        record = ledger.get(name, lambda: measurement(*given))
-        bar.update()
-        return record
-
-    with tqdm(total=count, unit="measurement", dynamic_ncols=True) as bar:
-        return Records(
-            [
-                get(f"{source} seed={seed}", measure_source, config, pixels, source, seed)
-                for seed in seeds
-                for source in SOURCES
-            ],
-            [get(f"whitening seed={seed}", measure_whitening, pixels, seed) for seed in seeds],
-            get("one outlier", measure_outlier, config),
-            [get(f"time d={d}", measure_time, config, d) for d in config.dims],
-            clouds(pixels),
-            _correlations(pixels, 0),
-        )
+    seeds, ask = range(config.seeds), functools.partial
+    plan: dict[str, Callable[[], dict[str, Any]]] = {
+        **{
+            f"{source} seed={seed}": ask(measure_source, config, pixels, source, seed)
+            for seed in seeds
+            for source in SOURCES
+        },
+        **{f"whitening seed={seed}": ask(measure_whitening, pixels, seed) for seed in seeds},
+        "one outlier": ask(measure_outlier, config),
+        **{f"time d={d}": ask(measure_time, config, d) for d in config.dims},
+    }
+    found = Ledger(path / "metrics.jsonl").get_all(plan, unit="measurement")
+    sources, whitening, (outlier,), times = (
+        [record for record in found if field in record]
+        for field in ("source", "raw", "deviation", "seconds")
+    )
+    return Records(sources, whitening, outlier, times, clouds(pixels), _correlations(pixels, 0))
 
 
 def features(source: str, pixels: np.ndarray, seed: int) -> np.ndarray:

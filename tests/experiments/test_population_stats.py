@@ -1,6 +1,5 @@
 """Tests of experiments.population_stats: statistics, distances, trainings and verdicts."""
 
-import contextlib
 import dataclasses
 import json
 import math
@@ -69,7 +68,7 @@ def test_errors_are_in_units_of_the_true_sigma():
     np.testing.assert_allclose(error[0], [0.5, math.sqrt(0.4)], rtol=1e-5)
     # A feature that never varies is divided by √ε, so ε and not 0 is the unit.
     np.testing.assert_allclose(error[1], [math.log(2), math.log(2)], rtol=1e-5)
-    (both,) = parts([error], [error])
+    (both,) = parts([error])
     np.testing.assert_allclose(both, [0.325, math.log(2) ** 2], rtol=1e-5)
     layers = [[0.125, 0.5], [0.0, 0.375]]
     assert distance(layers) == pytest.approx(math.sqrt(0.5))
@@ -260,21 +259,7 @@ def test_the_test_set_is_classified_by_each_kind(measured):
 # --- training ---
 
 
-@contextlib.contextmanager
-def trainer(path, config, images, monkeypatch, states):
-    """A Trainer whose measurement keeps the state alone."""
-
-    def capture(state, **options):
-        states.append((state, options))
-        return {}
-
-    monkeypatch.setattr(training, "Measurement", lambda config, images: capture)
-    ledger = Ledger(path / "metrics.jsonl")
-    with Runner(path, ledger, total_steps=1, strategy="devices") as runner:
-        yield training.Trainer(config, images, runner)
-
-
-def test_the_averages_are_flaxs_and_a_short_run_is_a_snapshot(tmp_path, monkeypatch):
+def test_the_averages_are_flaxs_and_a_short_run_is_a_snapshot(tmp_path):
     rng = np.random.default_rng(1)
     examples = Batch(
         jnp.asarray(rng.standard_normal((24, 2, 3, 1)), jnp.float32),
@@ -286,9 +271,15 @@ def test_the_averages_are_flaxs_and_a_short_run_is_a_snapshot(tmp_path, monkeypa
     )
     wanted = [Run(8, 0.1, 6, 0, "high"), Run(8, 0.1, 2, 0, "high")]
     wanted.append(Run(8, 0.1, 6, 0, "high", decay=True))
-    states: list = []
-    with trainer(tmp_path, config, images, monkeypatch, states) as trained:
-        records = trained.train(wanted)
+    states = []
+
+    def capture(state, **options):
+        states.append((state, options))
+        return {}
+
+    ledger = Ledger(tmp_path / "metrics.jsonl")
+    with Runner(tmp_path, ledger, total_steps=1, strategy="devices") as runner:
+        records = training.trained("train", wanted, config, images, runner, capture)
     assert [option["late"] for _, option in states] == [True, False, True]
     assert [record["step"] for record in records] == [6, 2, 6]
     models = [
