@@ -16,7 +16,6 @@ from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from bn_research.lab.workdir import WorkdirError
 from bn_research.layers.linen import MOMENTS
-from bn_research.training.sweep import Sweep
 from experiments.ensemble import EXPERIMENT, PRESETS, training
 from experiments.ensemble import scores as ensemble_scores
 from experiments.ensemble.figures import draw
@@ -61,13 +60,6 @@ def records_of(workdir):
 def name(training):
     """Its name in the ledger."""
     return f"{training.setting.name} seed={training.seed}"
-
-
-def content(workdir):
-    """What must not depend on interruptions."""
-    results = json.loads((workdir / "results.json").read_text())
-    predictions = {path.name: path.read_bytes() for path in (workdir / "predictions").iterdir()}
-    return {**results, "wall_seconds": None}, records_of(workdir), predictions
 
 
 # --- scores, against scikit-learn and loops ---
@@ -433,19 +425,6 @@ def test_results_are_those_of_the_predictions(finished, images):
     assert found["relative error reduction"] == pytest.approx(np.mean(reductions))
     assert found["NLL, ensemble"] <= found["NLL, single"]  # −log is convex
     assert found["Brier score, ensemble"] <= found["Brier score, single"]
-
-
-def test_started_again_it_only_prints(finished, monkeypatch):
-    """The predictions are not read again either."""
-
-    def anew(*_, **__):
-        raise AssertionError
-
-    before = content(finished)
-    monkeypatch.setattr(Sweep, "run", anew)
-    monkeypatch.setattr(Predictor, "together", anew)
-    assert launch(finished) == 0
-    assert content(finished) == before
 
 
 def test_missing_or_damaged_predictions_are_one_line(finished, tmp_path):

@@ -1,6 +1,5 @@
 """Tests of experiments.transform: its references, its verdicts, and whole runs at smoke size."""
 
-import dataclasses
 import json
 import math
 
@@ -40,13 +39,6 @@ from experiments.transform.verdicts import (
     transfer_slopes,
 )
 
-CLAIM_IDS = [
-    "unit-normalization",
-    "identity-recoverable",
-    "no-decorrelation",
-    "whitening-cost",
-]
-FIGURES = ["another_batch.png", "clouds.png", "correlations.png", "cost.png", "rank.png"]
 CONFIG = PRESETS["smoke"]
 
 
@@ -365,81 +357,20 @@ def test_exponent_is_that_of_the_median():
     assert exponent(records, "ZCA", "forward").mean == pytest.approx(2.25, abs=0.01)
 
 
-# --- whole runs ---
+# --- a smoke run ---
 
 
-def content(workdir):
-    """What a run found and drew."""
-    results = json.loads((workdir / "results.json").read_text())
-    ledger = (workdir / "metrics.jsonl").read_text().splitlines()
-    figures = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
-    return results["claims"], sorted(ledger), figures
-
-
-def test_smoke_writes_everything(finished):
-    results = json.loads((finished / "results.json").read_text())
-    assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
-    assert (results["schema"], results["preset"], results["seeds"]) == (1, "smoke", [0, 1])
-    by_id = {claim["id"]: claim for claim in results["claims"]}
-    assert by_id["unit-normalization"]["verdict"] == REPRODUCED
-    assert by_id["no-decorrelation"]["verdict"] == REPRODUCED
-    assert by_id["identity-recoverable"]["measured"]["largest |y - x|/max|x|"] < 1e-12
-    assert by_id["whitening-cost"]["measured"]["largest excess of a rank over m - 1"] == 0
-    assert sorted(path.name for path in (finished / "figures").iterdir()) == FIGURES
-    page = (finished / "report.html").read_text()
-    assert page.count("data:image/webp;base64,") == 5 and "<script" not in page
-    assert {"config.json", "environment.json", "metrics.jsonl"} <= {
-        path.name for path in finished.iterdir()
-    }
-
-
-def test_real_pixels_attain_the_bound(finished):
-    """A border pixel that one image of a batch alone has: an outlier among equals."""
-    results = json.loads((finished / "results.json").read_text())
-    measured = results["claims"][0]["measured"]
+def test_exact_claims_hold_on_real_features(finished):
+    """A border pixel that one image of a batch alone has is an outlier among equals."""
+    claims = json.loads((finished / "results.json").read_text())["claims"]
+    unit, identity, decorrelation, cost = claims
+    assert unit["verdict"] == decorrelation["verdict"] == REPRODUCED
+    assert identity["measured"]["largest |y - x|/max|x|"] < 1e-12
+    assert cost["measured"]["largest excess of a rank over m - 1"] == 0
+    measured = unit["measured"]
     assert measured["largest |x̂|/√(m - 1), real features"] == pytest.approx(1, abs=1e-12)
     assert measured["one outlier, ||x̂| - √(m - 1)|"] < 1e-12
     assert measured["constant features, largest |x̂|"] == 0
-
-
-def test_started_again_it_only_prints(finished, capsys):
-    before = content(finished)
-    assert launch(finished) == 0
-    assert content(finished) == before
-    assert "report: " in capsys.readouterr().out
-
-
-def test_interrupted_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
-    """Stopped when time is to be measured, and given the times that the other run measured."""
-
-    class Stop(Exception):
-        pass
-
-    def stop(*_):
-        raise Stop
-
-    with monkeypatch.context() as patched:
-        patched.setattr(measurements, "measure_time", stop)
-        with pytest.raises(Stop):
-            launch(tmp_path / "run")
-    ledger = tmp_path / "run" / "metrics.jsonl"
-    lines = ledger.read_bytes().splitlines(keepends=True)
-    timed = [
-        line
-        for line in (finished / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-        if b'"seconds"' in line
-    ]
-    assert len(timed) == len(CONFIG.dims)
-    ledger.write_bytes(b"".join(timed + lines[:4]) + lines[4][:50])
-    assert launch(tmp_path / "run") == 0
-    assert content(tmp_path / "run") == content(finished)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_parse(preset, capsys):
-    assert main(EXPERIMENT, ["transform", f"--preset={preset}", "--help"]) == 0
-    shown = capsys.readouterr().out
-    assert f"seeds = {PRESETS[preset].seeds}" in shown and "identity-recoverable" in shown
 
 
 def test_presets_hold_what_the_criteria_need():
@@ -448,42 +379,20 @@ def test_presets_hold_what_the_criteria_need():
         config = PRESETS[preset]
         assert 512 in config.dims and {0.0, 1e-5, 1e-3} <= set(config.epsilons)
         assert config.timed_batch > max(config.dims) and config.repeats >= 6
-    assert [claim.id for claim in EXPERIMENT.claims] == CLAIM_IDS
-    assert {"dataset", "data_dir", "manual_dir", "seeds"} <= {
-        field.name for field in dataclasses.fields(CONFIG)
-    }
 
 
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flag", "said"),
     [
-        (["--config.seeds=0"], "seeds=0"),
-        (["--config.dataset=imagenette"], "fashion_mnist"),
-        (["--config.dataset=fashion_mnist", "--config.manual_dir=/nonexistent"], "/nonexistent"),
-        (["--config.batch_sizes=(1, 8)"], "batch_sizes=(1, 8)"),
-        (["--config.batch_sizes=(8, 8)"], "two different sizes"),
-        (["--config.batch_sizes=()"], "two different sizes"),
-        (["--config.batch_sizes=(8, 512)"], "898 examples"),
-        (["--config.examples=20"], "20 examples"),
-        (["--config.examples=-1"], "examples=-1"),
-        (["--config.pairs=2"], "pairs=2"),
-        (["--config.repeats=0"], "repeats=0"),
-        (["--config.epsilons=(0.0, -1.0)"], "epsilons"),
-        (["--config.epsilons=()"], "epsilons"),
-        (["--config.dims=(64,)"], "dims=(64,)"),
-        (["--config.dims=(32, 64)"], "timed_batch=64"),
-        (["--config.depth=3"], "depth"),
+        ("--config.batch_sizes=(8, 512)", "at most 449, half of 898 examples"),
+        ("--config.examples=20", "half of 20 examples"),
+        ("--config.pairs=2", "pairs=2"),
+        ("--config.dims=(64,)", "2 entries or more"),
+        ("--config.dims=(32, 64)", "timed_batch=64"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, said):
-    assert launch(tmp_path / "run", *flags) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+def test_what_does_not_fit_is_refused(tmp_path, capsys, flag, said):
+    assert launch(tmp_path / "run", flag) == 2
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and said in told.err
     assert not (tmp_path / "run").exists()
-
-
-def test_another_config_is_refused(finished, capsys):
-    before = content(finished)
-    assert launch(finished, "--config.repeats=3") == 2
-    assert "repeats (there 2, now 3)" in capsys.readouterr().err
-    assert content(finished) == before
