@@ -102,7 +102,7 @@ def task_of(config: Config, images: Images) -> Task:
 class Records(NamedTuple):
     """What the run measured."""
 
-    ensembles: dict[str, list[dict[str, Any]]]  # by kind, of each seed: see `Predictor.together`
+    ensembles: dict[str, list[dict[str, Any]]]  # by kind and seed: `Predictor.together`, `members`
     num_classes: int
 
 
@@ -148,19 +148,16 @@ def measure(config: Config, images: Images, path: Path) -> Records:
         for kind, of_kind in ensembles.items():
             for k, ensemble in enumerate(of_kind):
                 members = [trained[training] for training in ensemble]
-                together = functools.partial(predictor.together, members)
-                found_together = runner.get(f"ensemble of {kind} seed={k}", together)
-                records[kind].append({"members": members, **found_together})
+                name = f"ensemble of {kind} seed={k}"
+                together = runner.get(name, predictor.together, members)
+                records[kind].append({"members": members, **together})
     return Records(records, images.num_classes)
 
 
 class Predictor:
     """Asks trained networks for the classes of the test set, and keeps what they predict.
 
-    Args:
-      task: what the networks have in common.
-      images: training set, and the test set as far as it is used.
-      folder: for predictions, which are too many numbers for the ledger.
+    That is too much for the ledger: it goes into a folder of its own.
     """
 
     def __init__(self, task: Task, images: Images, folder: Path):

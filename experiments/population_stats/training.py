@@ -117,10 +117,6 @@ def choose_rates(records: Sequence[Mapping[str, Any]], num_classes: int) -> Rate
 
     Where the next rate of the grid does not train (see `trains`), or there is none, high is the
     best; where no run is without non-finite steps, the best is the lowest of the grid.
-
-    Args:
-      records: of tuning, one for each rate.
-      num_classes: C, of the data set.
     """
     grid = sorted(records, key=lambda record: record["rate"])
     best = choose(grid, "loss")["rate"]

@@ -5,7 +5,7 @@ Both are decided over a grid, whose cells are a batch size, a level of the rate 
 
 import itertools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,11 +98,7 @@ def table(cells: Cells, pick: Callable[[Record], Any]) -> np.ndarray:
 
 
 def distance(parts: Any) -> float:
-    """The distance d of a network from its parts of d², see `statistics.py`.
-
-    Args:
-      parts: [layers][of means, of ln σ].
-    """
+    """The distance d of a network from its parts of d², [layers][of means, of ln σ]."""
     return math.sqrt(float(np.mean(np.sum(parts, axis=1))))
 
 
@@ -173,7 +169,7 @@ def _judge_distance(
     best, momenta, last = average(momentum), config.momenta, max(config.snapshots)
     ratio = _ratio(cells, best)
     found: dict[str, float | Estimate] = {f"{best}/{ALGORITHM2}": ratio}
-    for name, where in _subsets(config, cells).items():
+    for name, where in _subsets(config, cells):
         found[f"{best}/{ALGORITHM2}, {name}"] = _ratio(where, best)
     late = {cell: runs for cell, runs in cells.items() if cell.step == last}
     for where, of in ((cells, "each cell"), (late, f"each cell of step {last}")):
@@ -214,7 +210,7 @@ def _judge_accuracy(
     best = average(momentum)
     gain = _gain(cells, momentum)
     found: dict[str, float | Estimate] = {f"{ALGORITHM2} − {best}": gain}
-    for name, where in _subsets(config, cells).items():
+    for name, where in _subsets(config, cells):
         found[f"{ALGORITHM2} − {best}, {name}"] = _gain(where, momentum)
     for m in config.momenta:
         if m != momentum:
@@ -223,8 +219,8 @@ def _judge_accuracy(
         name = f"{ALGORITHM2} − {average(m)}, batch {cell.batch_size}, rate decayed to 0"
         found[name] = _gain({cell: runs}, m)
     for (cell, runs), kind in itertools.product(cells.items(), (TRUTH, ALGORITHM2, best)):
-        accuracies = [run["accuracy"][kind] for run in runs]
-        found[f"test accuracy, {kind}, {cell}"] = float(np.mean(accuracies))
+        accuracy = np.mean([run["accuracy"][kind] for run in runs])
+        found[f"test accuracy, {kind}, {cell}"] = float(accuracy)
     note = (
         f"interval: of the mean difference over {len(cells)} cells, for momentum {momentum:g}. "
         f"Truth: the statistics of the full training set. {common}"
@@ -249,23 +245,22 @@ def _gain(cells: Cells, momentum: float) -> Estimate:
     return estimate(gains.mean(axis=1))
 
 
-def _subsets(config: Config, cells: Cells) -> dict[str, Cells]:
-    """Parts of the grid, by name: early and late, each level, each step and each batch size."""
+def _subsets(config: Config, cells: Cells) -> Iterator[tuple[str, Cells]]:
+    """Parts of the grid, by name: each step, level and batch size, and early and late."""
     first, last = min(config.snapshots), max(config.snapshots)
-    fields: dict[str, dict[str, Any]] = {
-        **{f"step {step}": {"step": step} for step in config.snapshots},
-        **{f"{level} rate": {"level": level} for level in LEVELS},
-        **{f"batch {size}": {"batch_size": size} for size in config.batch_sizes},
-        **{
-            f"{level} rate, step {step}": {"level": level, "step": step}
-            for level, step in itertools.product(LEVELS, (first, last))
-        },
-    }
-    found = {
-        name: {c: runs for c, runs in cells.items() if wanted.items() <= c._asdict().items()}
-        for name, wanted in fields.items()
-    }
-    return {name: where for name, where in found.items() if where}
+    wanted: list[tuple[str, dict[str, Any]]] = [
+        *((f"step {step}", {"step": step}) for step in config.snapshots),
+        *((f"{level} rate", {"level": level}) for level in LEVELS),
+        *((f"batch {size}", {"batch_size": size}) for size in config.batch_sizes),
+        *(
+            (f"{level} rate, step {step}", {"level": level, "step": step})
+            for level, step in itertools.product(LEVELS, dict.fromkeys((first, last)))
+        ),
+    ]
+    for name, fields in wanted:
+        found = {c: runs for c, runs in cells.items() if fields.items() <= c._asdict().items()}
+        if found:
+            yield name, found
 
 
 def _closer(cells: Cells, momenta: Sequence[float]) -> str:
@@ -274,28 +269,23 @@ def _closer(cells: Cells, momenta: Sequence[float]) -> str:
     for momentum in momenta:
         ratios = log_ratios(cells, average(momentum))
         won = [cell for cell, row in zip(cells, ratios.T, strict=True) if estimate(row).high < 0]
-        steps: dict[str, list[str]] = {}
-        for cell in won:
-            where = f"batch {cell.batch_size} {cell.level} rate"
-            steps.setdefault(where, []).append(str(cell.step))
-        places = "; ".join(f"{where}, step {', '.join(s)}" for where, s in steps.items())
+        places = [
+            f"batch {size} {level} rate, step {', '.join(str(cell.step) for cell in of)}"
+            for (size, level), of in itertools.groupby(won, lambda cell: cell[:2])
+        ]
         told = f"{average(momentum)} in {len(won)} of {len(cells)} cells"
-        said.append(f"{told} ({places})" if won else told)
+        said.append(f"{told} ({'; '.join(places)})" if won else told)
     return "A moving average is surely closer, by each cell's own interval: " + "; ".join(said)
 
 
 def _rates_note(config: Config, rates: Mapping[int, Rates]) -> str:
-    shown = [
-        f"batch {size}: low {r.low:g}, best {r.best:g}, high {r.high:g}"
-        for size, r in sorted(rates.items())
-    ]
+    ordered = sorted(rates.items())
+    shown = (f"batch {n}: low {r.low:g}, best {r.best:g}, high {r.high:g}" for n, r in ordered)
     note = f"Rates: {'; '.join(shown)}"
-    at_ends = [size for size, r in rates.items() if at_end(r.best, config.learning_rates)]
-    same = [size for size, r in rates.items() if r.high == r.best]
-    for words, sizes in (
-        ("Best rate at an end of the grid", at_ends),
-        ("High is the best where no higher rate trains", same),
-    ):
-        if sizes:
-            note += f". {words}: batch {', '.join(map(str, sorted(sizes)))}"
+    at_ends = [str(n) for n, rate in ordered if at_end(rate.best, config.learning_rates)]
+    same = [str(n) for n, rate in ordered if rate.high == rate.best]
+    if at_ends:
+        note += f". Best rate at an end of the grid: batch {', '.join(at_ends)}"
+    if same:
+        note += f". High is the best where no higher rate trains: batch {', '.join(same)}"
     return note
