@@ -14,7 +14,6 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.images import Images
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import (
@@ -29,6 +28,7 @@ from bn_research.lab.settings import (
 from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
 from bn_research.models.cnn import CNN, NormPlacement
 from bn_research.models.initializers import kernel_initializer
+from bn_research.training.compiler import compiler_options
 from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.loop import History, run_steps
 from bn_research.training.optimizers import create_optimizer

@@ -25,8 +25,8 @@ import jax
 import numpy as np
 import optax
 
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.runner import Runner
+from bn_research.training.compiler import compiler_options
 from bn_research.training.lanes import AdvanceFn, CreateFn
 from bn_research.training.loop import History
 from bn_research.training.state import TrainState, create_train_state

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, images_of
 from bn_research.lab.workdir import Ledger
@@ -23,6 +22,7 @@ from bn_research.models.mlp import MLP
 from bn_research.models.resnet import ResNet
 from bn_research.models.spec import num_logits
 from bn_research.probes.scale_invariance import audit
+from bn_research.training.compiler import compiler_options
 from experiments.audit import Config
 from experiments.audit.verdicts import ARMS, Records
 

@@ -15,7 +15,6 @@ from jaxtyping import Array
 
 from bn_research.claims.judging import by_seed, choose
 from bn_research.lab import Ledger
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
@@ -30,6 +29,7 @@ from bn_research.lab.settings import (
 )
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.mlp import MLP
+from bn_research.training.compiler import compiler_options
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.loop import History, run_steps

@@ -18,8 +18,8 @@ from bn_research.claims.figures import (
 )
 from bn_research.claims.formatting import format_number
 from bn_research.claims.plots import bands, interval_row, name_rows, reference
+from bn_research.probes.predictions import BINS
 from experiments.ensemble import Config
-from experiments.ensemble.scores import BINS
 from experiments.ensemble.training import SEEDS, VARIED, Records
 from experiments.ensemble.verdicts import PUBLISHED, first, most_draws, single
 

@@ -15,7 +15,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from bn_research.claims import atomic
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
@@ -32,6 +31,8 @@ from bn_research.lab.workdir import Ledger, WorkdirError
 from bn_research.layers.linen import MOMENTS, BatchNorm, update_from_batch_moments
 from bn_research.models.inception import Inception
 from bn_research.normalization.batch_stats import cumulative_momentum
+from bn_research.probes.predictions import average, by_size, disagreement, scores
+from bn_research.training.compiler import compiler_options
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.evaluation import place_batches
 from bn_research.training.loop import History, run_steps
@@ -39,7 +40,6 @@ from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, make_train_step
 from experiments.ensemble import Config
-from experiments.ensemble.scores import average, by_size, disagreement, scores
 
 VARIED, SEEDS = "six settings", "one setting"  # the two kinds of ensemble
 

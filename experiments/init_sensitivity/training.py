@@ -6,20 +6,24 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bn_research.claims.judging import Record, choose, numbers
+from bn_research.data import FULL_SCALE, scale_images
 from bn_research.lab.arms import Arm, Trainer
 from bn_research.lab.fields import at_most
-from bn_research.lab.images import Images, check_network, images_of
+from bn_research.lab.images import Images, check_network, images_of, resize
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
 from bn_research.models.cnn import NormPlacement
+from bn_research.models.initial_signal import measured_log10_std, predicted_log10_std
 from bn_research.models.spec import num_logits
 from bn_research.training.cores import use_cpu_cores
 from experiments.init_sensitivity import Config
-from experiments.init_sensitivity.signal import measure_signals
 
+INPUT_SCALES = ("standardized", "unit", "bytes")
 PLAIN = "plain"  # the role whose claim is about every rate, not about the best
 Best = Mapping[str, list[Record]]  # role -> records at its best rate, by seed
 
@@ -140,3 +144,37 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     best: dict[str, list[Record]] = {role: rows[0] for role, rows in found.items()}
     best[PLAIN] = min(found[PLAIN], key=lambda row: numbers(row, final_loss).mean())
     return Records(signal, found[PLAIN], best)
+
+
+def measure_signals(config: Config, images: Images, ledger: Ledger) -> list[Record]:
+    """Records of each network and seed: all input scales at the run's a, one scale at all a."""
+
+    def measure(network: str, scale: str, a: float, seed: int) -> Record:
+        inputs = _inputs(config, images, scale)
+        second_moment = float(jnp.mean(jnp.square(inputs)))
+        return {
+            "network": network,
+            "input_scale": scale,
+            "a": a,
+            "seed": seed,
+            "measured": measured_log10_std(network, a, inputs, seed),
+            "predicted": predicted_log10_std(network, a, second_moment, inputs.shape[1:]),
+        }
+
+    settings = [(scale, config.a) for scale in INPUT_SCALES]
+    settings += [("standardized", a) for a in config.signal_widths if a != config.a]
+    records: list[Record] = []
+    for network, seed in itertools.product(config.signal_networks, range(config.seeds)):
+        for scale, a in settings:
+            name = f"signal/{network} inputs={scale} a={a:g} seed={seed}"
+            records.append(ledger.get(name, measure, network, scale, a, seed))
+    return records
+
+
+def _inputs(config: Config, images: Images, scale: str) -> jax.Array:
+    """Training images at the geometry of CIFAR-10, [signal_images, size, size, 3]."""
+    reference, full_scale = images.pixels, FULL_SCALE[config.dataset]
+    pixels = reference[: config.signal_images]
+    scaled = scale_images(pixels, scale, reference=reference, full_scale=full_scale)
+    inputs = resize(scaled, config.signal_size)
+    return inputs if inputs.shape[3] == 3 else jnp.repeat(inputs, 3, axis=3)

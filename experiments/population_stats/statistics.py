@@ -17,11 +17,11 @@ import jax
 import numpy as np
 from jaxtyping import Float, Int
 
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.images import Images
 from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
 from bn_research.models.cnn import CNN
 from bn_research.models.initializers import kernel_initializer
+from bn_research.training.compiler import compiler_options
 from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.state import TrainState
 from bn_research.training.step import make_eval_step

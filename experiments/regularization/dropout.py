@@ -24,11 +24,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.runner import Runner
 from bn_research.models.cnn import DROPOUT_PLACEMENTS, hidden_layers
 from bn_research.models.spec import num_logits
 from bn_research.normalization import BatchStats, batch_moments, population_stats
+from bn_research.training.compiler import compiler_options
 from bn_research.training.state import TrainState
 from experiments.regularization.arms import Setting, make_model
 from experiments.regularization.data import Data

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bn_research.lab.compiler import compiler_options
+from bn_research.training.compiler import compiler_options
 from bn_research.training.state import TrainState
 from experiments.regularization.arms import Setting, apply_training, make_model
 from experiments.regularization.training import Trainer

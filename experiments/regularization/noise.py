@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.images import Images, check_network
 from bn_research.lab.runner import Runner
 from bn_research.layers.linen import BatchNorm
@@ -30,6 +29,7 @@ from bn_research.probes.batch_noise_sampling import (
     measured_noise,
     predicted_noise,
 )
+from bn_research.training.compiler import compiler_options
 from bn_research.training.loop import run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState, create_train_state

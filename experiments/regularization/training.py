@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.runner import Runner
 from bn_research.layers.linen import MOMENTS, population_batch_stats
 from bn_research.normalization import Moments
+from bn_research.training.compiler import compiler_options
 from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.loop import epoch_order_of_groups, run_steps
 from bn_research.training.state import TrainState, create_train_state
@@ -142,7 +142,7 @@ class Trainer:
       data: the three sets.
       num_steps: of each training.
       steps_per_dispatch: steps of one call into the compiled program.
-      compiler_level: see `bn_research.lab.arms.compiler_options`; an attribute too.
+      compiler_level: see `bn_research.training.compiler.compiler_options`; an attribute too.
     """
 
     def __init__(

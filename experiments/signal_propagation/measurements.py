@@ -16,12 +16,12 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from bn_research.claims.judging import Record
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
 from bn_research.normalization import batch_norm
+from bn_research.training.compiler import compiler_options
 from bn_research.training.cores import use_cpu_cores
 from experiments.signal_propagation import Config
 from experiments.signal_propagation.networks import train_by_depth

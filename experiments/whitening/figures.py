@@ -9,8 +9,8 @@ from bn_research.claims.alt_text import line_ends, panel_ends
 from bn_research.claims.figures import PALETTE, Figure, new_figure, save_all, shared_legend
 from bn_research.claims.judging import by_seed
 from bn_research.claims.plots import bands, log_ticks, over_seeds, padded, reference
+from bn_research.normalization.input_whitening import TRANSFORMS
 from experiments.whitening import Config
-from experiments.whitening.regression import TRANSFORMS
 from experiments.whitening.verdicts import PLACES, Records, kinds, smoothed, steps_of, steps_ratio
 
 _COLORS = {

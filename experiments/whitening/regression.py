@@ -28,9 +28,9 @@ import numpy as np
 from jaxtyping import Float
 
 from bn_research.normalization import batch_norm, whitening
+from bn_research.normalization.input_whitening import TRANSFORMS, check_transform, hessian
 from experiments.whitening import Config
 
-TRANSFORMS = ("raw", "centred", "scaled", "zca", "pca")  # of inputs
 TOLERANCE = 1e-6
 MAX_STEPS = 2_000_000
 
@@ -71,7 +71,7 @@ def transform(x: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarray, "n d"
     "raw" is x, "centred" x − μ, "scaled" the batch normalization of x, "zca" Σ^(−1/2)(x − μ) and
     "pca" Λ^(−1/2)·Vᵀ(x − μ), components by falling variance; ε = 0.
     """
-    check_name(name)
+    check_transform(name)
     with jax.enable_x64(True):
         if name == "scaled":
             return np.asarray(batch_norm(jnp.asarray(x), epsilon=0.0)[0])
@@ -88,7 +88,7 @@ def predicted_moments(
     covariance: Float[np.ndarray, "d d"], mean: Float[np.ndarray, "d"], name: str
 ) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d"]]:
     """Covariance and mean of transformed inputs, from those of x."""
-    check_name(name)
+    check_transform(name)
     if name == "raw":
         return covariance, mean
     if name == "scaled":
@@ -97,14 +97,6 @@ def predicted_moments(
     elif name in ("zca", "pca"):
         covariance = np.eye(len(mean))
     return covariance, np.zeros_like(mean)
-
-
-def hessian(
-    covariance: Float[np.ndarray, "d d"], mean: Float[np.ndarray, "d"]
-) -> Float[np.ndarray, "d+1 d+1"]:
-    """H = E[x̃·x̃ᵀ] of inputs with this covariance and mean; the bias comes last."""
-    extended = np.append(mean, 1.0)
-    return np.pad(covariance, (0, 1)) + np.outer(extended, extended)
 
 
 def mean_eigenvalue(covariance: Float[np.ndarray, "d d"], mean: Float[np.ndarray, "d"]) -> float:
@@ -250,9 +242,3 @@ def _measure(z: np.ndarray, y: np.ndarray) -> dict[str, Any]:
         "measured_steps": worst.steps,
         "task_steps": task.steps,
     }
-
-
-def check_name(name: str) -> None:
-    """ValueError unless a transform has this name."""
-    if name not in TRANSFORMS:
-        raise ValueError(f"name={name!r} is unknown: allowed are {', '.join(TRANSFORMS)}")

@@ -13,8 +13,8 @@ from bn_research.claims.estimate import estimate, paired_difference
 from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide
 from bn_research.claims.formatting import format_interval, format_number
 from bn_research.claims.judging import Record, at_end, by_seed, listed, numbers, with_intervals
+from bn_research.normalization.input_whitening import TRANSFORMS
 from experiments.whitening import Config
-from experiments.whitening.regression import TRANSFORMS
 
 PLACES: dict[Any, str] = {"none": "without BN", "hidden": "BN on hidden layers"}  # of BN
 _DEVIATION = 0.02  # of steps and eigenvalues from theory

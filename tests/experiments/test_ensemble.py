@@ -6,18 +6,16 @@ import json
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
-from sklearn import metrics
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from bn_research.lab.workdir import WorkdirError
 from bn_research.layers.linen import MOMENTS
+from bn_research.probes import predictions
 from experiments.ensemble import EXPERIMENT, PRESETS, training
-from experiments.ensemble import scores as ensemble_scores
 from experiments.ensemble.figures import draw
 from experiments.ensemble.training import (
     BASE,
@@ -60,84 +58,6 @@ def records_of(workdir):
 def name(training):
     """Its name in the ledger."""
     return f"{training.setting.name} seed={training.seed}"
-
-
-# --- scores, against scikit-learn and loops ---
-
-
-def predictions(count=200, classes=7, seed=0):
-    """Logarithms of probabilities of three networks, and labels that they know a little of."""
-    rng = np.random.default_rng(seed)
-    label = rng.integers(classes, size=count)
-    logits = rng.standard_normal((3, count, classes)) * 2 + 1.5 * np.eye(classes)[label]
-    return np.array(jax.nn.log_softmax(jnp.asarray(logits, jnp.float32))), label
-
-
-def test_scores_are_scikit_learns():
-    logarithms, label = predictions()
-    p = np.exp(np.float64(logarithms)).mean(axis=0)
-    found = ensemble_scores.scores(ensemble_scores.average(list(logarithms)), label)
-    classes = range(7)
-    for k, name in ((1, "error"), (2, "error 2"), (5, "error 5")):
-        top = metrics.top_k_accuracy_score(label, p, k=k, labels=classes)
-        assert found[name] == pytest.approx(1 - top)
-    exact = p / p.sum(axis=1, keepdims=True)  # float32 adds up to 1 ± 1e-7
-    assert found["nll"] == pytest.approx(metrics.log_loss(label, exact, labels=classes), abs=1e-6)
-    squares = [metrics.brier_score_loss(label == c, exact[:, c]) for c in classes]
-    assert found["brier"] == pytest.approx(np.sum(squares), abs=1e-6)
-    assert found["confidence"] == pytest.approx(np.mean([max(row) for row in p]))
-
-
-def test_calibration_error_by_a_loop():
-    logarithms, label = predictions(seed=1)
-    p = np.exp(np.float64(logarithms[0]))
-    total = 0.0
-    for b in range(15):
-        rows = [i for i, row in enumerate(p) if b / 15 < max(row) <= (b + 1) / 15]
-        if rows:
-            correct = np.mean([p[i].argmax() == label[i] for i in rows])
-            total += len(rows) / len(p) * abs(correct - np.mean([max(p[i]) for i in rows]))
-    found = ensemble_scores.scores(p, label)
-    assert found["ece"] == pytest.approx(total) and 0.01 < total < 1
-    assert sum(found["bins"]["count"]) == len(p)
-    # A sure and right one, and three at exactly 2/3 of which one is right.
-    p = np.array([[1.0, 0, 0], *[[2 / 3, 1 / 3, 0]] * 3])
-    bins = ensemble_scores.reliability(p, np.array([0, 0, 1, 1]))
-    assert bins["count"][14] == 1 and bins["count"][9] == 3
-    assert ensemble_scores.calibration_error(bins) == pytest.approx(0.75 * (2 / 3 - 1 / 3))
-
-
-def test_a_tie_is_an_error():
-    p = np.array([[0.5, 0.5, 0.0], [0.2, 0.4, 0.4]])
-    assert ensemble_scores.top_error(p, np.array([0, 0]), 1) == 1
-    assert ensemble_scores.top_error(p, np.array([0, 0]), 2) == 0.5
-
-
-def test_tiny_probabilities_are_averaged_without_loss():
-    """exp(−200) is 0 in float32."""
-    logarithms = np.float32([[[-200.0, 0.0]], [[-201.0, 0.0]]])
-    found = ensemble_scores.average(list(logarithms))[0, 0]
-    assert found == pytest.approx((math.exp(-200) + math.exp(-201)) / 2, rel=1e-6)
-
-
-def test_sizes_and_disagreement_by_hand():
-    logarithms, label = predictions()
-    p = np.exp(np.float64(logarithms))
-
-    def error(rows):
-        return np.mean(p[rows].mean(axis=0).argmax(axis=1) != label)
-
-    found = ensemble_scores.by_size(list(logarithms), label)
-    expected = [
-        np.mean([error([i]) for i in range(3)]),
-        np.mean([error([0, 1]), error([0, 2]), error([1, 2])]),
-        error([0, 1, 2]),
-    ]
-    np.testing.assert_allclose(found["error"], expected)
-    assert np.all(np.diff(found["nll"]) < 0)  # −log is convex
-    classes = p.argmax(axis=2)
-    pairs = [np.mean(classes[i] != classes[j]) for i, j in ((0, 1), (0, 2), (1, 2))]
-    assert ensemble_scores.disagreement(list(logarithms)) == pytest.approx(np.mean(pairs))
 
 
 # --- the six, and the plan ---
@@ -266,7 +186,7 @@ def test_a_lost_network_predicts_nothing(finished, images, tmp_path):
     lost = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), state.params)
     found = predictor.predict(BASE, lost, state.batch_stats)
     np.testing.assert_allclose(found, math.log(0.1), rtol=1e-6)
-    scores = ensemble_scores.scores(np.exp(found), np.asarray(images.test.label))
+    scores = predictions.scores(np.exp(found), np.asarray(images.test.label))
     assert scores["error"] == 1 and scores["nll"] == pytest.approx(math.log(10))
 
 

@@ -12,13 +12,13 @@ import pytest
 
 from bn_research.claims.bounded import Bounded
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.compiler import compiler_options
 from bn_research.lab.launch import main
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import Training, train
 from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.inception import Inception
+from bn_research.training.compiler import compiler_options
 from experiments.training_steps import EXPERIMENT, PRESETS, networks, training
 from experiments.training_steps.figures import draw
 from experiments.training_steps.networks import (

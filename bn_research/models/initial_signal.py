@@ -1,25 +1,18 @@
-"""The signal of a badly initialized CNN: theory, and what is measured before any training."""
+"""The scale of a CNN's pre-activations at a uniform initialization: theory, and measured."""
 
 import functools
-import itertools
 import math
 from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
-from bn_research.claims.judging import Record
-from bn_research.data import FULL_SCALE, scale_images
-from bn_research.lab.compiler import compiler_options
-from bn_research.lab.images import Images, resize
-from bn_research.lab.workdir import Ledger
 from bn_research.models.cnn import CNN
 from bn_research.models.initializers import kernel_initializer
 from bn_research.models.spec import Conv, Pool, parse_spec
 from bn_research.probes.signal import log10_rms
-from experiments.init_sensitivity import Config
+from bn_research.training.compiler import compiler_options
 
-INPUT_SCALES = ("standardized", "unit", "bytes")
 _POOL_GAIN = 2.5  # E[max-pooled relu²] over E[relu²], for neighbours as correlated as in images
 
 
@@ -79,37 +72,3 @@ def _signal_programs(network: str):
         return [log10_rms(sown[f"pre_activation_{number + 1}"][0]) for number in range(len(sown))]
 
     return draw_weights, forward
-
-
-def measure_signals(config: Config, images: Images, ledger: Ledger) -> list[Record]:
-    """Records of each network and seed: all input scales at the run's a, one scale at all a."""
-
-    def measure(network: str, scale: str, a: float, seed: int) -> Record:
-        inputs = _inputs(config, images, scale)
-        second_moment = float(jnp.mean(jnp.square(inputs)))
-        return {
-            "network": network,
-            "input_scale": scale,
-            "a": a,
-            "seed": seed,
-            "measured": measured_log10_std(network, a, inputs, seed),
-            "predicted": predicted_log10_std(network, a, second_moment, inputs.shape[1:]),
-        }
-
-    settings = [(scale, config.a) for scale in INPUT_SCALES]
-    settings += [("standardized", a) for a in config.signal_widths if a != config.a]
-    records: list[Record] = []
-    for network, seed in itertools.product(config.signal_networks, range(config.seeds)):
-        for scale, a in settings:
-            name = f"signal/{network} inputs={scale} a={a:g} seed={seed}"
-            records.append(ledger.get(name, measure, network, scale, a, seed))
-    return records
-
-
-def _inputs(config: Config, images: Images, scale: str) -> jax.Array:
-    """Training images at the geometry of CIFAR-10, [signal_images, size, size, 3]."""
-    reference, full_scale = images.pixels, FULL_SCALE[config.dataset]
-    pixels = reference[: config.signal_images]
-    scaled = scale_images(pixels, scale, reference=reference, full_scale=full_scale)
-    inputs = resize(scaled, config.signal_size)
-    return inputs if inputs.shape[3] == 3 else jnp.repeat(inputs, 3, axis=3)
