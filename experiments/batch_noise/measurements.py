@@ -1,27 +1,34 @@
-"""Part of `experiments.regularization`: how noisy is an example seen in conjunction with others?
-
-The theory and the probes are those of `bn_research.probes.batch_noise`. Measured are batches of
-Gaussian samples, and the pre-activations of a small trained CNN, in convolutions and dense layers,
-each layer normalized by the statistics of the whole set.
-"""
+"""Batches of Gaussian samples, and the pre-activations of a trained CNN, against the law."""
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array
 
 from bn_research.lab.compiler import compiler_options
-from bn_research.lab.images import Images, check_network
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, check_network, load_images
 from bn_research.lab.runner import Runner
+from bn_research.lab.settings import (
+    Programs,
+    Setting,
+    Training,
+    creator,
+    per_structure,
+    sweep,
+    train,
+)
+from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.cnn import CNN
-from bn_research.models.spec import Conv, Dense, parse_spec
-from bn_research.probes.batch_noise import noise_law, variance_law
+from bn_research.probes.batch_noise import StatisticsNoise, noise_law, variance_law
 from bn_research.probes.batch_noise_sampling import (
     Population,
     conditional_moments,
@@ -30,125 +37,75 @@ from bn_research.probes.batch_noise_sampling import (
     measured_noise,
     predicted_noise,
 )
-from bn_research.training.loop import run_steps
+from bn_research.training.cores import use_cpu_cores
+from bn_research.training.loop import History, run_steps
 from bn_research.training.optimizers import create_optimizer
-from bn_research.training.state import TrainState, create_train_state
-from bn_research.training.step import make_train_step
-from bn_research.training.sweep import Member, Sweep
-from experiments.regularization.noise_verdicts import CLAIMS, REACH, judge, shown_size
-
-__all__ = ["CLAIMS", "check", "check_images", "judge", "measure", "total_steps"]
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch, make_train_step
+from experiments.batch_noise import Config
+from experiments.batch_noise.verdicts import REACH, Records, shown_size
 
 BIN_WIDTH = 0.5  # of x̃, in the curves
 _BINS = np.arange(-3, 3 + BIN_WIDTH, BIN_WIDTH)  # their centres
 _LEAST_IN_BIN = 20  # values that a median is taken of
 _ELEMENTS = 2**22  # of Gaussian samples at once
 
-# The least that each number may be; of a tuple, each of its entries.
-_LEAST = {
-    "law_sizes": 3,  # below, the others of a batch have no variance
-    "law_samples": 2,
-    "law_batches": 2,
-    "law_examples": 1,
-    "law_images": 4,
-    "law_batch_size": 2,
-    "law_steps": 1,
-    "law_steps_per_dispatch": 1,
-}
 
-
-def check(config: Any) -> None:
-    """ValueError in one line for a field of this part that is out of range."""
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int) or number < least:
-                raise ValueError(
-                    f"{name}={value} is not allowed: whole numbers from {least} up are needed"
-                )
-    for name in ("law_sizes", "law_points"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name}={values} is not allowed: give 1 or more, all different")
-    if not all(isinstance(x, int | float) and 0 <= x < math.inf for x in config.law_points):
-        raise ValueError(f"law_points={config.law_points} is not allowed: give numbers from 0 up")
-    if not (isinstance(config.law_rate, int | float) and 0 < config.law_rate < math.inf):
-        raise ValueError(f"law_rate={config.law_rate} is not allowed: give a positive number")
-    if config.law_steps % config.law_steps_per_dispatch:
-        raise ValueError(
-            f"law_steps={config.law_steps} is not allowed: it must be a multiple of "
-            f"law_steps_per_dispatch={config.law_steps_per_dispatch}"
-        )
-    kinds = {type(layer) for layer in parse_spec(config.law_network)[:-1]}
-    if not {Conv, Dense} <= kinds:
-        raise ValueError(
-            f"law_network={config.law_network!r} is not allowed: it needs a convolution and a "
-            "dense layer before its head"
-        )
-
-
-def check_images(config: Any, images: Images) -> None:
-    """ValueError in one line unless there are enough images of the right size."""
+def prepare(config: Config) -> Images:
+    """The images; each core becomes a device, for the sweep."""
+    use_cpu_cores()
+    images = load_images(
+        config.dataset,
+        data_dir=config.data_dir,
+        manual_dir=config.manual_dir,
+        scale="standardized",
+        size=config.image_size,
+    )
     check_network(config.law_network, images, config.dataset)
     whole = len(images.train.label)
     count = min(config.law_images, whole)
-    for name, most, why in (
-        ("law_sizes", count // 2, f"half of {count} images, so that batches differ"),
-        ("law_examples", count, "the images measured"),
-        ("law_batch_size", whole, f"the training images of {config.dataset}"),
-    ):
-        value = getattr(config, name)
-        if (max(value) if isinstance(value, tuple) else value) > most:
-            raise ValueError(f"{name}={value} is not allowed: at most {most}, {why}")
+    at_most(config, count // 2, f"half of {count} images, so that batches differ", "law_sizes")
+    at_most(config, count, "the images measured", "law_examples")
+    at_most(config, whole, f"the training images of {config.dataset}", "law_batch_size")
+    return images
 
 
-def total_steps(config: Any) -> int:
-    """Training steps of this part, for the progress bar."""
-    return config.seeds * config.law_steps
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """For each seed the noise of Gaussian samples, and that in the layers of its network.
 
-
-def measure(config: Any, images: Images, runner: Runner) -> dict[str, list[dict[str, Any]]]:
-    """What is not yet in the ledger.
-
-    Args:
-      config: of the experiment.
-      images: the data set.
-      runner: of the experiment.
-
-    Returns:
-      "gaussian": for each seed the variance of x̂ over batches of Gaussian samples. "features": for
-      each seed the layers of its network, see `measure_layer`, and how it was trained.
+    "gaussian" is of `gaussian_variances`; the layers of "features" are of `measure_layer`.
     """
-    seeds = range(config.seeds)
-    samples = functools.partial(gaussian_variances, config)
-    gaussian = [
-        runner.get(f"noise of Gaussian samples seed={seed}", functools.partial(samples, seed))
-        for seed in seeds
-    ]
-    shape = (1, *images.train.image.shape[1:])
 
-    def record(member: Member, state: TrainState, history: Any) -> dict[str, Any]:
-        runner.describe(f"noise of features seed={member.seed}")
+    def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+        runner.describe(f"noise of features seed={training.seed}")
         return {
-            "seed": member.seed,
+            "seed": training.seed,
             "loss": float(np.mean(history.loss[-max(1, config.law_steps // 10) :])),
             "diverged": history.diverged,
-            "layers": _measure_layers(config, images, state, member.seed),
+            "layers": _measure_layers(config, images, state, training.seed),
         }
 
-    runner.describe("network of the noise")
-    rate = jnp.float32(config.law_rate)
-    features = runner.train(
-        _create_program(config.law_network, shape),
-        _sweep(config.law_network, config.law_batch_size, config.law_steps_per_dispatch),
-        [Member(f"noise of features seed={s}", s, rate, config.law_steps) for s in seeds],
-        images.train,
-        record=record,
-    )
+    setting = _Trained(config.law_network, config.law_batch_size, config.law_rate)
+    shape = (1, *images.train.image.shape[1:])
+    ledger, steps = Ledger(path / "metrics.jsonl"), config.seeds * config.law_steps
+    with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
+        gaussian = [
+            runner.get(f"noise of Gaussian samples seed={seed}", gaussian_variances, config, seed)
+            for seed in range(config.seeds)
+        ]
+        features = train(
+            runner,
+            [Training(setting, seed, config.law_steps) for seed in range(config.seeds)],
+            lambda setting: _programs(setting, shape, config.law_steps_per_dispatch),
+            images.train,
+            record=record,
+            name=lambda t: f"noise of features seed={t.seed}",
+            describe=lambda t: "network of the noise",
+        )
     return {"gaussian": gaussian, "features": features}
 
 
-def gaussian_variances(config: Any, seed: int) -> dict[str, Any]:
+def gaussian_variances(config: Config, seed: int) -> dict[str, Any]:
     """Variance of x̂ at each of `law_points`, over batches of Gaussian samples, by size."""
     rng = np.random.default_rng([seed, 0])
     x = np.array(config.law_points, np.float64)[:, None]
@@ -165,7 +122,9 @@ def gaussian_variances(config: Any, seed: int) -> dict[str, Any]:
     return {"seed": seed, "variances": variances}
 
 
-def _measure_layers(config, images, state, seed):
+def _measure_layers(
+    config: Config, images: Images, state: TrainState, seed: int
+) -> list[dict[str, Any]]:
     count = min(config.law_images, len(images.train.label))
     params = jax.device_get(state.params)  # off its lane's device: one program for all of them
     sown = _forward(config.law_network)(params, images.train.image[:count])
@@ -180,7 +139,9 @@ def _measure_layers(config, images, state, seed):
     return layers
 
 
-def measure_layer(config: Any, population: Population, rng: np.random.Generator) -> dict[str, Any]:
+def measure_layer(
+    config: Config, population: Population, rng: np.random.Generator
+) -> dict[str, Any]:
     """How noisy x̂ is in one layer, against theory; medians over features, or values |x̃| ≤ 2.
 
     Of each size: "ratio" and "deviation", the medians of measured/law and of its distance from 1,
@@ -226,7 +187,13 @@ def measure_layer(config: Any, population: Population, rng: np.random.Generator)
     }
 
 
-def _effective(config, population, m, predicted, rng):
+def _effective(
+    config: Config,
+    population: Population,
+    m: int,
+    predicted: StatisticsNoise,
+    rng: np.random.Generator,
+) -> dict[str, dict[str, float]]:
     noise = measured_noise(population, m, num_batches=config.law_batches, rng=rng)
     found = {}
     for name, measured, theory in zip(
@@ -251,35 +218,35 @@ def _binned(x: np.ndarray, values: np.ndarray) -> list[float]:
     return [float(np.median(g)) if len(g) >= _LEAST_IN_BIN else math.nan for g in groups]
 
 
+class _Trained(Setting, traced="rate"):
+    network: str
+    batch_size: int
+    rate: float
+
+
 def _model(network: str) -> CNN:
     # The weights of a layer before BN need no bias of their own.
     return CNN(network, BatchNorm, "hidden", use_bias=False)
 
 
-@functools.cache
-def _create_program(network: str, shape: Sequence[int]):
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key, rate):
-        return create_train_state(
-            lambda key: _model(network).init(key, jnp.zeros(shape), train=False),
-            create_optimizer("momentum", rate),
-            key,
-        )
-
-    return create
+def _optimizer(setting: _Trained) -> optax.GradientTransformation:
+    return create_optimizer("momentum", setting.rate)
 
 
-@functools.cache
-def _sweep(network: str, batch_size: int, num_steps: int) -> Sweep:
+@per_structure
+def _programs(setting: _Trained, shape: tuple[int, ...], num_steps: int) -> Programs:
+    model, batch_size = _model(setting.network), setting.batch_size
+
     def apply_fn(variables: Mapping[str, Any], image: Array, *, train: bool):
-        logits, new = _model(network).apply(variables, image, train=train, mutable=["batch_stats"])
+        logits, new = model.apply(variables, image, train=train, mutable=["batch_stats"])
         return logits, new["batch_stats"]
 
-    def advance(state, rate, examples):
-        step = make_train_step(apply_fn, create_optimizer("momentum", rate))
+    def advance(state: TrainState, setting: _Trained, examples: Batch):
+        step = make_train_step(apply_fn, _optimizer(setting))
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 
-    return Sweep(advance, steps_per_dispatch=num_steps, compiler_options=compiler_options(1))
+    create = creator(lambda key, _: model.init(key, jnp.zeros(shape), train=False), _optimizer)
+    return Programs(create, sweep(advance, steps_per_dispatch=num_steps))
 
 
 @functools.cache
