@@ -1,8 +1,12 @@
-"""Tests of what is said about the package beside it: CITATION.cff and CHANGELOG.md."""
+"""Tests of what is installed, and of what is said beside it: CITATION.cff and CHANGELOG.md."""
 
 import datetime
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
+import zipfile
 from pathlib import Path
 
 import yaml
@@ -38,3 +42,28 @@ def test_the_changelog_has_the_headings_of_its_form():
     allowed = {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
     assert set(re.findall(r"^### (.*)$", CHANGELOG, re.MULTILINE)) <= allowed
     assert "### Added" in CHANGELOG
+
+
+def test_the_wheel_installs_the_library_alone(tmp_path):
+    source, wheels = tmp_path / "source", tmp_path / "wheels"
+    ignored = shutil.ignore_patterns(".*", "*.egg-info", "__pycache__", "docs", "runs", "build")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    build = "from setuptools import build_meta; build_meta.build_wheel(WHEELS)"
+    done = subprocess.run(
+        [sys.executable, "-c", build.replace("WHEELS", repr(str(wheels)))],
+        cwd=source,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = [Path(name) for name in archive.namelist()]
+    assert {name.parts[0] for name in names} == {
+        "bn_research",
+        f"bn_research-{__version__}.dist-info",
+    }
+    library = ROOT / "bn_research"
+    wanted = [p for p in library.rglob("*") if p.suffix in (".py", ".css", ".js", ".typed")]
+    assert {p.relative_to(ROOT) for p in wanted} <= set(names)

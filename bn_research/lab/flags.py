@@ -86,7 +86,7 @@ def parse(experiment: Experiment, argv: list[str]) -> Options | None:
 
 
 def _check(config: Any, preset: Any) -> None:
-    """What holds for every experiment, and what ml_collections does not look at."""
+    """UsageError where a tuple of numbers was given something else, or seeds is below 1."""
     if config.seeds < 1:
         raise UsageError(f"--config.seeds={config.seeds} is not allowed: at least 1")
     for field, before in dataclasses.asdict(preset).items():

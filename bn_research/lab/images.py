@@ -1,7 +1,7 @@
 """The images of an experiment: scaled, resized and in memory."""
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,25 @@ def load_images(
         batches.append(Batch(resize(images, size), jnp.asarray(split.label)))
     num_classes = builder.info.features["label"].num_classes
     return Images(batches[0], batches[1], splits[0].image, num_classes)
+
+
+def images_of(config: Any, *, scale: str, size: int | None = None, limit: int = 0) -> Images:
+    """The images that a config names, by `dataset`, `data_dir`, `manual_dir` and `image_size`.
+
+    Args:
+      config: of an experiment.
+      scale: see `load_images`.
+      size: instead of the config's `image_size`; 0, or no such field, keeps theirs.
+      limit: use this many examples of each split only; 0 is all.
+    """
+    return load_images(
+        config.dataset,
+        data_dir=config.data_dir,
+        manual_dir=config.manual_dir,
+        scale=scale,
+        size=getattr(config, "image_size", 0) if size is None else size,
+        limit=limit or None,
+    )
 
 
 def check_network(network: str, images: Images, dataset: str) -> None:

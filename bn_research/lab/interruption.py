@@ -1,6 +1,6 @@
-"""Ctrl-C and SIGTERM as an exception that is not lost, where a run does not take them itself.
+"""Ctrl-C and SIGTERM as KeyboardInterrupt, also where JAX would swallow an exception.
 
-What a run has measured stands in its ledger, so that nothing needs to be saved when it ends.
+Nothing needs to be saved then: what a run has measured stands in its ledger.
 """
 
 import contextlib
@@ -17,9 +17,9 @@ _SWALLOWS = (
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside it both signals raise KeyboardInterrupt; outside the main thread it does nothing.
+    """Context in which both signals raise KeyboardInterrupt.
 
-    `Preemption`, within it, takes SIGTERM for itself.
+    A `Preemption` inside it takes SIGTERM for itself. Outside the main thread it does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

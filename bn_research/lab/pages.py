@@ -37,7 +37,7 @@ def pages(root: Path = ROOT) -> list[Path]:
 
 
 def folder_of(page: Path) -> str:
-    """docs/results, as a link on the page reaches it."""
+    """Path from a page to docs/results, for its links."""
     return os.path.relpath(ROOT / "docs" / "results", page.parent)
 
 
@@ -127,7 +127,7 @@ def _cell(text: str) -> str:
 
 
 def main() -> int:
-    """Writes every page that differs; 2 with one line where a page asks for what is not there."""
+    """Exit status, after every page that differs is written; 2 where a number is missing."""
     for name in read_results(ROOT / "docs"):
         page = ROOT / "docs" / "experiments" / f"{name}.md"
         wanted = [f"<!-- {kind}:{name} -->" for kind in ("figures", "results")]

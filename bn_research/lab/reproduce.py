@@ -66,7 +66,7 @@ class Options(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs what the command line asks for; returns the exit status."""
+    """Exit status, after what the command line asks for."""
     try:
         options = parse(list(sys.argv if argv is None else argv))
         if options is None:
@@ -141,7 +141,7 @@ def _listed(name: str, experiment: Experiment | Exception) -> str:
 
 
 def reproduce(options: Options) -> int:
-    """Runs the experiments, prints a line for each and writes the report; returns the status."""
+    """Exit status, after the experiments have run: a line for each, and the report of all."""
     if options.report_only:
         return write_report(options, [])
     names = _with_preset(options.only, options.preset)
@@ -164,7 +164,7 @@ def reproduce(options: Options) -> int:
 
 
 def _with_preset(names: Sequence[str], preset: str) -> list[str]:
-    """Those that have the preset; the others are named. What cannot be loaded fails in its run."""
+    """Experiments that have the preset. One that cannot be loaded stays, and fails when it runs."""
     loaded = load_all(names)
     presets = {n: tuple(getattr(each, "presets", (preset,))) for n, each in loaded.items()}
     found = [name for name in names if preset in presets[name]]
@@ -178,7 +178,7 @@ def _with_preset(names: Sequence[str], preset: str) -> list[str]:
 
 
 def _prepare_workdir(options: Options) -> None:
-    """Makes the folder; one of another preset is refused, of which each run would complain."""
+    """Makes the folder, unless it holds runs of another preset: that is said once, here."""
     try:
         options.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -197,7 +197,7 @@ def _prepare_workdir(options: Options) -> None:
 
 
 def _is_finished(path: Path) -> bool:
-    """Whether a report can be made of it; what is damaged is run, and with that written, again."""
+    """Whether the run can be read; one that is damaged runs again."""
     try:
         read_run(path)
     except ValueError:
@@ -226,10 +226,9 @@ def _failure(ended: Finished, options: Options) -> Failure:
 
 
 def write_report(options: Options, failures: Sequence[Failure]) -> int:
-    """Writes `report.html` of all that is finished in the workdir, and of failures.
+    """Exit status, after `report.html` is written of all finished runs and of failures.
 
-    That may be more than `--only` has asked for: no finished run goes from a report. Returns the
-    exit status.
+    Runs that `--only` does not name stay in it.
     """
     failed = [failure.experiment for failure in failures]
     folders = [options.path / name for name in experiment_names() if name not in failed]
@@ -260,7 +259,7 @@ def write_report(options: Options, failures: Sequence[Failure]) -> int:
 
 
 def _preset(runs: Sequence[Run]) -> str:
-    """That of most of them."""
+    """The preset of most runs."""
     presets = [run.results["preset"] for run in runs]
     return max(presets, key=presets.count)
 

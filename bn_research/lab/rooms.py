@@ -1,4 +1,4 @@
-"""The rooms of the package of experiments, found by looking."""
+"""Which experiments there are."""
 
 import importlib
 import re
@@ -39,7 +39,7 @@ def load(name: str) -> Experiment:
 
 
 def load_all(names: Sequence[str]) -> dict[str, Experiment | Exception]:
-    """Likewise of several; in the place of one that cannot be loaded the reason.
+    """Experiments by name; for one that cannot be loaded the error.
 
     Raises:
       UsageError: two claims share an id, by which pages link to them.

@@ -149,7 +149,7 @@ def _report(
 def _check_claims(
     experiment: Experiment, findings: Sequence[Finding], figures: Sequence[Figure]
 ) -> None:
-    """Raises ValueError unless each claim has a finding, and a figure shows no other."""
+    """ValueError unless each claim has one finding, and figures name these claims alone."""
     claims = sorted(claim.id for claim in experiment.claims)
     found = sorted(finding.claim.id for finding in findings)
     if found != claims:
@@ -160,13 +160,13 @@ def _check_claims(
 
 
 def _first_prose(text: str) -> str:
-    """The first paragraph below the title that is not a listing; the title when it is alone."""
+    """First paragraph of prose below the title; the title where there is none."""
     paragraphs = [part for part in text.strip().split("\n\n") if not part.startswith(" ")]
     return paragraphs[min(1, len(paragraphs) - 1)]
 
 
 def _command(experiment: Experiment, preset: str, config: Any, path: Path) -> str:
-    """The command that gives this run: the preset, and what differs from it and the defaults."""
+    """The command that gives this run: its preset, workdir, and fields unlike the preset's."""
     base = dataclasses.asdict(experiment.presets[preset])
     changed = [
         f"--config.{field}={value}"

@@ -63,7 +63,7 @@ class Runner:
             self._preemption.__exit__(*exception)
 
     def describe(self, text: str) -> None:
-        """Says beside the progress bar what is being done."""
+        """Writes beside the progress bar what is being done."""
         self._bar.set_description(text)
 
     def get(self, name: str, measure: Callable[..., Record], *given: Any) -> dict[str, Any]:
@@ -120,7 +120,7 @@ class Runner:
         return [self.ledger.get(member.name, dict) for member in members]
 
     def _choose(self, sweep, create, members, data):
-        """Sets the strategy of a sweep: that of the first one of this workdir."""
+        """Gives a sweep the strategy that the first sweep of this workdir has chosen."""
         if self._strategy == "auto":
             if _STRATEGY not in self.ledger:
                 choice = sweep.measure(create, members, data)

@@ -1,7 +1,7 @@
-"""Experiments as processes of their own: side by side where cores allow, each with its log.
+"""Experiments side by side, each a process with its own log.
 
-A process of its own keeps what one experiment does to JAX (devices, precision, memory) from the
-next, and lets one fail while the others go on.
+Then what one does to JAX (devices, precision, memory) does not reach the next, and one that fails
+does not end the others.
 """
 
 import contextlib
@@ -50,14 +50,14 @@ class Running:
 
 
 def cores() -> frozenset[int]:
-    """Those that this process may use."""
+    """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return frozenset(os.sched_getaffinity(0))
     return frozenset(range(os.cpu_count() or 1))
 
 
 def has_accelerator() -> bool:
-    """Whether JAX has a plugin for one, which a process would want for itself."""
+    """Whether JAX has a plugin for an accelerator; a process wants that for itself."""
     names = ("libtpu", "jax_plugins", "jax_cuda12_plugin", "jax_cuda13_plugin")
     plugins = importlib.metadata.entry_points(group="jax_plugins")
     return bool(plugins) or any(importlib.util.find_spec(name) for name in names)
@@ -69,7 +69,7 @@ def default_jobs() -> int:
 
 
 def shares(jobs: int) -> list[frozenset[int]]:
-    """The cores in as many parts, so that no experiment times what another does."""
+    """The cores in `jobs` parts: an experiment that measures time has its part to itself."""
     mine = sorted(cores())
     if jobs > len(mine):
         return [frozenset(mine)] * jobs
@@ -85,7 +85,7 @@ def run_all(
 
     Args:
       names: in the order in which they start.
-      folder: which is there.
+      folder: of the workdirs and logs; it exists.
       package: of the experiments.
       preset: of each.
       jobs: how many at once.
@@ -151,7 +151,7 @@ def _stop(running: Sequence[Running]) -> None:
 
 
 def _percent(log: Path) -> str:
-    """How far its own progress bar is; nothing where it has none yet."""
+    """Percent on the progress bar in the log; … where there is none yet."""
     with log.open("rb") as file:
         file.seek(max(0, log.stat().st_size - 2000))
         found = _PERCENT.search(file.read().decode(errors="replace"))
@@ -159,7 +159,7 @@ def _percent(log: Path) -> str:
 
 
 def tail(log: Path, *, lines: int = 40) -> str:
-    """The last lines of a log; of a progress bar, which overwrites its line, what it was last."""
+    """Last lines of a log; of a progress bar its last state."""
     text = log.read_bytes().decode(errors="replace")
     shown = [line.rstrip("\r").rpartition("\r")[2] for line in text.split("\n")]
     return "\n".join([line for line in shown if line.strip()][-lines:])

@@ -47,7 +47,7 @@ class Point(NamedTuple):
 
 
 def obstacle() -> str:
-    """What keeps event files from being written, with what to install; empty when nothing does."""
+    """Why event files cannot be written, and what to install; empty where they can."""
     try:
         import tensorboardX.event_file_writer  # noqa: F401
     except ImportError as error:
@@ -155,7 +155,7 @@ def _write(
 
 
 def _file_name(text: str) -> str:
-    """The text; one too long is cut, and kept apart from others by a digest."""
+    """A name for a file: the text, or where that is too long its beginning and a digest."""
     encoded = text.encode()
     if len(encoded) <= _LONGEST:
         return text

@@ -1,9 +1,8 @@
 """The folder of a run: its config, its environment, and a ledger of what it has measured.
 
-A run started again in the same folder with the same config goes on where it stopped. What is
-finished stands in `metrics.jsonl`, one line for each measurement; a line cut short by a kill is
-dropped and measured anew, to the same bits. Two runs at once in one folder would mix their lines,
-so the second is refused.
+The ledger is `metrics.jsonl`, a line for each measurement. A run started again with the same config
+reads it and goes on. A line that a kill cut short is dropped, and measured again to the same bits.
+One run at a time may use the folder.
 """
 
 import contextlib
@@ -19,6 +18,8 @@ import subprocess
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from bn_research.claims.results import write_json
 
@@ -40,7 +41,7 @@ class Workdir:
     config: Mapping[str, Any]
 
     def check(self) -> None:
-        """Looks, without writing, whether a run with this config may use the folder.
+        """Raises unless a run with this config may use the folder; writes nothing.
 
         Raises:
           WorkdirError: it belongs to another config, is somebody else's folder, or in use.
@@ -90,7 +91,7 @@ class Workdir:
             )
 
     def check_shared(self) -> None:
-        """Looks whether this process sees the folder that process 0 of its job has opened.
+        """Raises unless this process sees the folder that process 0 of its job has opened.
 
         Raises:
           WorkdirError: it does not, or was started with another config.
@@ -127,9 +128,9 @@ class Workdir:
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
-        """The folder's lock, which the kernel frees whatever ends the process.
+        """Holds the folder's lock, which the kernel frees however the process ends.
 
-        What stands in its file says who holds it, and nothing about whether anybody does.
+        The text in its file names the last holder, who need not hold it still.
         """
         try:
             file = self._lock_path.open("a+")
@@ -175,7 +176,7 @@ class Ledger:
     """
 
     def __init__(self, path: Path):
-        """Reads what is there, and drops a last line that was cut short."""
+        """Reads the ledger; a last line that was cut short is dropped."""
         self._path = path
         self._records: dict[str, dict[str, Any]] = {}
         whole = 0
@@ -217,6 +218,17 @@ class Ledger:
                 os.fsync(file.fileno())
             self._records[name] = record
         return self._records[name]
+
+    def get_all(
+        self, measures: Mapping[str, Callable[[], Mapping[str, Any]]], *, unit: str
+    ) -> list[dict[str, Any]]:
+        """Records in order, each as of `get`, with a progress bar in this unit."""
+        with tqdm(measures.items(), unit=unit, dynamic_ncols=True) as bar:
+            records = []
+            for name, measure in bar:
+                bar.set_description(name)
+                records.append(self.get(name, measure))
+        return records
 
 
 def environment() -> dict[str, Any]:
