@@ -14,7 +14,7 @@ from jaxtyping import Array
 
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
-from bn_research.lab.images import Images, check_network, load_images
+from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import (
     Programs,
@@ -54,13 +54,7 @@ _ELEMENTS = 2**22  # of Gaussian samples at once
 def prepare(config: Config) -> Images:
     """The images; each core becomes a device, for the sweep."""
     use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-    )
+    images = images_of(config, scale="standardized")
     check_network(config.law_network, images, config.dataset)
     whole = len(images.train.label)
     count = min(config.law_images, whole)
@@ -85,7 +79,7 @@ def measure(config: Config, images: Images, path: Path) -> Records:
             "layers": _measure_layers(config, images, state, training.seed),
         }
 
-    setting = _Trained(config.law_network, config.law_batch_size, config.law_rate)
+    setting = Trained(config.law_network, config.law_batch_size, config.law_rate)
     shape = (1, *images.train.image.shape[1:])
     ledger, steps = Ledger(path / "metrics.jsonl"), config.seeds * config.law_steps
     with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
@@ -96,7 +90,7 @@ def measure(config: Config, images: Images, path: Path) -> Records:
         features = train(
             runner,
             [Training(setting, seed, config.law_steps) for seed in range(config.seeds)],
-            lambda setting: _programs(setting, shape, config.law_steps_per_dispatch),
+            lambda setting: programs(setting, shape, config.law_steps_per_dispatch),
             images.train,
             record=record,
             name=lambda t: f"noise of features seed={t.seed}",
@@ -218,7 +212,9 @@ def _binned(x: np.ndarray, values: np.ndarray) -> list[float]:
     return [float(np.median(g)) if len(g) >= _LEAST_IN_BIN else math.nan for g in groups]
 
 
-class _Trained(Setting, traced="rate"):
+class Trained(Setting, traced="rate"):
+    """The network whose features are measured."""
+
     network: str
     batch_size: int
     rate: float
@@ -229,19 +225,20 @@ def _model(network: str) -> CNN:
     return CNN(network, BatchNorm, "hidden", use_bias=False)
 
 
-def _optimizer(setting: _Trained) -> optax.GradientTransformation:
+def _optimizer(setting: Trained) -> optax.GradientTransformation:
     return create_optimizer("momentum", setting.rate)
 
 
 @per_structure
-def _programs(setting: _Trained, shape: tuple[int, ...], num_steps: int) -> Programs:
+def programs(setting: Trained, shape: tuple[int, ...], num_steps: int) -> Programs:
+    """Of one dispatch of momentum SGD."""
     model, batch_size = _model(setting.network), setting.batch_size
 
     def apply_fn(variables: Mapping[str, Any], image: Array, *, train: bool):
         logits, new = model.apply(variables, image, train=train, mutable=["batch_stats"])
         return logits, new["batch_stats"]
 
-    def advance(state: TrainState, setting: _Trained, examples: Batch):
+    def advance(state: TrainState, setting: Trained, examples: Batch):
         step = make_train_step(apply_fn, _optimizer(setting))
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 

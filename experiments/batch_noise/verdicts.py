@@ -130,15 +130,18 @@ def _judge_law(config: Config, gaussian: Sequence[Record]) -> Finding:
     return Finding(CLAIMS[0], measured, (worst, worst), verdict, note)
 
 
-def _judge_features(config: Config, features: Sequence[Record]) -> Finding:
-    large = large_sizes(config)
+def _at_large(
+    config: Config, record: Record, kind: str | None = None
+) -> list[tuple[Record, Record]]:
+    """Layers of a kind, each with its record of every large size."""
+    sizes = large_sizes(config)
+    return [(layer, layer["sizes"][str(m)]) for layer in layers_of(record, kind) for m in sizes]
 
+
+def _judge_features(config: Config, features: Sequence[Record]) -> Finding:
     def largest(key: str, kind: str | None = None) -> Estimate:
         return estimate(
-            [
-                max(layer["sizes"][str(m)][key] for layer in layers_of(record, kind) for m in large)
-                for record in features
-            ]
+            [max(size[key] for _, size in _at_large(config, one, kind)) for one in features]
         )
 
     off = largest("deviation")
@@ -173,31 +176,26 @@ def _judge_features(config: Config, features: Sequence[Record]) -> Finding:
 
 
 def _judge_pixels(config: Config, features: Sequence[Record]) -> Finding:
-    large = large_sizes(config)
-
-    def extreme(pick: Callable[..., float], key: str, *statistics: str, of_all: bool) -> Estimate:
-        """Over convolutions, large sizes and statistics; `of_all`: as a share of m·h·w."""
+    def extreme(pick: Callable[..., float], key: str, *of: str, share: bool = False) -> Estimate:
+        """Over the statistics named, or both; as a share of m·h·w or as it is, that is over m."""
         return estimate(
             [
                 pick(
-                    layer["sizes"][str(m)]["effective"][statistic][key]
-                    / (layer["positions"] if of_all else 1)
-                    for layer in layers_of(record, "conv")
-                    for m in large
-                    for statistic in statistics or _STATISTICS
+                    size["effective"][one][key] / (layer["positions"] if share else 1)
+                    for layer, size in _at_large(config, record, "conv")
+                    for one in of or _STATISTICS
                 )
                 for record in features
             ]
         )
 
-    share = extreme(max, "measured", of_all=True)
-    worth = extreme(min, "measured", of_all=False)
-    error = extreme(max, "error", of_all=False)
+    share = extreme(max, "measured", share=True)
+    worth, error = extreme(min, "measured"), extreme(max, "error")
     measured = with_intervals(
         {
             "largest effective size/(m·h·w)": share,
-            "largest, of the mean": extreme(max, "measured", "mean", of_all=True),
-            "largest, of the variance": extreme(max, "measured", "var", of_all=True),
+            "largest, of the mean": extreme(max, "measured", "mean", share=True),
+            "largest, of the variance": extreme(max, "measured", "var", share=True),
             "smallest effective size/m": worth,
             "largest median of |measured/predicted − 1|": error,
         }

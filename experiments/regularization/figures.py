@@ -205,14 +205,9 @@ def batch_noise_training(config: Config, records: Records) -> Drawn:
 
 
 def tuned_curve(tuning: Runs, norm: str) -> list[dict[str, float]]:
-    """For each dropout rate, at its learning rate of the best validation accuracy: mean over seeds.
+    """Means over seeds at each dropout rate, by the learning rate of the best validation accuracy.
 
-    Args:
-      tuning: runs that settings are chosen by.
-      norm: of the curve's network.
-
-    Returns:
-      Dropout rate, validation and test accuracy, training loss; ordered by the first.
+    Of validation and test accuracy and training loss, in the order of the dropout rates.
     """
     keys = ("validation_accuracy", "test_accuracy", "train_loss")
     curve = []

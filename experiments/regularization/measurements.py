@@ -13,7 +13,7 @@ from jaxtyping import Array
 from bn_research.claims.judging import choose
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
-from bn_research.lab.images import check_network, load_images
+from bn_research.lab.images import check_network, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
 from bn_research.models.cnn import DROPOUT_PLACEMENTS
@@ -25,7 +25,6 @@ from experiments.regularization import Config
 from experiments.regularization.training import (
     Data,
     Network,
-    Run,
     Trainer,
     apply_training,
     make_model,
@@ -50,13 +49,7 @@ _PASSES = 8
 def prepare(config: Config) -> Data:
     """The three sets; each core becomes a device, for the sweeps."""
     use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-    )
+    images = images_of(config, scale="standardized")
     train, whole = config.train_examples, len(images.train.label)
     used = train + config.validation_examples
     if used > whole:
@@ -80,12 +73,19 @@ def _cut(examples: Batch, start: int, stop: int) -> Batch:
 
 def total_steps(config: Config) -> int:
     """Of all trainings."""
-    groups = len(_tuned_for_groups(config)) + len(_groups(config, 1.0, 1.0))
-    dropout = len(_tuned_for_dropout(config)) + len(CELLS) * config.dropout_seeds
-    dropout += len(DROPOUT_PLACEMENTS) * config.seeds
+    groups = len(_rates_of_groups(config)) * config.groups_tuning_seeds
+    groups += len(_arms(config, 1.0, 1.0)) * config.groups_seeds
     if config.groups_slower:
         groups += len(config.groups_sizes) * config.seeds
+    dropout = len(_rates_of_dropout(config)) * config.dropout_tuning_seeds
+    dropout += len(CELLS) * config.dropout_seeds + len(DROPOUT_PLACEMENTS) * config.seeds
     return groups * config.groups_steps + dropout * config.dropout_steps
+
+
+def _tuning_seeds(config: Config, part: str) -> range:
+    """Those after the seeds of verdicts."""
+    first = max(config.seeds, getattr(config, f"{part}_seeds"))
+    return range(first, first + getattr(config, f"{part}_tuning_seeds"))
 
 
 def measure(config: Config, data: Data, path: Path) -> Records:
@@ -119,48 +119,35 @@ def most_accurate(tuning: Sequence[Mapping[str, Any]]) -> Network:
 def measure_groups(config: Config, data: Data, runner: Runner) -> Records:
     """Every arm, at rates that are chosen first, and the ladder at a lower one."""
     trainer = _trainer("groups", config, data, runner)
-    measured = functools.partial(dose, trainer)
-    tuning = trainer.train(_tuned_for_groups(config), measure=measured)
+    train = functools.partial(trainer.train, measure=functools.partial(dose, trainer))
+    tuning = train(_rates_of_groups(config), _tuning_seeds(config, "groups"))
     rate, plain_rate = (
         most_accurate([run for run in tuning if run["norm"] == norm]).rate
         for norm in ("batch", "none")
     )
-    groups = trainer.train(_groups(config, rate, plain_rate), measure=measured)
+    groups = train(_arms(config, rate, plain_rate).items(), range(config.groups_seeds))
     slower: list[dict[str, Any]] = []
     if config.groups_slower:
         ladder = _ladder(config, rate / config.groups_slower)
-        slower = trainer.train(_of_seeds(ladder, range(config.seeds)), measure=measured)
+        slower = train(ladder.items(), range(config.seeds))
     return {"groups_tuning": tuning, "groups": groups, "groups_slower": slower}
 
 
-def _of_seeds(arms: Mapping[str, Network], seeds: Sequence[int]) -> list[Run]:
-    return [Run(arm, network, seed) for arm, network in arms.items() for seed in seeds]
-
-
-def _tuned_for_groups(config: Config) -> list[Run]:
-    """Every rate, with statistics of the whole batch and without BN; on seeds of no verdict."""
-    first = max(config.seeds, config.groups_seeds)
-    seeds = range(first, first + config.groups_tuning_seeds)
-    batch = config.groups_sizes[-1]
-    plain = _network(config, "none", config.groups_size, 0.0)
+def _rates_of_groups(config: Config) -> list[tuple[str, Network]]:
+    """Every rate, with statistics of the whole batch and without BN."""
+    batch, rates = config.groups_sizes[-1], config.groups_rates
     return [
-        Run(arm, network.replace(rate=rate), seed)
-        for arm, network in (
-            (ladder_arm(batch), _network(config, "batch", batch, 0.0)),
-            (PLAIN, plain),
-        )
-        for rate in config.groups_rates
-        for seed in seeds
+        *((ladder_arm(batch), _network(config, "batch", batch, rate)) for rate in rates),
+        *((PLAIN, _network(config, "none", config.groups_size, rate)) for rate in rates),
     ]
 
 
-def _groups(config: Config, rate: float, plain_rate: float) -> list[Run]:
-    """Every arm, for all seeds."""
+def _arms(config: Config, rate: float, plain_rate: float) -> dict[str, Network]:
     size = config.groups_size
     # Without BN the group decides the order of the examples alone, and only where it is frozen:
     # given all the same, so that both are one program.
     plain = _network(config, "none", size, plain_rate)
-    arms = {
+    return {
         **_ladder(config, rate),
         FROZEN: _network(config, "batch", size, rate).replace(regrouped=False),
         POPULATION: _network(config, "population", 0, rate),
@@ -168,7 +155,6 @@ def _groups(config: Config, rate: float, plain_rate: float) -> list[Run]:
         PLAIN: plain,
         PLAIN_FROZEN: plain.replace(regrouped=False),
     }
-    return _of_seeds(arms, range(config.groups_seeds))
 
 
 def _ladder(config: Config, rate: float) -> dict[str, Network]:
@@ -234,24 +220,22 @@ def measure_dropout(config: Config, data: Data, runner: Runner) -> Records:
     """Two by two, each cell at its best rates, and the placements of dropout below BN."""
     trainer = _trainer("dropout", config, data, runner)
     shift = functools.partial(variance_shift, trainer)
-    tuning = trainer.train(_tuned_for_dropout(config))
+    tuning = trainer.train(_rates_of_dropout(config), _tuning_seeds(config, "dropout"))
     chosen = {cell: most_accurate(cell.of(tuning)) for cell in CELLS}
-    arms = {cell.name: network for cell, network in chosen.items()}
-    rate = config.dropout_shift_rate
-    bn = chosen[Cell("batch", dropout=False)].replace(dropout=rate)
-    placements = {place: bn.replace(dropout_placement=place) for place in DROPOUT_PLACEMENTS}
+    cells = [(cell.name, network) for cell, network in chosen.items()]
+    bn = chosen[Cell("batch", dropout=False)].replace(dropout=config.dropout_shift_rate)
+    placements = [(place, bn.replace(dropout_placement=place)) for place in DROPOUT_PLACEMENTS]
     return {
         "dropout_tuning": tuning,
-        "dropout": trainer.train(_of_seeds(arms, range(config.dropout_seeds)), measure=shift),
-        "shift": trainer.train(_of_seeds(placements, range(config.seeds)), measure=shift),
+        "dropout": trainer.train(cells, range(config.dropout_seeds), measure=shift),
+        "shift": trainer.train(placements, range(config.seeds), measure=shift),
     }
 
 
-def _tuned_for_dropout(config: Config) -> list[Run]:
-    """Every learning rate and dropout rate, on seeds that enter no verdict."""
-    first = max(config.seeds, config.dropout_seeds)
+def _rates_of_dropout(config: Config) -> list[tuple[str, Network]]:
+    """Every learning rate and dropout rate."""
     return [
-        Run(
+        (
             Cell(norm, dropout > 0).name,
             Network(
                 config.dropout_network,
@@ -261,12 +245,10 @@ def _tuned_for_dropout(config: Config) -> list[Run]:
                 rate=rate,
                 dropout=dropout,
             ),
-            seed,
         )
         for norm in ("none", "batch")
         for dropout in (0.0, *config.dropout_rates)
         for rate in config.dropout_learning_rates
-        for seed in range(first, first + config.dropout_tuning_seeds)
     ]
 
 
@@ -310,11 +292,7 @@ def pre_activation_stats(
 ) -> dict[str, BatchStats]:
     """Mean and unbiased variance of each pre-activation's units over the training set, as sown.
 
-    Args:
-      data: its training set, as far as it fills whole batches.
-      network: of the state.
-      state: trained.
-      train: pass in training mode, with dropout and the statistics of batches; or in inference.
+    Passes are in training mode, with dropout and the statistics of batches; or in inference.
     """
     size = network.batch_size
     count = len(data.train.image) // size

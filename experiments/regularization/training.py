@@ -1,7 +1,8 @@
 """The networks, with their norm and their dropout, and what trains and evaluates them."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -26,7 +27,7 @@ from bn_research.layers.stochastic_norm import StochasticBatchNorm
 from bn_research.models.cnn import CNN
 from bn_research.models.initializers import kernel_initializer
 from bn_research.normalization import Moments
-from bn_research.training.evaluation import make_evaluation, place_batches
+from bn_research.training.evaluation import EvaluationSet, make_evaluation, place_batches
 from bn_research.training.loop import History, epoch_order_of_groups, run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState
@@ -78,65 +79,40 @@ class Network(Setting, traced="rate dropout regrouped"):
         )
 
 
-class Run(NamedTuple):
-    """One training."""
-
-    arm: str
-    network: Network
-    seed: int
-
-
+@dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Trains networks on the training set, each once in the life of a workdir, and evaluates them.
+    """Trains networks, each once in the life of a workdir, and evaluates them on the three sets."""
 
-    Args:
-      runner: of the experiment.
-      data: the three sets.
-      num_steps: of each training.
-      steps_per_dispatch: steps of one call into the compiled program.
-      compiler_level: see `bn_research.lab.compiler.compiler_options`; an attribute too.
-    """
+    runner: Runner
+    data: Data
+    num_steps: int  # of each training
+    steps_per_dispatch: int  # of one call into the compiled program
+    compiler_level: int = 1
 
-    def __init__(
-        self,
-        runner: Runner,
-        data: Data,
-        *,
-        num_steps: int,
-        steps_per_dispatch: int,
-        compiler_level: int = 1,
-    ):
-        """Places the sets on the devices."""
-        self.data = data
-        self.compiler_level = compiler_level
-        self._runner = runner
-        self._num_steps, self._steps_per_dispatch = num_steps, steps_per_dispatch
-        self._sets = {
-            name: place_batches(examples, batch_size=_EVAL_BATCH)
-            for name, examples in data._asdict().items()
-        }
+    @functools.cached_property
+    def _sets(self) -> dict[str, EvaluationSet]:
+        sets = self.data._asdict().items()
+        return {name: place_batches(examples, batch_size=_EVAL_BATCH) for name, examples in sets}
 
     def train(
         self,
-        runs: Sequence[Run],
+        arms: Iterable[tuple[str, Network]],
+        seeds: Sequence[int],
         *,
         measure: Callable[[Network, TrainState], Mapping[str, Any]] = lambda network, state: {},
     ) -> list[dict[str, Any]]:
-        """Records of the runs, in their order; those of equal networks and seed are one training.
+        """Records of the named networks, all seeds of one before the next; equal ones train once.
 
         Each holds its network and seed, the training loss (mean over each dispatch, training mode),
-        the number of steps that were not finite and so not taken, and mean loss and accuracy on the
-        three sets in inference mode, by population statistics.
-
-        Args:
-          runs: with their arms, which the records name.
-          measure: (network, state at the end with population statistics) -> more to record.
+        the number of steps that were not finite and so not taken, mean loss and accuracy on the
+        three sets in inference mode, and what is measured of (network, state), both by population
+        statistics.
         """
 
         def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
             network = training.setting
             state = self.with_population_stats(network, state)
-            losses = history.loss.reshape(-1, self._steps_per_dispatch).mean(axis=1)
+            losses = history.loss.reshape(-1, self.steps_per_dispatch).mean(axis=1)
             return {
                 **network.as_record(),
                 "seed": training.seed,
@@ -147,10 +123,10 @@ class Trainer:
             }
 
         shape = (1, *self.data.train.image.shape[1:])
-        options = self._num_steps, self._steps_per_dispatch, self.compiler_level
+        options = self.num_steps, self.steps_per_dispatch, self.compiler_level
         return train(
-            self._runner,
-            [Training(network, seed, self._num_steps, arm) for arm, network, seed in runs],
+            self.runner,
+            [Training(net, seed, self.num_steps, arm) for arm, net in arms for seed in seeds],
             lambda network: _programs(network, shape, *options),
             self.data.train,
             record=record,
@@ -194,17 +170,15 @@ def make_model(network: Network) -> CNN:
     options: dict[str, Any] = dict(
         momentum=_STATS_MOMENTUM, epsilon=_EPSILON, group_size=network.group_size or None
     )
-    norm: Callable[..., nn.Module] | None = None
-    if network.norm == "batch":
-        norm = functools.partial(BatchNorm, **options)
-    elif network.norm != "none":
-        noise: Any = "none" if network.norm == "population" else network.norm
-        population: Any = network.population
-        norm = functools.partial(StochasticBatchNorm, noise=noise, population=population, **options)
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, **options)
+    if network.norm in NORMS[2:]:
+        options |= dict(population=network.population)
+        options |= dict(noise="none" if network.norm == "population" else network.norm)
+        norm = functools.partial(StochasticBatchNorm, **options)
     drops: dict[str, Any] = {}
     if network.dropout_placement != "none":
         drops = dict(dropout=network.dropout, dropout_placement=network.dropout_placement)
-    placement: Any = "none" if norm is None else "hidden"
+    placement: Any = "none" if network.norm == "none" else "hidden"
     init = kernel_initializer("he")
     return CNN(network.network, norm, placement, kernel_init=init, **drops)
 
@@ -269,26 +243,23 @@ def _programs(
 def _moments_program(compiler_level: int):
     @functools.partial(jax.jit, compiler_options=compiler_options(compiler_level))
     def moments(network: Network, variables, image, keys):
-        found = apply_training(network, variables, image, keys)[1][MOMENTS]
         groups = 1
         if network.norm == "batch" and network.group_size:
             groups = network.batch_size // network.group_size
-        return jax.tree.map(
-            lambda leaf: _of_groups(groups, leaf) if isinstance(leaf, Moments) else leaf,
-            found,
-            is_leaf=lambda leaf: isinstance(leaf, Moments),
-        )
+
+        def of_groups(found):
+            """Moments whose m2/(count − 1) is unbiased, where m2 is about the means of groups.
+
+            Algorithm 2 then gives the mean over groups of m/(m − 1)·σ_g², m the size of a group.
+            """
+            if not isinstance(found, Moments):
+                return found
+            return found._replace(m2=found.m2 * (found.count - 1) / (found.count - groups))
+
+        found = apply_training(network, variables, image, keys)[1][MOMENTS]
+        return jax.tree.map(of_groups, found, is_leaf=lambda leaf: isinstance(leaf, Moments))
 
     return moments
-
-
-def _of_groups(groups: int, moments: Moments) -> Moments:
-    """Moments whose m2/(count − 1) is unbiased where m2 is about the means of so many groups.
-
-    Algorithm 2 then gives the mean over groups of m/(m − 1)·σ_g², m being the size of a group.
-    """
-    count = moments.count
-    return moments._replace(m2=moments.m2 * (count - 1) / (count - groups))
 
 
 @per_structure
