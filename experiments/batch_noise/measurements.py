@@ -12,31 +12,16 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from bn_research.lab import settings
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
-from bn_research.lab.settings import (
-    Programs,
-    Setting,
-    Training,
-    creator,
-    per_structure,
-    sweep,
-    train,
-)
 from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.cnn import CNN
+from bn_research.probes import batch_noise_sampling as sampling
 from bn_research.probes.batch_noise import StatisticsNoise, noise_law, variance_law
-from bn_research.probes.batch_noise_sampling import (
-    Population,
-    conditional_moments,
-    describe_population,
-    effective_batch_size,
-    measured_noise,
-    predicted_noise,
-)
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.loop import History, run_steps
 from bn_research.training.optimizers import create_optimizer
@@ -70,7 +55,7 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     "gaussian" is of `gaussian_variances`; the layers of "features" are of `measure_layer`.
     """
 
-    def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+    def record(training: settings.Training, state: TrainState, history: History) -> dict[str, Any]:
         runner.describe(f"noise of features seed={training.seed}")
         return {
             "seed": training.seed,
@@ -87,9 +72,9 @@ def measure(config: Config, images: Images, path: Path) -> Records:
             runner.get(f"noise of Gaussian samples seed={seed}", gaussian_variances, config, seed)
             for seed in range(config.seeds)
         ]
-        features = train(
+        features = settings.train(
             runner,
-            [Training(setting, seed, config.law_steps) for seed in range(config.seeds)],
+            [settings.Training(setting, seed, config.law_steps) for seed in range(config.seeds)],
             lambda setting: programs(setting, shape, config.law_steps_per_dispatch),
             images.train,
             record=record,
@@ -124,7 +109,7 @@ def _measure_layers(
     sown = _forward(config.law_network)(params, images.train.image[:count])
     layers = []
     for number, features in enumerate(sown, start=1):
-        population = describe_population(np.asarray(features))
+        population = sampling.describe_population(np.asarray(features))
         rng = np.random.default_rng([seed, number])
         kind = "conv" if population.num_positions > 1 else "dense"
         layers.append(
@@ -134,7 +119,7 @@ def _measure_layers(
 
 
 def measure_layer(
-    config: Config, population: Population, rng: np.random.Generator
+    config: Config, population: sampling.Population, rng: np.random.Generator
 ) -> dict[str, Any]:
     """How noisy x̂ is in one layer, against theory; medians over features, or values |x̃| ≤ 2.
 
@@ -153,10 +138,10 @@ def measure_layer(
     sizes, curve = {}, {}
     for m in config.law_sizes:
         infinite = (count - 1) / (count - m)  # noise of an infinite set, over that of ours
-        moments = conditional_moments(
+        moments = sampling.conditional_moments(
             population, chosen, m, num_batches=config.law_batches, rng=rng
         )
-        predicted = predicted_noise(population, m)
+        predicted = sampling.predicted_noise(population, m)
         var, law = moments.var * infinite, variance_law(x, predicted) * infinite
         independent = noise_law(x, m * population.num_positions, **shape).var
         ratio = (var / law)[near]
@@ -183,17 +168,17 @@ def measure_layer(
 
 def _effective(
     config: Config,
-    population: Population,
+    population: sampling.Population,
     m: int,
     predicted: StatisticsNoise,
     rng: np.random.Generator,
 ) -> dict[str, dict[str, float]]:
-    noise = measured_noise(population, m, num_batches=config.law_batches, rng=rng)
+    noise = sampling.measured_noise(population, m, num_batches=config.law_batches, rng=rng)
     found = {}
     for name, measured, theory in zip(
         ("mean", "var"),
-        effective_batch_size(population, m, noise),
-        effective_batch_size(population, m, predicted),
+        sampling.effective_batch_size(population, m, noise),
+        sampling.effective_batch_size(population, m, predicted),
         strict=True,
     ):
         found[name] = {
@@ -212,7 +197,7 @@ def _binned(x: np.ndarray, values: np.ndarray) -> list[float]:
     return [float(np.median(g)) if len(g) >= _LEAST_IN_BIN else math.nan for g in groups]
 
 
-class Trained(Setting, traced="rate"):
+class Trained(settings.Setting, traced="rate"):
     """The network whose features are measured."""
 
     network: str
@@ -229,8 +214,8 @@ def _optimizer(setting: Trained) -> optax.GradientTransformation:
     return create_optimizer("momentum", setting.rate)
 
 
-@per_structure
-def programs(setting: Trained, shape: tuple[int, ...], num_steps: int) -> Programs:
+@settings.per_structure
+def programs(setting: Trained, shape: tuple[int, ...], num_steps: int) -> settings.Programs:
     """Of one dispatch of momentum SGD."""
     model, batch_size = _model(setting.network), setting.batch_size
 
@@ -242,8 +227,10 @@ def programs(setting: Trained, shape: tuple[int, ...], num_steps: int) -> Progra
         step = make_train_step(apply_fn, _optimizer(setting))
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 
-    create = creator(lambda key, _: model.init(key, jnp.zeros(shape), train=False), _optimizer)
-    return Programs(create, sweep(advance, steps_per_dispatch=num_steps))
+    create = settings.creator(
+        lambda key, _: model.init(key, jnp.zeros(shape), train=False), _optimizer
+    )
+    return settings.Programs(create, settings.sweep(advance, steps_per_dispatch=num_steps))
 
 
 @functools.cache

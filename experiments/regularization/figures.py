@@ -40,6 +40,7 @@ from experiments.regularization.verdicts import (
     accuracy_lost,
     gains,
     ladder_arm,
+    of_cell,
 )
 
 if TYPE_CHECKING:
@@ -264,11 +265,11 @@ def dropout(config: Config, records: Records) -> Drawn:
 
 def _mark_cells(axis: Axes, runs: Runs, norm: str, look: Look) -> None:
     """The two cells of a network, at their dropout rates, with their intervals over seeds."""
-    for of_cell in (cell.of(runs) for cell in CELLS if cell.norm == norm):
-        found = estimate(100 * numbers(of_cell, "test_accuracy"))
+    for own in (of_cell(runs, cell) for cell in CELLS if CELLS[cell][0] == norm):
+        found = estimate(100 * numbers(own, "test_accuracy"))
         half = found.high - found.mean
         axis.errorbar(
-            of_cell[0]["dropout"] + (0.008 if norm == "batch" else -0.008),
+            own[0]["dropout"] + (0.008 if norm == "batch" else -0.008),
             found.mean,
             yerr=half if np.isfinite(half) else None,
             **{**look, "markersize": 9},

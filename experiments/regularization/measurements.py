@@ -36,9 +36,9 @@ from experiments.regularization.verdicts import (
     PLAIN,
     PLAIN_FROZEN,
     POPULATION,
-    Cell,
     Records,
     ladder_arm,
+    of_cell,
 )
 
 _SHIFT_KEY = 30_000  # of the dropout under which pre-activations are measured
@@ -221,13 +221,12 @@ def measure_dropout(config: Config, data: Data, runner: Runner) -> Records:
     trainer = _trainer("dropout", config, data, runner)
     shift = functools.partial(variance_shift, trainer)
     tuning = trainer.train(_rates_of_dropout(config), _tuning_seeds(config, "dropout"))
-    chosen = {cell: most_accurate(cell.of(tuning)) for cell in CELLS}
-    cells = [(cell.name, network) for cell, network in chosen.items()]
-    bn = chosen[Cell("batch", dropout=False)].replace(dropout=config.dropout_shift_rate)
+    cells = {cell: most_accurate(of_cell(tuning, cell)) for cell in CELLS}
+    bn = cells["BN, no dropout"].replace(dropout=config.dropout_shift_rate)
     placements = [(place, bn.replace(dropout_placement=place)) for place in DROPOUT_PLACEMENTS]
     return {
         "dropout_tuning": tuning,
-        "dropout": trainer.train(cells, range(config.dropout_seeds), measure=shift),
+        "dropout": trainer.train(cells.items(), range(config.dropout_seeds), measure=shift),
         "shift": trainer.train(placements, range(config.seeds), measure=shift),
     }
 
@@ -236,18 +235,18 @@ def _rates_of_dropout(config: Config) -> list[tuple[str, Network]]:
     """Every learning rate and dropout rate."""
     return [
         (
-            Cell(norm, dropout > 0).name,
+            cell,
             Network(
                 config.dropout_network,
                 norm,
                 batch_size=config.dropout_batch_size,
                 dropout_placement=config.dropout_placement,
                 rate=rate,
-                dropout=dropout,
+                dropout=rate_of_dropout,
             ),
         )
-        for norm in ("none", "batch")
-        for dropout in (0.0, *config.dropout_rates)
+        for cell, (norm, dropout) in CELLS.items()
+        for rate_of_dropout in (config.dropout_rates if dropout else (0.0,))
         for rate in config.dropout_learning_rates
     ]
 

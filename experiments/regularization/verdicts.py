@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,15 +10,7 @@ from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import Estimate, estimate, paired_difference, ratio_of_means
 from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide, verdict_of
 from bn_research.claims.formatting import format_number
-from bn_research.claims.judging import (
-    Record,
-    at_end,
-    by_seed,
-    listed,
-    lost,
-    numbers,
-    with_intervals,
-)
+from bn_research.claims.judging import at_end, by_seed, listed, lost, numbers, with_intervals
 from bn_research.models.cnn import DROPOUT_PLACEMENTS
 from experiments.regularization import Config
 
@@ -95,7 +87,7 @@ CLAIMS = (
     ),
 )
 
-Runs = Sequence[Record]
+Runs = Sequence[Mapping[str, Any]]
 Records = Mapping[str, Runs]
 
 
@@ -264,26 +256,12 @@ def _rates(config: Config, main: Runs) -> str:
 # --- dropout ---
 
 
-class Cell(NamedTuple):
-    """One of two by two."""
-
-    norm: str
-    dropout: bool
-
-    @property
-    def name(self) -> str:
-        """For readers."""
-        network = "no BN" if self.norm == "none" else "BN"
-        return f"{network}, {'dropout' if self.dropout else 'no dropout'}"
-
-    def of(self, runs: Runs) -> list[Record]:
-        """The runs of the cell, at whatever rates, in the order of their seeds."""
-        return [
-            run for run in by_seed(runs, norm=self.norm) if (run["dropout"] > 0) == self.dropout
-        ]
-
-
-CELLS = tuple(Cell(norm, dropout) for norm in ("none", "batch") for dropout in (False, True))
+CELLS = {  # of two by two: the norm, and whether there is dropout
+    "no BN, no dropout": ("none", False),
+    "no BN, dropout": ("none", True),
+    "BN, no dropout": ("batch", False),
+    "BN, dropout": ("batch", True),
+}
 PLACED = {
     "before": "before every BN",
     "after": "after every activation",
@@ -291,9 +269,17 @@ PLACED = {
 }
 
 
+def of_cell(runs: Runs, cell: str) -> Runs:
+    """The runs of a cell, at whatever rates, in the order of their seeds."""
+    norm, dropout = CELLS[cell]
+    return [run for run in by_seed(runs, norm=norm) if (run["dropout"] > 0) == dropout]
+
+
 def gains(runs: Runs) -> tuple[Estimate, Estimate, Estimate]:
     """Dropout's gain in test accuracy without BN, with BN, and their difference; by seed."""
-    plain_off, plain_on, bn_off, bn_on = (numbers(c.of(runs), "test_accuracy") for c in CELLS)
+    plain_off, plain_on, bn_off, bn_on = (
+        numbers(of_cell(runs, cell), "test_accuracy") for cell in CELLS
+    )
     plain, bn = plain_on - plain_off, bn_on - bn_off
     return estimate(plain), estimate(bn), paired_difference(plain, bn)
 
@@ -307,23 +293,23 @@ def judge_need(config: Config, runs: Runs) -> Finding:
         "dropout's gain with BN": bn,
     }
     ends = []
-    for cell in CELLS:
-        of_cell = cell.of(runs)
-        found[f"test accuracy, {cell.name}"] = estimate(numbers(of_cell, "test_accuracy"))
+    for cell, (_, dropout) in CELLS.items():
+        own = of_cell(runs, cell)
+        found[f"test accuracy, {cell}"] = estimate(numbers(own, "test_accuracy"))
         for key, words in (
             ("train_accuracy", "training accuracy"),
             ("test_loss", "test loss"),
             ("train_loss", "training loss"),
         ):
-            found[f"{words}, {cell.name}"] = numbers(of_cell, key).mean()
+            found[f"{words}, {cell}"] = numbers(own, key).mean()
         grids = [("rate", "learning rate", config.dropout_learning_rates)]
-        if cell.dropout:
+        if dropout:
             grids.append(("dropout", "dropout rate", config.dropout_rates))
         for field, words, grid in grids:
-            value = of_cell[0][field]
-            found[f"{words}, {cell.name}"] = value
+            value = own[0][field]
+            found[f"{words}, {cell}"] = value
             if at_end(value, grid):
-                ends.append(f"{words} {format_number(value)} ({cell.name})")
+                ends.append(f"{words} {format_number(value)} ({cell})")
     note = (
         f"interval: over {config.dropout_seeds} seeds. {config.dropout_network}, "
         f"{config.dropout_examples} training examples, batch {config.dropout_batch_size}, "
@@ -373,7 +359,9 @@ def judge_shift(config: Config, records: Records) -> Finding:
     closed = numbers(shift["before"], "population_over_closed_form")
     for layer, values in enumerate(closed.T, start=1):
         found[f"population variance over its closed form, BN {layer}"] = estimate(values)
-    found["accuracy lost to the shift, tuned cell"] = accuracy_lost(CELLS[3].of(records["dropout"]))
+    found["accuracy lost to the shift, tuned cell"] = accuracy_lost(
+        of_cell(records["dropout"], "BN, dropout")
+    )
     note = (
         f"interval: over {config.seeds} seeds, of the smallest |r − 1| of all BN layers with "
         f"dropout below. Dropout {format_number(runs[0]['dropout'])}, learning rate "

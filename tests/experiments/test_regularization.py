@@ -36,6 +36,7 @@ from experiments.regularization.verdicts import (
     judge_need,
     judge_shift,
     ladder_arm,
+    of_cell,
     recovery,
     shifted,
     slopes,
@@ -153,7 +154,7 @@ def test_findings_are_of_the_records(finished):
     ]
     assert findings[0].measured[name] == pytest.approx(np.mean(expected))
     off, on, bn_off, bn_on = (
-        np.array([r["test_accuracy"] for r in cell.of(records["dropout"])]) for cell in CELLS
+        np.array([r["test_accuracy"] for r in of_cell(records["dropout"], c)]) for c in CELLS
     )
     name = "dropout's gain without BN less that with BN"
     assert findings[3].measured[name] == pytest.approx(np.mean(on - off - bn_on + bn_off))
@@ -161,12 +162,12 @@ def test_findings_are_of_the_records(finished):
 
 def test_chosen_by_validation_accuracy(finished):
     records = finished[1]
-    for cell in CELLS:
-        of_cell = cell.of(records["dropout_tuning"])
-        network = most_accurate(of_cell)
-        chosen = max(of_cell, key=lambda r: r["validation_accuracy"])
-        assert (network.norm, network.dropout) == (cell.norm, chosen["dropout"])
-        assert {(r["dropout"], r["rate"]) for r in cell.of(records["dropout"])} == {
+    for cell, (norm, _) in CELLS.items():
+        tuning = of_cell(records["dropout_tuning"], cell)
+        network = most_accurate(tuning)
+        chosen = max(tuning, key=lambda r: r["validation_accuracy"])
+        assert (network.norm, network.dropout) == (norm, chosen["dropout"])
+        assert {(r["dropout"], r["rate"]) for r in of_cell(records["dropout"], cell)} == {
             (network.dropout, network.rate)
         }
 
@@ -405,7 +406,7 @@ def test_best_is_of_the_mean_over_seeds_and_never_a_diverged_one():
         *(trial("batch", 0.0, 0.1, 1.0, seed) for seed in range(2)),
         *(trial("none", 0.5, 0.1, 1.0, seed) for seed in range(2)),
     ]
-    chosen = most_accurate(CELLS[3].of(trials))
+    chosen = most_accurate(of_cell(trials, "BN, dropout"))
     assert (chosen.norm, chosen.dropout, chosen.rate) == ("batch", 0.2, 0.3)
 
 
@@ -423,14 +424,14 @@ def test_the_curve_takes_each_dropout_rate_at_its_best_learning_rate():
 def cells(plain_gain, bn_gain, spread=0.001, diverged=0):
     """Three seeds of the four cells, with gains that differ by spread from seed to seed."""
     records = []
-    for cell in CELLS:
+    for cell, (norm, dropout) in CELLS.items():
         for seed in range(3):
-            gain = (plain_gain if cell.norm == "none" else bn_gain) if cell.dropout else 0
-            if cell == CELLS[1]:
+            gain = (plain_gain if norm == "none" else bn_gain) if dropout else 0
+            if cell == "no BN, dropout":
                 gain += spread * (seed - 1)
-            record = trial(cell.norm, 0.5 * cell.dropout, 0.05, 0.8 + gain + 0.01 * seed, seed)
+            record = trial(norm, 0.5 * dropout, 0.05, 0.8 + gain + 0.01 * seed, seed)
             record |= dict(train_loss=0.1, test_loss=0.5, diverged=diverged)
-            if cell == CELLS[3]:
+            if cell == "BN, dropout":
                 record |= dict(off_accuracy=record["test_accuracy"])
             records.append(record)
     return records
