@@ -107,7 +107,5 @@ PRESETS = {
 }
 
 EXPERIMENT = Experiment(
-    __name__,
-    title="How noisy is an example seen in conjunction with others?",
-    presets=PRESETS,
+    __name__, title="How noisy is an example seen in conjunction with others?", presets=PRESETS
 )

@@ -28,12 +28,11 @@ gets worse, so test accuracy is judged beside it. All arms with BN share one lea
 for statistics of the whole batch: the end of the ladder that has least noise. The network without
 BN has its own.
 
-Dropout. Two by two: with and without BN, with and without dropout, each cell at the learning rate,
-and the two with dropout at the dropout rate, that give the best accuracy on a validation set; the
-grids are the same for all. Ioffe & Szegedy (2015, section 3.4) could leave dropout out of their BN
-networks. The standard network is the one of four, in trials of one or two seeds of no verdict,
-where dropout gained most without BN: a need that BN could reduce. On the others it gained about as
-much with BN, or more.
+Dropout. Two by two: with and without BN, with and without dropout, each cell at its best learning
+rate, and the two with dropout at their best dropout rate, of the same grids. Ioffe & Szegedy (2015,
+section 3.4) could leave dropout out of their BN networks. The standard network is the one of four,
+in trials of one or two seeds of no verdict, where dropout gained most without BN: a need that BN
+could reduce. On the others it gained about as much with BN, or more.
 
 Variance shift (Li et al. 2018, arXiv 1801.05134, "Understanding the disharmony between dropout and
 batch normalization by variance shift"): the population statistics of a BN layer are those of
@@ -198,8 +197,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(
-    __name__,
-    title="Why does batch normalization regularize?",
-    presets=PRESETS,
-)
+EXPERIMENT = Experiment(__name__, title="Why does batch normalization regularize?", presets=PRESETS)

@@ -58,11 +58,7 @@ _MARKS: dict[str, Look] = {
 }
 _NO_BN: Look = dict(label="no BN", color=PALETTE.orange, linestyle=":", linewidth=1.6)
 _NO_NOISE: Look = dict(label="population statistics", color="black")
-_PANELS = {
-    "gap in accuracy, points": GAP,
-    "gap in loss, nats": LOSS_GAP,
-    "test accuracy, %": TEST,
-}
+_PANELS = {"gap in accuracy, points": GAP, "gap in loss, nats": LOSS_GAP, "test accuracy, %": TEST}
 
 
 def draw(config: Config, records: Records, folder: Path) -> list[Figure]:

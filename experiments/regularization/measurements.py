@@ -22,13 +22,7 @@ from bn_research.training.cores import use_cpu_cores
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
 from experiments.regularization import Config
-from experiments.regularization.training import (
-    Data,
-    Network,
-    Trainer,
-    apply_training,
-    make_model,
-)
+from experiments.regularization.training import Data, Network, Trainer, apply_training, make_model
 from experiments.regularization.verdicts import (
     CELLS,
     FROZEN,

@@ -33,9 +33,6 @@ from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, make_eval_step, make_train_step
 
-_MOMENTUM = 0.9  # of SGD
-_STATS_MOMENTUM = 0.9  # of the running statistics, which no number of the results rests on
-_EPSILON = 1e-5  # of BN
 _EVAL_BATCH = 32
 _POPULATION_BATCHES = 32  # at most
 _MOMENTS_KEY = 20_000  # of the dropout and noise under which population statistics are taken
@@ -162,14 +159,13 @@ class Trainer:
 def optimizer(network: Network, num_steps: int) -> optax.GradientTransformation:
     """Momentum SGD whose rate a cosine takes to 0 over num_steps."""
     schedule = optax.cosine_decay_schedule(network.rate, num_steps)
-    return create_optimizer("momentum", schedule, momentum=_MOMENTUM)
+    return create_optimizer("momentum", schedule, momentum=0.9)
 
 
 def make_model(network: Network) -> CNN:
     """BN, of whatever kind, stands on the hidden layers."""
-    options: dict[str, Any] = dict(
-        momentum=_STATS_MOMENTUM, epsilon=_EPSILON, group_size=network.group_size or None
-    )
+    options: dict[str, Any] = dict(epsilon=1e-5, group_size=network.group_size or None)
+    options |= dict(momentum=0.9)  # of the running statistics, which no result rests on
     norm: Callable[..., nn.Module] = functools.partial(BatchNorm, **options)
     if network.norm in NORMS[2:]:
         options |= dict(population=network.population)

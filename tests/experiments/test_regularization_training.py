@@ -17,14 +17,7 @@ from bn_research.training.loop import epoch_order
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
 from experiments.regularization.measurements import dose
-from experiments.regularization.training import (
-    NORMS,
-    Data,
-    Network,
-    Trainer,
-    make_model,
-    optimizer,
-)
+from experiments.regularization.training import NORMS, Data, Network, Trainer, make_model, optimizer
 
 NETWORK = Network("f5 f3", group_size=4, batch_size=8, rate=0.2)
 STEPS = 4
