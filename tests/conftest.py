@@ -24,8 +24,62 @@ def strict_arrays():
         yield
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _forget_compiled_programs():
+@pytest.fixture(scope="session")
+def smoke_run_of(tmp_path_factory):
+    """Gives a finished smoke run of an experiment, with what it did; run once a session."""
+    import smoke
+
+    runs = {}
+
+    def run_of(name):
+        if name not in runs:
+            run = smoke.run_smoke(name, tmp_path_factory.mktemp("smoke") / name)
+            runs[name] = run, smoke.files(run.path)
+        return runs[name][0]
+
+    yield run_of
+    changed = [name for name, (run, files) in runs.items() if smoke.files(run.path) != files]
+    assert not changed, f"a test has changed the shared runs of {changed}: copy them first"
+
+
+@pytest.fixture(scope="session")
+def smoke_run(smoke_run_of):
+    """Gives the workdir of a finished smoke run; copy it before changing anything in it."""
+    return lambda name: smoke_run_of(name).path
+
+
+# --- the order of the tests, and who runs them ---
+
+_GROUP = pytest.StashKey[str]()
+
+
+def _group(item, rooms):
+    """The experiment that a test is of, else its file."""
+    if item.path.name == "test_experiments.py":
+        return item.callspec.params["name"]
+    of = [room for room in rooms if item.path.stem.startswith(f"test_{room}")]
+    in_folder = item.path.parent.name == "experiments"
+    return max(of, key=len) if of and in_folder else item.nodeid.split("::")[0]
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items):
+    """One process for each experiment, for its smoke run, and one for each other file.
+
+    The experiments come first: they take longest.
+    """
+    from bn_research.lab.rooms import experiment_names
+
+    rooms = experiment_names()
+    for item in items:
+        item.stash[_GROUP] = group = _group(item, rooms)
+        item.add_marker(pytest.mark.xdist_group(group))
+    first = dict.fromkeys(rooms + [item.stash[_GROUP] for item in items])
+    places = {group: place for place, group in enumerate(first)}
+    items.sort(key=lambda item: places[item.stash[_GROUP]])
+
+
+def pytest_runtest_teardown(item, nextitem):
     """A process that keeps every program comes to Linux's limit of mappings, 65,530, and dies."""
-    yield
-    jax.clear_caches()
+    if nextitem is None or nextitem.stash[_GROUP] != item.stash[_GROUP]:
+        jax.clear_caches()

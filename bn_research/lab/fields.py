@@ -9,7 +9,7 @@ NAME=VALUE is not allowed, and what is. Other bounds are written where they are 
 `Annotated[int, Field(ge=3)]`.
 """
 
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, Field
@@ -31,6 +31,21 @@ def _ascending(values: tuple[Any, ...]) -> tuple[Any, ...]:
     return values
 
 
+def holding(*needed: Any) -> AfterValidator:
+    """What a claim needs of a tuple: these entries.
+
+    `epsilons: Annotated[Some[NonNegative], holding(0.0)] = (0.0, 1e-5)`
+    """
+
+    def check(values: tuple[Any, ...]) -> tuple[Any, ...]:
+        missing = [value for value in needed if value not in values]
+        if missing:
+            raise ValueError(f"must hold {', '.join(map(repr, missing))}: a claim is about it")
+        return values
+
+    return AfterValidator(check)
+
+
 def _spec(network: str) -> str:
     num_logits(network)
     return network
@@ -43,9 +58,11 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False, strict=True)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False, strict=True)]
 Share = Annotated[float, Field(ge=0, lt=1, strict=True)]  # [0, 1)
 Inside = Annotated[float, Field(gt=0, lt=1, strict=True)]  # (0, 1)
+Distinct = Annotated[tuple[T, ...], AfterValidator(_distinct)]  # none are allowed
 Some = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_distinct)]
 Ascending = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_ascending)]
 Network = Annotated[str, AfterValidator(_spec)]  # a spec that ends in logits
+Strategy = Literal["auto", "in_turn", "devices", "vmap"]  # of sweeps; auto measures
 CompilerLevel = Annotated[int, Field(ge=0, le=3, strict=True)]  # see `compiler.compiler_options`
 
 
@@ -69,7 +86,7 @@ def at_most(config: Any, most: int, what: str, *names: str) -> None:
     """ValueError unless no field, or entry of one, is above what there is."""
     for name in names:
         value = getattr(config, name)
-        if (max(value) if isinstance(value, tuple) else value) > most:
+        if (max(value, default=0) if isinstance(value, tuple) else value) > most:
             raise ValueError(f"{name}={value} is not allowed: at most {most}, {what}")
 
 

@@ -95,16 +95,20 @@ class Programs(NamedTuple):
 
 
 def creator(
-    init: Callable[[jax.Array, Any], Any], optimizer: Callable[[Any], optax.GradientTransformation]
+    init: Callable[[jax.Array, Any], Any],
+    optimizer: Callable[[Any], optax.GradientTransformation],
+    *,
+    compiler_level: int = 0,
 ) -> CreateFn:
     """(key, setting) -> state before the first step; compiled in a hurry, for it runs once each.
 
     Args:
       init: (key, setting) -> variables.
       optimizer: setting -> optimizer.
+      compiler_level: see `compiler_options`; weights differ in their last bits between levels.
     """
 
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
+    @functools.partial(jax.jit, compiler_options=compiler_options(compiler_level))
     def create(key: jax.Array, setting: Any) -> TrainState:
         return create_train_state(lambda key: init(key, setting), optimizer(setting), key)
 

@@ -18,6 +18,7 @@ Source: R. Wan, Z. Zhu, X. Zhang, J. Sun, "Spherical motion dynamics", NeurIPS 2
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -179,13 +180,20 @@ class ScaleLog:
     @property
     def steps(self) -> np.ndarray:
         """The steps that are logged, from 0."""
-        return np.array([step for step, _ in self._rows], int)
+        return np.array([step for step, _ in self._logged()], int)
 
     def __getitem__(self, field: str) -> Float[np.ndarray, "steps groups"]:
         """One of FIELDS, float64, at every step that is logged."""
         column = self.FIELDS.index(field)
-        rows = [row[column] for _, row in self._rows]
+        rows = [row[column] for _, row in self._logged()]
         return np.array(rows, np.float64).reshape(len(rows), len(self.groups))
+
+    def _logged(self) -> list[tuple[int, Float[np.ndarray, "fields groups"]]]:
+        """What is logged; of a run that was stopped after its last step, by the file alone."""
+        if self._next is None and self._path is not None and self._path.exists():
+            self._go_back(sys.maxsize)
+            self._next = self._rows[-1][0] + 1 if self._rows else 0
+        return self._rows
 
     def _written(self, step: int, row: list[float]) -> str:
         head, lists = self._line

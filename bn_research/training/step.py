@@ -27,6 +27,18 @@ class Batch(NamedTuple):
     where: Bool[Array, "batch"] | None = None  # False marks padding
 
 
+def apply_fn_of(module: Any) -> ApplyFn:
+    """That of a Flax module which is called with `train`, and with `keys` where it draws."""
+
+    def apply_fn(variables: Any, image: Array, *, train: bool, **options: Any):
+        if not train:
+            return module.apply(variables, image, train=False, **options), variables["batch_stats"]
+        logits, new = module.apply(variables, image, train=True, mutable=["batch_stats"], **options)
+        return logits, new.get("batch_stats", {})
+
+    return apply_fn
+
+
 class StepMetrics(NamedTuple):
     """What a train step reports."""
 

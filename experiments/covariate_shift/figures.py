@@ -1,6 +1,8 @@
 """The figures of `experiments.covariate_shift`."""
 
-from collections.abc import Mapping
+import functools
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,104 +10,101 @@ import numpy as np
 
 from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import (
+    GREY,
     PALETTE,
     Figure,
     band,
     new_figure,
-    save_figure,
+    save_all,
     shared_legend,
 )
+from bn_research.claims.plots import name_rows, over_seeds, padded, reference
 from bn_research.models.spec import num_weight_layers
+from experiments.covariate_shift import Config
 from experiments.covariate_shift.verdicts import (
     DRIFT,
     OWN,
     PLAIN,
     SAME,
     SHIFT,
-    Runs,
+    Arms,
+    Record,
     drift_ratios,
     shift_ratios,
     small_weights,
 )
 
-_GREY = "#777777"
 _COLORS = {PLAIN: PALETTE.vermillion, SAME: PALETTE.blue, OWN: PALETTE.green}
 _SHORT = {PLAIN: "plain", SAME: "BN, same settings", OWN: "BN, its own best"}
-_BAND = "Line: mean of {seeds} seeds; band: lowest to highest."
 
 
-def draw(config: Any, runs: Mapping[str, Runs], folder: Path) -> list[Figure]:
-    """All figures, in the order of the report; most are of the first comparison, the claims'.
-
-    Args:
-      config: of the run.
-      runs: comparison -> arm -> records by seed.
-      folder: where the PNG files go.
-    """
-    first = next(iter(runs.values()))
-    small = runs.get(small_weights(config))
-    judged = ("distribution-drift-reduced",)
-    figures = [
-        _draw_figure_1(config, first, "", judged, folder / "figure_1.png"),
-        _draw_ratios(config, runs, folder / "ratios.png"),
-        _draw_gradients(config, first, folder / "gradient_shift.png"),
-        _draw_units(config, first, folder / "drift_by_unit.png"),
-    ]
-    if small is not None:
-        words = f", with weights of {config.small_init_std:g}"
-        figures.append(_draw_figure_1(config, small, words, (), folder / "figure_1_small.png"))
-    return figures
+def draw(config: Config, records: Mapping[str, Arms], folder: Path) -> list[Figure]:
+    """All figures, in the order of the report; most are of the first comparison, the claims'."""
+    draws = [_figure_1, _ratios, _gradient_shift, _drift_by_unit, _figure_1_small]
+    return save_all(draws, folder, config, records)
 
 
-def _curves(records, key, pick=lambda values: values) -> tuple[np.ndarray, np.ndarray]:
+def _first(records: Mapping[str, Arms]) -> Arms:
+    return next(iter(records.values()))
+
+
+def _curves(
+    runs: Sequence[Record],
+    key: str,
+    pick: Callable[[np.ndarray], np.ndarray] = lambda values: values,
+) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and [seeds, steps] of a quantity; NaN where a run has ended before the others."""
-    longest = max(records, key=lambda record: len(record["step"]))
-    curves = np.full((len(records), len(longest["step"])), np.nan)
-    for curve, record in zip(curves, records, strict=True):
-        values = pick(np.array(record[key], float))
-        curve[: len(values)] = values
-    return np.array(longest["step"]), curves
+    steps = max((run["step"] for run in runs), key=len)
+    return np.array(steps), padded([pick(np.array(run[key], float)) for run in runs])
 
 
-def _draw_figure_1(config, runs, words, claims, path) -> Figure:
+def _figure_1(config: Config, records: Mapping[str, Arms]) -> Any:
+    claims = ("distribution-drift-reduced",)
+    return _rebuilt(config, _first(records), "", claims)
+
+
+def _figure_1_small(config: Config, records: Mapping[str, Arms]) -> Any:
+    name = small_weights(config)
+    words = f", with weights of {config.small_init_std:g}"
+    return _rebuilt(config, records[name], words, ()) if name in records else None
+
+
+def _rebuilt(config: Config, arms: Arms, words: str, claims: tuple[str, ...]) -> Any:
     fig, axes = new_figure(rows=3, width=5.4, height=8.4)
-    for arm, records in runs.items():
-        steps, curves = _curves(records, "evaluated")
+    ends = []
+    for arm, runs in arms.items():
+        steps, curves = _curves(runs, "evaluated")
         band(axes[0], steps, curves, label=_SHORT[arm], color=_COLORS[arm])
-    axes[0].set_ylabel("test accuracy")
-    low = min(np.nanmin(_curves(rs, "evaluated")[1][:, -1]) for rs in runs.values())
-    axes[0].set_ylim(max(0.0, 2 * low - 1), 1.0)
+        ends.append(np.nanmin(curves[:, -1]))
+    axes[0].set(ylabel="test accuracy", ylim=(max(0.0, 2 * min(ends) - 1), 1.0))
     for axis, arm in zip(axes[1:], (PLAIN, SAME), strict=True):
-        record = runs[arm][0]
-        color = _COLORS[arm]
-        fan = np.array(record["fan"], float)
-        axis.fill_between(record["step"], fan[:, 0], fan[:, 2], color=_GREY, alpha=0.2, linewidth=0)
-        axis.plot([], [], color=_GREY, alpha=0.3, linewidth=7, label="medians of 80 % of the units")
-        if record["path"] is not None:
-            low, middle, high = np.array(record["typical"], float).T
-            axis.plot(record["step"], middle, color=color, label=f"{_SHORT[arm]}: median")
+        run, color = arms[arm][0], _COLORS[arm]
+        steps, fan = run["step"], np.array(run["fan"], float)
+        axis.fill_between(steps, fan[:, 0], fan[:, 2], color=GREY, alpha=0.2, linewidth=0)
+        axis.plot([], [], color=GREY, alpha=0.3, linewidth=7, label="medians of 80 % of the units")
+        if run["path"] is not None:
+            low, middle, high = np.array(run["typical"], float).T
+            axis.plot(steps, middle, color=color, label=f"{_SHORT[arm]}: median")
             for line in (low, high):
-                axis.plot(record["step"], line, color=color, linewidth=1.0, linestyle="--")
+                axis.plot(steps, line, color=color, linewidth=1.0, linestyle="--")
         axis.set_ylabel(f"input of the {config.activations[0]}")
         axis.set_title(f"{_SHORT[arm]}: a typical unit's 15, 50, 85 %", fontsize=10.5, loc="left")
     axes[-1].set_xlabel("training steps")
-    handles = {}
-    for axis in (axes[0], axes[1]):
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True):
-            if ": median" not in label:
-                handles[label] = handle
-    fig.legend(
-        list(handles.values()), list(handles), loc="outside upper center", ncols=2, frameon=False
-    )
-    return save_figure(
-        fig,
-        path,
+    handles = {
+        label: handle
+        for axis in axes[:2]
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        if ": median" not in label
+    }
+    shown = list(handles.values()), list(handles)
+    fig.legend(*shown, loc="outside upper center", ncols=2, frameon=False)
+    return fig, dict(
         title=f"Figure 1 of Ioffe & Szegedy, rebuilt{words}",
         alt="Above, test accuracy against training steps, from first to last: "
         f"{line_ends(axes[0])}. Below, the 15th, 50th and 85th percentiles of one unit's input "
         f"over the same steps; {line_ends(axes[1])}; {line_ends(axes[2])}.",
         caption=f"{config.dataset}, {config.network}, batches of {config.batch_size}. "
-        f"{_BAND.format(seeds=config.seeds)} Below, seed 0: of the last hidden layer the unit "
+        f"{over_seeds(config.seeds)}. Below, seed 0: of the last hidden layer the unit "
         "whose drift is the median one; dashed its 15th and 85th percentile, grey the range of the "
         f"medians of the middle 80 % of all units. Percentiles of {config.measuring_images} test "
         "images, with BN by their own statistics, after its scale and bias; accuracy on test "
@@ -114,11 +113,12 @@ def _draw_figure_1(config, runs, words, claims, path) -> Figure:
     )
 
 
-def _draw_units(config, runs, path) -> Figure:
+def _drift_by_unit(config: Config, records: Mapping[str, Arms]) -> Any:
+    """How far the inputs of all last hidden units drift."""
     fig, axis = new_figure(height=3.8, width=5.4)
     medians = []
-    for arm, records in runs.items():
-        paths = [np.sort(np.array(r["path"], float)) for r in records if r["path"] is not None]
+    for arm, runs in _first(records).items():
+        paths = [np.sort(np.array(r["path"], float)) for r in runs if r["path"] is not None]
         if paths:
             medians.append(f"{_SHORT[arm]}: {np.median(np.concatenate(paths)):.2g}")
         for index, values in enumerate(paths):
@@ -129,10 +129,7 @@ def _draw_units(config, runs, path) -> Figure:
     axis.set_xlabel("drift of a unit, in widths of its distribution")
     axis.set_ylabel("share of the units with less, %")
     shared_legend(fig)
-    return save_figure(
-        fig,
-        path,
-        title="How far the inputs of all last hidden units drift",
+    return fig, dict(
         alt="Cumulative share of the last hidden units against their drift on a logarithmic axis, "
         f"one S-shaped line for each seed. Median drift: {'; '.join(medians)}.",
         caption="Drift: the path of a unit's {15, 50, 85} percentiles over the whole training, in "
@@ -142,95 +139,78 @@ def _draw_units(config, runs, path) -> Figure:
     )
 
 
-def _draw_gradients(config, runs, path) -> Figure:
+def _gradient_shift(config: Config, records: Mapping[str, Arms]) -> Any:
+    """How far a layer's gradient moves when the layers below take their step."""
     layers = range(2, num_weight_layers(config.network) + 1)
     fig, axes = new_figure(rows=len(layers), width=5.4, height=2.5 * len(layers) + 0.8)
-    for axis, layer in zip(np.ravel(axes), layers, strict=True):
+    panels = np.ravel(axes)
+    for axis, layer in zip(panels, layers, strict=True):
         for arm in (PLAIN, SAME):
-            for key, line, words in (("relative", "-", "shift"), ("noise", ":", "noise floor")):
-                steps, curves = _curves(runs[arm], key, lambda values, at=layer - 1: values[:, at])
-                if key == "relative":
-                    band(
-                        axis,
-                        steps,
-                        np.where(curves > 0, curves, np.nan),
-                        label=f"{_SHORT[arm]}: {words}",
-                        color=_COLORS[arm],
-                    )
-                else:
-                    axis.plot(
-                        steps,
-                        np.nanmean(curves, axis=0),
-                        color=_COLORS[arm],
-                        linestyle=line,
-                        linewidth=1.4,
-                        label=f"{_SHORT[arm]}: {words}",
-                    )
+            runs, color = _first(records)[arm], _COLORS[arm]
+            of_layer = functools.partial(np.take, indices=layer - 1, axis=1)
+            steps, curves = _curves(runs, "relative", of_layer)
+            curves = np.where(curves > 0, curves, np.nan)
+            band(axis, steps, curves, label=f"{_SHORT[arm]}: shift", color=color)
+            noise = np.nanmean(_curves(runs, "noise", of_layer)[1], axis=0)
+            label = f"{_SHORT[arm]}: noise floor"
+            axis.plot(steps, noise, color=color, linestyle=":", linewidth=1.4, label=label)
         axis.set_yscale("log")
         head = " (head)" if layer == layers[-1] else ""
         axis.set_title(f"layer {layer}{head}", fontsize=10.5, loc="left")
         axis.set_ylabel("‖G − G′‖/‖G‖")
-    np.ravel(axes)[-1].set_xlabel("training steps")
+    panels[-1].set_xlabel("training steps")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="How far a layer's gradient moves when the layers below take their step",
+    return fig, dict(
         alt="Relative gradient shift against training steps on a logarithmic axis, a panel for "
         "each layer from the second on, and the noise floors as dotted lines. In the last panel, "
-        f"from first to last: {line_ends(np.ravel(axes)[-1])}.",
+        f"from first to last: {line_ends(panels[-1])}.",
         caption="G: gradient on the batch of the next step; G′: the same after the layers below "
         "have taken that step. Dotted: the distance between the gradients of two disjoint batches "
         f"of {config.batch_size} at the same parameters, mean over seeds. {config.dataset}, "
         f"{config.activations[0]}, both at the plain network's settings. "
-        f"{_BAND.format(seeds=config.seeds)}",
+        f"{over_seeds(config.seeds)}.",
         claims=("gradient-shift-not-reduced",),
     )
 
 
-def _draw_ratios(config, runs, path) -> Figure:
-    count = len(runs)
+def _ratios(config: Config, records: Mapping[str, Arms]) -> Any:
+    """Drift and gradient shift, BN over plain."""
+    count = len(records)
     fig, axes = new_figure(rows=2, width=5.4, height=4.0 + 2.2 * count)
-    markers, first_rows = "os^Dvp", []
+    first_rows = []
     for axis, of, criterion in ((axes[0], drift_ratios, DRIFT), (axes[1], shift_ratios, SHIFT)):
         names: list[str] = []
         told = []
-        for index, (name, arms) in enumerate(runs.items()):
+        for index, (name, arms) in enumerate(records.items()):
             ratios = of(config, arms)
             names = list(ratios)
             for row, found in enumerate(ratios.values()):
                 if found is None:
                     continue
-                at = row + 0.3 * (index - (count - 1) / 2)
-                mean = found.mean.low
+                mean = found.known
                 if row == 0:
                     told.append(f"{name}: {mean:.2g}")
-                ends = [(mean - found.low,), (found.high - mean,)]
                 sound = found.pairs > 1 and np.isfinite(found.high)
                 axis.errorbar(
                     mean,
-                    at,
-                    xerr=ends if sound else None,
-                    fmt=markers[index],
+                    row + 0.3 * (index - (count - 1) / 2),
+                    xerr=[(mean - found.low,), (found.high - mean,)] if sound else None,
+                    fmt="os^Dvp"[index],
                     markersize=6,
                     capsize=3,
                     color=PALETTE[index],
                     label=name if row == 0 else None,
                 )
         first_rows.append("; ".join(told))
-        axis.axvline(1, color=_GREY, linewidth=1.2)
+        reference(axis, x=1, linestyle="-")
         if criterion != 1:
-            axis.axvline(criterion, color=_GREY, linewidth=1.2, linestyle="--")
+            reference(axis, x=criterion)
         _log_x(axis)
-        axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_yticks(range(len(names)), [_wrapped(name) for name in names])
+        name_rows(axis, [_wrapped(name) for name in names])
         axis.grid(visible=False, axis="y")
     axes[1].set_xlabel("BN/plain")
     shared_legend(fig)
-    return save_figure(
-        fig,
-        path,
-        title="Drift and gradient shift, BN over plain",
+    return fig, dict(
         alt="Ratios of BN to plain with intervals on a logarithmic axis, a row for each way of "
         f"measuring. Above, of the drift of distributions; first row: {first_rows[0]}. Below, of "
         f"the gradient shift; first row: {first_rows[1]}.",
@@ -241,7 +221,7 @@ def _draw_ratios(config, runs, path) -> Figure:
     )
 
 
-def _log_x(axis) -> None:
+def _log_x(axis: Any) -> None:
     """A logarithmic axis of plain numbers; call it once all is drawn."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
@@ -255,9 +235,5 @@ def _log_x(axis) -> None:
 
 
 def _wrapped(name: str) -> str:
-    words = name.replace(", BN/plain", "").replace(", each", ",\neach").replace(" over ", "\nover ")
-    return (
-        words.replace(" after ", "\nafter ")
-        .replace(" in units", "\nin units")
-        .replace(" from", "\nfrom")
-    )
+    name = name.replace(", BN/plain", "").replace(", each", ",\neach")
+    return re.sub(r" (over |after |in units|from)", r"\n\1", name)

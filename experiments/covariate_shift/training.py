@@ -1,8 +1,10 @@
-"""Training for `experiments.covariate_shift`: settings, and sweeps over them that measure."""
+"""Training for `experiments.covariate_shift`: settings chosen from a grid, then observed."""
 
+import dataclasses
 import functools
-import math
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -11,22 +13,53 @@ import numpy as np
 import optax
 from jaxtyping import Array
 
+from bn_research.claims.judging import by_seed, choose
+from bn_research.lab import Ledger
 from bn_research.lab.compiler import compiler_options
-from bn_research.lab.images import Images
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
-from bn_research.models.spec import num_weight_layers
+from bn_research.lab.settings import (
+    Programs,
+    Setting,
+    Training,
+    creator,
+    per_structure,
+    sweep,
+    train,
+)
+from bn_research.layers.linen import BatchNorm
+from bn_research.models.mlp import MLP
+from bn_research.training.cores import use_cpu_cores
 from bn_research.training.evaluation import make_evaluation, place_batches
-from bn_research.training.loop import run_steps
-from bn_research.training.state import create_train_state
-from bn_research.training.step import Batch, make_eval_step, make_train_step
-from bn_research.training.sweep import Member, Sweep
-from experiments.covariate_shift.measurements import Data, Networks, measure, summary
+from bn_research.training.loop import History, run_steps
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
+from experiments.covariate_shift import Config
+from experiments.covariate_shift.shifts import Data, observe, summary
+from experiments.covariate_shift.verdicts import ARMS, Arms, small_weights
 
 _EVAL_BATCH = 250
+_SHARED = ("learning_rate", "momentum", "init_std")  # by both networks of a claim
 
 
-class Setting(NamedTuple):
-    """A network and how it is trained; the first two fields are static, the others traced."""
+def prepare(config: Config) -> Images:
+    """The images, of which there are enough; each core becomes a device, for the sweeps."""
+    use_cpu_cores()
+    images = images_of(config, scale="standardized")
+    check_network(config.network, images, config.dataset)
+    count = len(images.train.label)
+    if 2 * config.batch_size > count:
+        raise ValueError(
+            f"batch_size={config.batch_size} is not allowed: two batches of the {count} training "
+            "examples are needed for the noise floor"
+        )
+    at_most(config, len(images.test.label), "the test set", "measuring_images", "evaluation_images")
+    return images
+
+
+class Network(Setting, traced="learning_rate momentum init_std epsilon"):
+    """A network and how it is trained."""
 
     activation: str  # of jax.nn
     batch_norm: bool  # on every hidden layer, or on none
@@ -35,146 +68,140 @@ class Setting(NamedTuple):
     init_std: float  # of every kernel's Gaussian weights; biases begin at 0
     epsilon: float  # of BN
 
-    @property
-    def name(self) -> str:
-        """Identifies the setting in the ledger."""
-        return " ".join(f"{field}={getattr(self, field)}" for field in self._fields)
+
+class Comparison(NamedTuple):
+    """Plain networks and networks with BN that are tuned alike."""
+
+    activation: str
+    init_stds: tuple[float, ...]
+    num_steps: int
 
 
-class Hyper(NamedTuple):
-    """The traced part of a setting."""
+def comparisons(config: Config) -> dict[str, Comparison]:
+    """By name, that of the claims first."""
+    first, *others = config.activations
+    found: dict[str, Comparison] = {first: Comparison(first, config.init_stds, config.num_steps)}
+    if config.small_init_std:
+        small = (config.small_init_std,)
+        found[small_weights(config)] = Comparison(first, small, config.other_steps)
+    for name in others:
+        found[name] = Comparison(name, config.init_stds, config.other_steps)
+    return found
 
-    learning_rate: Array
-    momentum: Array
-    init_std: Array
-    epsilon: Array
+
+def trials(config: Config, planned: Comparison) -> list[Network]:
+    """The grid that settings are chosen from, without BN and then with it; ε is BN's alone."""
+    rates, momenta, stds = config.learning_rates, config.momenta, planned.init_stds
+    return [
+        Network(planned.activation, batch_norm, *point)
+        for batch_norm, epsilons in ((False, config.epsilons[:1]), (True, config.epsilons))
+        for point in itertools.product(rates, momenta, stds, epsilons)
+    ]
 
 
-class Trainer:
-    """Trains settings, each once in the life of a workdir.
+def choose_arms(tuned: Sequence[Mapping[str, Any]]) -> dict[str, Network]:
+    """The arms at the settings of the lowest training loss; one that diverged comes last."""
+    plain = choose([r for r in tuned if not r["batch_norm"]], "loss")
+    normalized = [r for r in tuned if r["batch_norm"]]
+    same = choose([r for r in normalized if all(r[k] == plain[k] for k in _SHARED)], "loss")
+    names = [field.name for field in dataclasses.fields(Network)]  # type: ignore[arg-type]
+    best = zip(ARMS, (plain, same, choose(normalized, "loss")), strict=True)
+    return {arm: Network(*(record[name] for name in names)) for arm, record in best}
 
-    Args:
-      config: of the experiment.
-      images: the data set.
-      runner: of the experiment.
-    """
 
-    def __init__(self, config: Any, images: Images, runner: Runner):
-        """Places the test set on the devices."""
-        self._config, self._runner = config, runner
-        self._shape = (1, *images.train.image.shape[1:])
-        test = images.test
-        evaluation = Batch(*(leaf[: config.evaluation_images or None] for leaf in test[:2]))
-        self._data = Data(images.train, test.image[: config.measuring_images], evaluation)
-        self._test = place_batches(test, batch_size=_EVAL_BATCH)
+def measure(config: Config, images: Images, path: Path) -> dict[str, Arms]:
+    """Each comparison by name, that of the claims first; its arms are tuned on a seed apart."""
+    plans = comparisons(config)
+    grids = {name: trials(config, planned) for name, planned in plans.items()}
+    total = sum(
+        len(grids[name]) * config.tuning_steps + len(ARMS) * config.seeds * planned.num_steps
+        for name, planned in plans.items()
+    )
+    test = place_batches(images.test, batch_size=_EVAL_BATCH)
+    evaluation = Batch(*(leaf[: config.evaluation_images or None] for leaf in images.test[:2]))
+    data = Data(images.train, images.test.image[: config.measuring_images], evaluation)
+    shape = (1, *images.train.image.shape[1:])
 
-    def tune(self, settings: Sequence[Setting], *, seed: int) -> list[dict[str, Any]]:
-        """Records of short runs that choose between settings: the training loss at their end."""
+    def tuning(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+        last = history.loss[-max(1, config.tuning_steps // 10) :]
+        return {"loss": float(np.mean(last)), "diverged": history.diverged}
 
-        def record(setting, state, history):
-            last = history.loss[-max(1, self._config.tuning_steps // 10) :]
-            return {"loss": float(np.mean(last)), "diverged": history.diverged}
+    def whole(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+        """Accuracy is that of the whole test set at the end, by the running statistics."""
+        evaluate = _evaluation(training.setting, config.network, test.mesh)
+        state = state._replace(opt_state=())
+        scores = evaluate(test.batches, state, training.setting.traced.epsilon)
+        seen = summary(history, config.steps_per_dispatch)
+        return {**seen, "accuracy": scores["accuracy"]}
 
-        runs = [(setting, seed) for setting in settings]
-        return self._records("tune", runs, self._config.tuning_steps, record)
+    ledger = Ledger(path / "metrics.jsonl")
+    with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
 
-    def train(
-        self, settings: Sequence[Setting], *, seeds: int, num_steps: int
-    ) -> list[list[dict[str, Any]]]:
-        """Records of each setting, one for each seed; see `summary`.
-
-        Their accuracy is that of the whole test set at the end, by the running statistics.
-        """
-
-        def record(setting, state, history):
-            evaluation = _evaluation_program(self._config.network, setting[:2], self._test.mesh)
-            state = state._replace(opt_state=())
-            scores = evaluation(self._test.batches, state, _hyper(setting).epsilon)
-            found = summary(history, self._config.steps_per_dispatch)
-            return {**found, "accuracy": scores["accuracy"]}
-
-        runs = [(setting, seed) for setting in settings for seed in range(seeds)]
-        records = iter(self._records("train", runs, num_steps, record))
-        return [[next(records) for _ in range(seeds)] for _ in settings]
-
-    def _records(self, purpose, runs, num_steps, record):
-        names = [f"{purpose}/{setting.name} seed={seed}" for setting, seed in runs]
-        by_name = dict(zip(names, runs, strict=True))  # two arms may have come to one setting
-        sweeps: dict[tuple, list[Member]] = {}
-        for name, (setting, seed) in by_name.items():
-            member = Member(name, seed, _hyper(setting), num_steps)
-            sweeps.setdefault(setting[:2], []).append(member)
-
-        def kept(member, state, history):
-            setting, seed = by_name[member.name]
-            return {**setting._asdict(), "seed": seed, **record(setting, state, history)}
-
-        config, records = self._config, {}
-        for (activation, batch_norm), members in sweeps.items():
-            self._runner.describe(f"{purpose} {activation}, {'BN' if batch_norm else 'plain'}")
-            static = config.network, (activation, batch_norm)
-            found = self._runner.train(
-                _create_program(*static, self._shape),
-                _sweep_program(*static, config.batch_size, config.steps_per_dispatch),
-                members,
-                self._data,
-                record=kept,
+        def records_of(
+            purpose: str, trainings: Sequence[Training], kept: Callable[..., dict[str, Any]]
+        ) -> list[dict[str, Any]]:
+            return train(
+                runner,
+                trainings,
+                lambda network: programs(network, config, shape),
+                data,
+                record=lambda t, *end: {**t.setting.as_record(), "seed": t.seed, **kept(t, *end)},
+                name=lambda t: f"{purpose}/{t.setting.name} seed={t.seed}",
             )
-            records.update({m.name: r for m, r in zip(members, found, strict=True)})
-        return [records[name] for name in names]
+
+        found: dict[str, Arms] = {}
+        for name, planned in plans.items():
+            grid = [Training(n, config.seeds, config.tuning_steps, "tuning") for n in grids[name]]
+            arms = choose_arms(records_of("tune", grid, tuning))
+            trainings = [
+                Training(network, seed, planned.num_steps, arm)
+                for arm, network in arms.items()
+                for seed in range(config.seeds)
+            ]
+            trained = records_of("train", trainings, whole)
+            found[name] = {arm: by_seed(trained, arm=arm) for arm in ARMS}
+    return found
 
 
-def _hyper(setting: Setting) -> Hyper:
-    return Hyper(*(jnp.float32(getattr(setting, field)) for field in Hyper._fields))
+def make_model(network: Network, spec: str, **options: Any) -> MLP:
+    """The module of a network."""
+    return MLP(
+        spec=spec,
+        norm=functools.partial(BatchNorm, epsilon=network.epsilon),
+        placement="hidden" if network.batch_norm else "none",
+        activation=getattr(jax.nn, network.activation),
+        **options,
+    )
 
 
-def _optimizer(hyper: Hyper) -> optax.GradientTransformation:
-    # A momentum of 0 is SGD, bit for bit: one program serves both.
-    return optax.sgd(hyper.learning_rate, momentum=hyper.momentum)
+@per_structure
+def programs(_: Network, config: Config, shape: tuple[int, ...]) -> Programs:
+    """Those of a network on images of a shape [1, …]; a dispatch observes before it trains."""
+    spec, batch_size, every = config.network, config.batch_size, config.steps_per_dispatch
+
+    def optimizer(network: Network) -> optax.GradientTransformation:
+        # A momentum of 0 is SGD, bit for bit: one program serves both.
+        return optax.sgd(network.learning_rate, momentum=network.momentum)
+
+    def init(key: Array, network: Network) -> Any:
+        kernel_init = jax.nn.initializers.normal(network.init_std)
+        model = make_model(network, spec, kernel_init=kernel_init)
+        return model.init(key, jnp.zeros(shape), train=False)
+
+    def advance(state: TrainState, network: Network, data: Data):
+        model = make_model(network, spec)
+        step = make_train_step(apply_fn_of(model), optimizer(network))
+        seen = observe(model, step, state, data, batch_size)
+        state, metrics = run_steps(step, state, data.train, batch_size=batch_size, num_steps=every)
+        return state, metrics._replace(observed=seen)
+
+    return Programs(creator(init, optimizer), sweep(advance, steps_per_dispatch=every))
 
 
-@functools.cache
-def _create_program(network, static, shape):
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key, hyper):
-        init = jax.nn.initializers.normal(hyper.init_std)
-        model = Networks(network, static, hyper.epsilon, kernel_init=init).model
-        return create_train_state(
-            lambda key: model.init(key, jnp.zeros(shape), train=False), _optimizer(hyper), key
-        )
-
-    return create
-
-
-@functools.cache
-def _sweep_program(network, static, batch_size, num_steps):
-    layers = num_weight_layers(network)
-
-    def advance(state, hyper, data):
-        apply_fn = Networks(network, static, hyper.epsilon)
-        step = make_train_step(apply_fn, _optimizer(hyper))
-        observed = measure(step, apply_fn, state, data, batch_size=batch_size, layers=layers)
-        state, metrics = run_steps(
-            step, state, data.train, batch_size=batch_size, num_steps=num_steps
-        )
-        return state, metrics._replace(observed=observed)
-
-    return Sweep(advance, steps_per_dispatch=num_steps, compiler_options=compiler_options(1))
-
-
-@functools.cache
-def _evaluation_program(network, static, mesh):
+@per_structure
+def _evaluation(network: Network, spec: str, mesh: jax.sharding.Mesh):
     def eval_step(batch, state, epsilon):
-        return make_eval_step(Networks(network, static, epsilon))(state, batch)
+        model = make_model(network.replace(epsilon=epsilon), spec)
+        return make_eval_step(apply_fn_of(model))(state, batch)
 
     return make_evaluation(eval_step, mesh, compiler_options=compiler_options(0))
-
-
-def choose(records: Sequence[dict[str, Any]]) -> Setting:
-    """The setting of the lowest training loss; one that diverged comes last."""
-
-    def loss(record):
-        return math.inf if record["diverged"] or record["loss"] is None else record["loss"]
-
-    best = min(records, key=loss)
-    return Setting(*(best[field] for field in Setting._fields))

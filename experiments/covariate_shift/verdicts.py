@@ -6,12 +6,13 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.bounded import Bounded, Ratio, ratio
-from bn_research.claims.claim import Claim
-from bn_research.claims.estimate import paired_difference
-from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding, decide
+from bn_research.claims import Claim, Finding, paired_difference
+from bn_research.claims.bounded import Ratio, ratio
+from bn_research.claims.finding import INCONCLUSIVE, verdict_of
 from bn_research.claims.formatting import format_interval, format_number
+from bn_research.claims.judging import at_end, listed, lost, numbers, with_intervals
 from bn_research.models.spec import num_logits, num_weight_layers
+from experiments.covariate_shift import Config
 
 PLAIN, SAME, OWN = "plain", "BN, the plain network's settings", "BN, its own best"
 ARMS = (PLAIN, SAME, OWN)
@@ -19,7 +20,7 @@ DRIFT, UNCHANGED = 0.5, 1.0  # of the ratio BN/plain: at most the first, or span
 SHIFT, SMALLER = 1.0, 0.8  # likewise: at least the first, or surely below the second
 
 Record = Mapping[str, Any]
-Runs = Mapping[str, Sequence[Record]]  # arm -> records by seed
+Arms = Mapping[str, Sequence[Record]]  # by name, records by seed
 
 CLAIMS = (
     Claim(
@@ -51,12 +52,9 @@ CLAIMS = (
 )
 
 
-def small_weights(config: Any) -> str:
+def small_weights(config: Config) -> str:
     """Name of the comparison that has small weights only."""
     return f"{config.activations[0]}, weights of {config.small_init_std:g}"
-
-
-# --- numbers of a run ---
 
 
 def path(record: Record, start: int = 0) -> float:
@@ -70,6 +68,15 @@ def shift(record: Record, start: int = 0, *, key: str = "relative") -> float:
     """Mean over layers from the second on and measured times; NaN where one is not finite."""
     values = np.array(record[key], float)[start:, 1:]
     return float(values.mean()) if values.size else math.nan
+
+
+def noise_floor(record: Record) -> float:
+    """As `shift`, of the distance between the gradients of two batches."""
+    return shift(record, key="noise")
+
+
+def _floor(record: Record) -> float:
+    return math.nan if record["path"] is None else float(np.mean(record["floor"]))
 
 
 def plateau_end(record: Record, num_classes: int) -> int | None:
@@ -86,91 +93,89 @@ def plateau_end(record: Record, num_classes: int) -> int | None:
 def pair_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ratio | None:
     """Geometric mean of ratios over the pairs of positive, finite numbers; None without any."""
     pairs = [
-        (Bounded(n, n), Bounded(d, d))
+        (n, d)
         for n, d in zip(numerators, denominators, strict=True)
         if 0 < n < math.inf and 0 < d < math.inf
     ]
     return ratio(*zip(*pairs, strict=True)) if pairs else None
 
 
-def _compare(runs: Runs, arm: str, of: Callable[..., float], *rest: Any) -> Ratio | None:
+def _compare(arms: Arms, arm: str, of: Callable[..., float], *rest: Any) -> Ratio | None:
     """Arm over plain; rest are lists of further arguments, one for each seed."""
-    both = [[of(*given) for given in zip(runs[name], *rest, strict=True)] for name in (arm, PLAIN)]
+    both = [[of(*given) for given in zip(arms[name], *rest, strict=True)] for name in (arm, PLAIN)]
     return pair_ratio(*both)
 
 
-def _late(runs: Runs, of: Callable[..., float], num_classes: int) -> Ratio | None:
+def _late(config: Config, arms: Arms, of: Callable[..., float]) -> Ratio | None:
     """BN over plain at the same settings, both from where the plain network has left its plateau.
 
     None unless all seeds' have.
     """
-    starts = [plateau_end(record, num_classes) for record in runs[PLAIN]]
-    return None if None in starts else _compare(runs, SAME, of, starts)
+    starts = [plateau_end(record, num_logits(config.network)) for record in arms[PLAIN]]
+    return None if None in starts else _compare(arms, SAME, of, starts)
 
 
-def drift_ratios(config: Any, runs: Runs) -> dict[str, Ratio | None]:
+def drift_ratios(config: Config, arms: Arms) -> dict[str, Ratio | None]:
     """Ratios BN/plain of the drift; the first is the claim's."""
     return {
-        "drift, BN/plain": _compare(runs, SAME, path),
-        "drift after the plateau, BN/plain": _late(runs, path, num_logits(config.network)),
-        "drift, BN/plain, each at its own best": _compare(runs, OWN, path),
+        "drift, BN/plain": _compare(arms, SAME, path),
+        "drift after the plateau, BN/plain": _late(config, arms, path),
+        "drift, BN/plain, each at its own best": _compare(arms, OWN, path),
         "drift from first to last, BN/plain": _compare(
-            runs, SAME, lambda r: r.get("net") or math.nan
+            arms, SAME, lambda r: r.get("net") or math.nan
         ),
         "drift in units of the input, BN/plain": _compare(
-            runs, SAME, lambda r: float(np.sum(np.array(r.get("raw_movement", math.nan), float)))
+            arms, SAME, lambda r: float(np.sum(np.array(r.get("raw_movement", math.nan), float)))
         ),
     }
 
 
-def shift_ratios(config: Any, runs: Runs) -> dict[str, Ratio | None]:
+def shift_ratios(config: Config, arms: Arms) -> dict[str, Ratio | None]:
     """Ratios BN/plain of the gradient shift; the first is the claim's."""
     return {
-        "gradient shift, BN/plain": _compare(runs, SAME, shift),
-        "gradient shift after the plateau, BN/plain": _late(
-            runs, shift, num_logits(config.network)
-        ),
-        "gradient shift, BN/plain, each at its own best": _compare(runs, OWN, shift),
+        "gradient shift, BN/plain": _compare(arms, SAME, shift),
+        "gradient shift after the plateau, BN/plain": _late(config, arms, shift),
+        "gradient shift, BN/plain, each at its own best": _compare(arms, OWN, shift),
         "gradient shift over noise floor, BN/plain": _compare(
-            runs, SAME, lambda r: shift(r) / shift(r, key="noise")
+            arms, SAME, lambda r: shift(r) / noise_floor(r)
         ),
     }
 
 
-# --- verdicts ---
+def judge(config: Config, records: Mapping[str, Arms]) -> list[Finding]:
+    """Both claims, of the first comparison; the others stand beside it."""
+    return [judge_drift(config, records), judge_gradient(config, records)]
 
 
-def judge_drift(config: Any, runs: Mapping[str, Runs]) -> Finding:
-    """distribution-drift-reduced, of the first comparison."""
+def judge_drift(config: Config, records: Mapping[str, Arms]) -> Finding:
+    """distribution-drift-reduced."""
     measured: dict[str, float] = {}
-    first = next(iter(runs.values()))
-    for name, arms in runs.items():
-        prefix = "" if arms is first else f"{name}: "
-        _put(measured, prefix, drift_ratios(config, arms))
-        for arm, records in arms.items():
-            measured[f"{prefix}drift, {arm}"] = _mean([path(r) for r in records])
-            measured[f"{prefix}test accuracy, {arm}"] = _mean([r["accuracy"] for r in records])
-            floors = [_mean(r["floor"]) if r["path"] is not None else math.nan for r in records]
-            measured[f"{prefix}distance of two halves, {arm}"] = _mean(floors)
-            intervals = [path(r) / (len(r["step"]) - 1) for r in records if len(r["step"]) > 1]
-            measured[f"{prefix}drift of an interval, {arm}"] = _mean(intervals)
-        starts = [plateau_end(r, num_logits(config.network)) for r in arms[PLAIN]]
+    classes = num_logits(config.network)
+    for prefix, arms in _prefixed(records):
+        measured |= _with_ratios(prefix, drift_ratios(config, arms))
+        for arm, runs in arms.items():
+            whole = [path(r) / (len(r["step"]) - 1) for r in runs if len(r["step"]) > 1]
+            measured |= {
+                f"{prefix}drift, {arm}": numbers(runs, path).mean(),
+                f"{prefix}test accuracy, {arm}": numbers(runs, "accuracy").mean(),
+                f"{prefix}distance of two halves, {arm}": numbers(runs, _floor).mean(),
+                f"{prefix}drift of an interval, {arm}": float(np.mean(whole)),
+            }
+        starts = [plateau_end(r, classes) for r in arms[PLAIN]]
         ends = [r["step"][i] for r, i in zip(arms[PLAIN], starts, strict=True) if i is not None]
-        measured[f"{prefix}plain network off its plateau, step"] = _mean(ends or [math.nan])
-    gain = paired_difference(
-        [r["accuracy"] for r in first[SAME]], [r["accuracy"] for r in first[PLAIN]]
-    )
-    measured["accuracy, BN − plain"] = gain.mean
-    if config.seeds > 1:
-        measured |= {"accuracy, BN − plain, low": gain.low, "accuracy, BN − plain, high": gain.high}
+        left = float(np.mean(ends or [math.nan]))
+        measured[f"{prefix}plain network off its plateau, step"] = left
+    first = next(iter(records.values()))
+    gain = paired_difference(*(numbers(first[arm], "accuracy") for arm in (SAME, PLAIN)))
+    several = gain if config.seeds > 1 else gain.mean
+    measured |= with_intervals({"accuracy, BN − plain": several})
     found = drift_ratios(config, first)["drift, BN/plain"]
     verdict = INCONCLUSIVE
-    if _decides(config, first, found):
-        assert found is not None
-        if decide(found.interval, at_most=DRIFT) == REPRODUCED and gain.low > 0:
-            verdict = REPRODUCED
-        elif found.high >= UNCHANGED or gain.high < 0:
-            verdict = NOT_REPRODUCED
+    if found is not None and _decides(config, first, found):
+        verdict = verdict_of(
+            reproduced=found.high <= DRIFT and gain.low > 0,
+            refuted=found.high >= UNCHANGED or gain.high < 0,
+        )
     note = (
         f"interval: over seeds, of the ratio. Accuracy BN − plain: {format_interval(gain.interval)}"
         f". Percentiles are of {config.measuring_images} test images that stay the same, with BN "
@@ -178,40 +183,31 @@ def judge_drift(config: Any, runs: Mapping[str, Runs]) -> Finding:
         f"{config.steps_per_dispatch} steps. The distance of two halves, between their percentiles "
         "at one time, is what sampling does; it is common to all times and so cancels. 'After the "
         "plateau' begins, for both networks, where the plain one's loss has fallen below "
-        f"ln({num_logits(config.network)})/2. {_settings_note(config, runs)}"
+        f"ln({classes})/2. {_settings_note(config, records)}"
     )
-    constant = max(
-        r.get("constant", 0) for arms in runs.values() for rs in arms.values() for r in rs
-    )
+    constant = max(r.get("constant", 0) for r in _all_runs(records))
     if constant:
         note += f". Units without width at some time, left out of the means: up to {constant} a run"
     return Finding(CLAIMS[0], measured, found and found.interval, verdict, note)
 
 
-def judge_gradient(config: Any, runs: Mapping[str, Runs]) -> Finding:
-    """gradient-shift-not-reduced, of the first comparison."""
+def judge_gradient(config: Config, records: Mapping[str, Arms]) -> Finding:
+    """gradient-shift-not-reduced."""
     measured: dict[str, float] = {}
-    first = next(iter(runs.values()))
-    for name, arms in runs.items():
-        prefix = "" if arms is first else f"{name}: "
-        _put(measured, prefix, shift_ratios(config, arms))
-        for arm, records in arms.items():
-            measured[f"{prefix}gradient shift, {arm}"] = _mean([shift(r) for r in records])
-            measured[f"{prefix}noise floor, {arm}"] = _mean(
-                [shift(r, key="noise") for r in records]
-            )
+    for prefix, arms in _prefixed(records):
+        measured |= _with_ratios(prefix, shift_ratios(config, arms))
+        for arm, runs in arms.items():
+            measured[f"{prefix}gradient shift, {arm}"] = numbers(runs, shift).mean()
+            measured[f"{prefix}noise floor, {arm}"] = numbers(runs, noise_floor).mean()
             for layer in range(2, num_weight_layers(config.network) + 1):
                 for key, words in (("relative", "gradient shift"), ("cosine", "cosine")):
-                    by_seed = [np.array(r[key], float)[:, layer - 1].mean() for r in records]
-                    measured[f"{prefix}{words}, layer {layer}, {arm}"] = _mean(by_seed)
+                    means = [np.array(r[key], float)[:, layer - 1].mean() for r in runs]
+                    measured[f"{prefix}{words}, layer {layer}, {arm}"] = float(np.mean(means))
+    first = next(iter(records.values()))
     found = shift_ratios(config, first)["gradient shift, BN/plain"]
     verdict = INCONCLUSIVE
-    if _decides(config, first, found):
-        assert found is not None
-        if found.low >= SHIFT:
-            verdict = REPRODUCED
-        elif found.high < SMALLER:
-            verdict = NOT_REPRODUCED
+    if found is not None and _decides(config, first, found):
+        verdict = verdict_of(reproduced=found.low >= SHIFT, refuted=found.high < SMALLER)
     note = (
         "interval: over seeds, of the ratio. Measured every "
         f"{config.steps_per_dispatch} steps, on the batch and the update of the step that training "
@@ -223,36 +219,38 @@ def judge_gradient(config: Any, runs: Mapping[str, Runs]) -> Finding:
     return Finding(CLAIMS[1], measured, found and found.interval, verdict, note)
 
 
-def _decides(config: Any, runs: Runs, found: Ratio | None) -> bool:
-    """Whether every seed has a pair, and there are two or more: a lost run decides nothing."""
-    return (
-        found is not None and config.seeds > 1 and found.pairs == config.seeds and not _lost(runs)
+def _prefixed(records: Mapping[str, Arms]) -> list[tuple[str, Arms]]:
+    """Comparisons with what stands before the names of their numbers: nothing with the first."""
+    return [(f"{name}: " if i else "", arms) for i, (name, arms) in enumerate(records.items())]
+
+
+def _with_ratios(prefix: str, ratios: Mapping[str, Ratio | None]) -> dict[str, float]:
+    """Of a single pair only the ratio itself."""
+    return with_intervals(
+        {
+            f"{prefix}{name}": math.nan if r is None else r if r.pairs > 1 else r.known
+            for name, r in ratios.items()
+        }
     )
 
 
-def _lost(runs: Runs) -> list[Record]:
-    """Runs of the claim's two arms that did not come to their end."""
-    records = [record for arm in (PLAIN, SAME) for record in runs[arm]]
-    most = max(len(record["step"]) for record in records)
-    return [r for r in records if r["path"] is None or len(r["step"]) < most]
+def _all_runs(records: Mapping[str, Arms]) -> list[Record]:
+    return [run for arms in records.values() for runs in arms.values() for run in runs]
 
 
-def _put(measured: dict[str, float], prefix: str, ratios: Mapping[str, Ratio | None]) -> None:
-    for name, found in ratios.items():
-        if found is None:
-            measured[f"{prefix}{name}"] = math.nan
-            continue
-        measured[f"{prefix}{name}"] = found.mean.low
-        if found.pairs > 1:
-            measured[f"{prefix}{name}, low"] = found.low
-            measured[f"{prefix}{name}, high"] = found.high
+def _decides(config: Config, arms: Arms, found: Ratio) -> bool:
+    """Whether every seed has a pair, and there are two or more: a lost run decides nothing."""
+    return config.seeds > 1 and found.pairs == config.seeds and not _ended_early(arms)
 
 
-def _mean(values: Sequence[float]) -> float:
-    return float(np.mean(np.array(values, float)))
+def _ended_early(arms: Arms) -> bool:
+    """Whether a run of the claim's two arms did not come to its end."""
+    runs = [run for arm in (PLAIN, SAME) for run in arms[arm]]
+    most = max(len(run["step"]) for run in runs)
+    return any(run["path"] is None or len(run["step"]) < most for run in runs)
 
 
-def _settings_note(config: Any, runs: Mapping[str, Runs]) -> str:
+def _settings_note(config: Config, records: Mapping[str, Arms]) -> str:
     """What was tuned, what lies at an end of its grid, and which runs had steps not taken."""
     grids = {
         "learning_rate": config.learning_rates,
@@ -261,28 +259,23 @@ def _settings_note(config: Any, runs: Mapping[str, Runs]) -> str:
         "epsilon": config.epsilons,
     }
     chosen, ends = [], []
-    for name, arms in runs.items():
-        for arm, records in arms.items():
-            used = {k: records[0][k] for k in grids if arm != PLAIN or k != "epsilon"}
+    for name, arms in records.items():
+        for arm, runs in arms.items():
+            used = {k: runs[0][k] for k in grids if arm != PLAIN or k != "epsilon"}
             words = ", ".join(f"{k} {format_number(v)}" for k, v in used.items())
             chosen.append(f"{name}, {arm}: {words}")
             ends += [
                 f"{key} of {name}, {arm}"
                 for key in ("learning_rate", "init_std")
-                if arm != SAME and used[key] in (min(grids[key]), max(grids[key]))
+                if arm != SAME and at_end(used[key], grids[key])
                 if key != "init_std" or name != small_weights(config)
             ]
     note = (
         f"Chosen by the training loss of {config.tuning_steps} steps on a seed apart, from one "
-        f"grid: {'; '.join(chosen)}"
+        f"grid: {'; '.join(chosen)}{listed('At an end of its grid', ends, '; ')}"
+        f"{lost(_all_runs(records))}"
     )
-    if ends:
-        note += f". At an end of its grid: {'; '.join(ends)}"
-    records = [r for arms in runs.values() for rs in arms.values() for r in rs]
-    diverged = sum(record["diverged"] > 0 for record in records)
-    if diverged:
-        note += f". Of {len(records)} runs {diverged} had steps that were not finite and not taken"
-    if any(_lost(arms) for arms in runs.values()):
+    if any(_ended_early(arms) for arms in records.values()):
         note += (
             ". A run that did not come to its end is in no ratio; a claim it is for is inconclusive"
         )

@@ -50,50 +50,53 @@ images here.
 | mc-bn-calibrates | a lower negative log likelihood |
 """
 
-import dataclasses
-import functools
-import math
-from pathlib import Path
-from typing import Any
+from typing import Literal
 
-import jax
-import jax.numpy as jnp
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.images import Images, load_images
-from bn_research.lab.runner import Runner
-from bn_research.lab.workdir import Ledger
-from bn_research.training.cores import use_cpu_cores
-from bn_research.training.lanes import STRATEGIES
-from experiments.ensemble import verdicts
-from experiments.ensemble.figures import draw
-from experiments.ensemble.members import Trainer
-from experiments.ensemble.networks import BASE, Network, Run, make_model, six
-from experiments.ensemble.verdicts import SEEDS, VARIED
+from bn_research.lab.fields import (
+    CompilerLevel,
+    Count,
+    NonNegative,
+    OrNone,
+    Positive,
+    Several,
+    Some,
+    at_most,
+    whole_dispatches,
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    seeds: int = 3  # ensembles of each kind
+    seeds: Count = 3  # ensembles of each kind
     dataset: str = "digits"
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: int = 0  # height and width the images are resized to; 0 keeps theirs
-    train_examples: int = 800
-    eval_examples: int = 0  # of the test set; 0 is all of it
-    width: float = 0.0625  # times the channels of figure 5
-    modules: tuple[str, ...] = ("3a", "3c")  # of figure 5
-    batch_size: int = 32
-    num_steps: int = 500
-    steps_per_dispatch: int = 20
-    rate: float = 0.3  # of the first step
-    l2: float = 1e-4
-    gain: float = 2.0  # of the initial kernels that are increased
-    draws: tuple[int, ...] = (6, 24)  # of MC-BN; algorithm 2 takes the most of them, too
-    strategy: str = "devices"  # of the sweeps; "auto" measures which is fastest
-    compiler_level: int = 1  # XLA's optimization, 0 to 3: less compiles faster and steps slower
+    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
+    train_examples: Several = 800
+    eval_examples: OrNone = 0  # of the test set; 0 is all of it
+    width: Positive = 0.0625  # times the channels of figure 5
+    modules: Some[str] = ("3a", "3c")  # of figure 5
+    batch_size: Several = 32
+    num_steps: Count = 500
+    steps_per_dispatch: Count = 20
+    rate: Positive = 0.3  # of the first step; it falls to 0 by half a cosine
+    l2: NonNegative = 1e-4  # λ of g + λ·θ, on weights alone
+    gain: Positive = 2.0  # of the initial kernels that are increased
+    draws: Some[Count] = (6, 24)  # of MC-BN; algorithm 2 takes the most of them, too
+    strategy: Literal["auto", "in_turn", "devices", "vmap"] = "devices"  # of the sweeps
+    compiler_level: CompilerLevel = 1
+
+    def __post_init__(self) -> None:
+        """A draw of MC-BN is a batch of training images."""
+        whole_dispatches(self, "num_steps")
+        batches = self.train_examples // self.batch_size
+        what = f"the batches of {self.batch_size} in train_examples={self.train_examples}"
+        at_most(self, batches, what, "draws")
 
 
 PRESETS = {
@@ -122,126 +125,6 @@ PRESETS = {
         strategy="auto",
     ),
 }
-
-_WHOLE = {  # the least that each number may be
-    "seeds": 1,
-    "image_size": 0,
-    "train_examples": 2,
-    "eval_examples": 0,
-    "batch_size": 2,  # one example has no variance
-    "num_steps": 1,
-    "steps_per_dispatch": 1,
-    "compiler_level": 0,
-}
-
-
-def prepare(config: Config) -> Images:
-    """Checks the config and loads the images; each core becomes a device, for the sweeps."""
-    for name, least in _WHOLE.items():
-        value = getattr(config, name)
-        if not isinstance(value, int) or value < least:
-            raise ValueError(f"{name}={value} is not allowed: a whole number from {least} up")
-    for name in ("width", "rate", "gain"):
-        value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} is not allowed: it must be positive and finite")
-    if not 0 <= config.l2 < math.inf:
-        raise ValueError(f"l2={config.l2} is not allowed: it must be 0 or more, and finite")
-    if config.num_steps % config.steps_per_dispatch:
-        raise ValueError(
-            f"num_steps={config.num_steps} is not allowed: it must be a multiple of "
-            f"steps_per_dispatch={config.steps_per_dispatch}"
-        )
-    if config.strategy not in ("auto", *STRATEGIES):
-        raise ValueError(
-            f"strategy={config.strategy!r} is not allowed: one of auto, {', '.join(STRATEGIES)}"
-        )
-    batches, draws = config.train_examples // config.batch_size, config.draws
-    if not draws or not all(isinstance(n, int) and 1 <= n <= batches for n in draws):
-        raise ValueError(
-            f"draws={draws} is not allowed: give whole numbers from 1 to {batches}, the batches of "
-            f"{config.batch_size} in train_examples={config.train_examples}"
-        )
-    use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-    )
-    for split, name in ((images.train, "train_examples"), (images.test, "eval_examples")):
-        if getattr(config, name) > len(split.label):
-            raise ValueError(
-                f"{name}={getattr(config, name)} is not allowed: {config.dataset} has "
-                f"{len(split.label)}"
-            )
-    images = images._replace(
-        train=jax.tree.map(lambda leaf: leaf[: config.train_examples], images.train),
-        test=jax.tree.map(lambda leaf: leaf[: config.eval_examples or None], images.test),
-    )
-    sample = jax.ShapeDtypeStruct((1, *images.train.image.shape[1:]), jnp.float32)
-    # Modules that are unknown, and images too small for them, are refused here.
-    model = make_model(_network(config, images), per_activation=False)
-    jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), sample)
-    return images
-
-
-def _network(config: Config, images: Images) -> Network:
-    return Network(
-        num_classes=images.num_classes,
-        width=config.width,
-        modules=tuple(config.modules),
-        image_shape=images.train.image.shape[1:],
-        batch_size=config.batch_size,
-        num_steps=config.num_steps,
-        steps_per_dispatch=config.steps_per_dispatch,
-        rate=config.rate,
-        l2=config.l2,
-        compiler_level=config.compiler_level,
-    )
-
-
-def plan(config: Config) -> dict[str, list[list[Run]]]:
-    """The networks of each ensemble, by kind; ensembles of both kinds share their seeds."""
-    varied = six(config.gain)
-    return {
-        kind: [
-            [Run(setting, k * len(varied) + i) for i, setting in enumerate(settings)]
-            for k in range(config.seeds)
-        ]
-        for kind, settings in ((VARIED, varied), (SEEDS, (BASE,) * len(varied)))
-    }
-
-
-def run(config: Config, images: Images, path: Path):
-    """Trains what is not yet in the workdir, decides, and draws."""
-    ensembles = plan(config)
-    runs = [run for kind in ensembles.values() for ensemble in kind for run in ensemble]
-    with Runner(
-        path,
-        Ledger(path / "metrics.jsonl"),
-        total_steps=len(runs) * config.num_steps,
-        strategy=config.strategy,
-    ) as runner:
-        network = _network(config, images)
-        trainer = Trainer(runner, network, images, path / "predictions", config.draws)
-        sampled = [ensemble[0] for ensemble in ensembles[SEEDS]]
-        trained = dict(zip(runs, trainer.train(runs, sampled=sampled), strict=True))
-        records: dict[str, list[dict[str, Any]]] = {}
-        for kind, of_kind in ensembles.items():
-            records[kind] = []
-            for k, ensemble in enumerate(of_kind):
-                members = [trained[run] for run in ensemble]
-                combined = runner.get(
-                    f"ensemble of {kind} seed={k}", functools.partial(trainer.combine, members)
-                )
-                records[kind].append({"members": members, **combined})
-    findings = verdicts.judge(config, records, images.num_classes)
-    return findings, draw(config, records, path / "figures")
-
-
-CLAIMS = verdicts.CLAIMS
 
 EXPERIMENT = Experiment(
     __name__,

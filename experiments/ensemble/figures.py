@@ -9,98 +9,69 @@ import numpy as np
 from bn_research.claims.alt_text import line_ends
 from bn_research.claims.estimate import estimate
 from bn_research.claims.figures import (
+    GREY,
     PALETTE,
     Figure,
-    band,
     new_figure,
-    save_figure,
+    save_all,
     shared_legend,
 )
 from bn_research.claims.formatting import format_number
+from bn_research.claims.plots import bands, interval_row, name_rows, reference
+from experiments.ensemble import Config
 from experiments.ensemble.scores import BINS
-from experiments.ensemble.verdicts import (
-    PUBLISHED,
-    SEEDS,
-    VARIED,
-    Ensembles,
-    first,
-    most_draws,
-    single,
-)
+from experiments.ensemble.training import SEEDS, VARIED, Records
+from experiments.ensemble.verdicts import PUBLISHED, first, most_draws, single
 
-_GREY = "#777777"
 _COLORS = {VARIED: PALETTE.blue, SEEDS: PALETTE.vermillion}
 _SHOWN = 100  # examples that a bin of the reliability diagram needs: an error below 0.05
 
 
-def draw(config: Any, ensembles: Ensembles, folder: Path) -> list[Figure]:
-    """All figures, in the order of the report."""
-    return [
-        _draw_errors(config, ensembles, folder / "errors.png"),
-        _draw_sizes(config, ensembles, folder / "sizes.png"),
-        _draw_reliability(config, ensembles, folder / "reliability.png"),
-    ]
+def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
+    """All figures, in the order of the page."""
+    return save_all((errors, sizes, reliability), folder, config, records)
 
 
-def _row(axis: Any, y: float, dots: Sequence[float], means: Sequence[float], color: str) -> str:
-    """Each of the dots, in per cent, and the mean of means with its interval; returns that mean."""
-    axis.plot(100 * np.asarray(dots), np.full(len(dots), y), "o", color=color, alpha=0.3, ms=4)
-    found = estimate(means)
-    if np.isfinite(found.low):
-        axis.plot([100 * found.low, 100 * found.high], [y, y], color=color, linewidth=2)
-    axis.plot(100 * found.mean, y, "D", color=color, markersize=7)
-    return f"{100 * found.mean:.3g}"
-
-
-def _draw_errors(config: Any, ensembles: Ensembles, path: Path) -> Figure:
+def errors(config: Config, records: Records):
+    """Errors of single networks, of six together, and of MC-BN."""
     fig, axes = new_figure(rows=2, width=5.4, height=6.0)
-    names: list[str] = []
-    means: list[str] = []
-    for kind, these in ensembles.items():
+    rows: dict[str, tuple[Sequence[float], Sequence[float], str]] = {}  # dots, and means of some
+    for kind, these in records.ensembles.items():
         ones = [m["scores"]["error"] for e in these for m in e["members"]]
-        singles = [single(e, "error") for e in these]
-        means.append(_row(axes[0], len(names), ones, singles, _COLORS[kind]))
+        rows[f"single, {kind}"] = ones, [single(e, "error") for e in these], _COLORS[kind]
         six = [e["scores"]["error"] for e in these]
-        means.append(_row(axes[0], len(names) + 1, six, six, _COLORS[kind]))
-        names += [f"single, {kind}", f"ensemble, {kind}"]
-    networks = [first(e) for e in ensembles[SEEDS]]
+        rows[f"ensemble, {kind}"] = six, six, _COLORS[kind]
+    networks = [first(e) for e in records.ensembles[SEEDS]]
     asked = {"population statistics": [n["scores"] for n in networks]}
     for number in networks[0]["mc_bn"]:
         asked[f"MC-BN, {number} draws"] = [n["mc_bn"][number] for n in networks]
     for name, scores in asked.items():
-        errors = [found["error"] for found in scores]
-        means.append(_row(axes[0], len(names), errors, errors, PALETTE.green))
-        names.append(name)
-    means = [f"{name}: {mean}" for name, mean in zip(names, means, strict=True)]
-    axes[0].set_yticks(range(len(names)), names)
-    axes[0].set_ylim(len(names) - 0.5, -0.5)
+        found = [one["error"] for one in scores]
+        rows[name] = found, found, PALETTE.green
+    means = []
+    for y, (name, (dots, averaged, color)) in enumerate(rows.items()):
+        shown = 100 * np.asarray(dots)
+        axes[0].plot(shown, np.full(len(dots), y), "o", color=color, alpha=0.3, ms=4)
+        mean = estimate(averaged).mapped(lambda error: 100 * error)
+        interval_row(axes[0], y, mean, color=color, marker="D")
+        means.append(f"{name}: {mean.mean:.3g}")
+    name_rows(axes[0], list(rows))
     axes[0].set_xlabel("top-1 error, %")
-    published: list[tuple[str, float]] = []
-    for top, found in PUBLISHED.items():
-        published += [(f"single, {top}", found.single), (f"ensemble, {top}", found.six)]
-        if found.test is not None:
-            published.append((f"ensemble, {top}, test set", found.test))
-    for y, (_, value) in enumerate(published):
+    published: dict[str, float] = {}
+    for top, of_top in PUBLISHED.items():
+        published |= {f"single, {top}": of_top.single, f"ensemble, {top}": of_top.six}
+        if of_top.test is not None:
+            published[f"ensemble, {top}, test set"] = of_top.test
+    for y, value in enumerate(published.values()):
         axes[1].plot(value, y, "D", color="black", markersize=7)
-        axes[1].annotate(
-            f"{value:g}",
-            (value, y),
-            xytext=(8, 0),
-            textcoords="offset points",
-            va="center",
-            fontsize=9,
-        )
-    axes[1].set_yticks(range(len(published)), [name for name, _ in published])
-    axes[1].set_ylim(len(published) - 0.5, -0.5)
-    axes[1].set_xlim(0, 27)
-    axes[1].set_xlabel("published: error on ImageNet, 144 crops, %")
-    return save_figure(
-        fig,
-        path,
-        title="Errors of single networks, of six together, and of MC-BN",
+        look = dict(xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
+        axes[1].annotate(f"{value:g}", (value, y), **look)
+    name_rows(axes[1], list(published))
+    axes[1].set(xlim=(0, 27), xlabel="published: error on ImageNet, 144 crops, %")
+    return fig, dict(
         alt="Above: top-1 test errors in per cent, as dots with their mean and its interval; "
         f"means: {'; '.join(means)}. Below: the published errors on ImageNet: "
-        f"{'; '.join(f'{name}: {value:g}' for name, value in published)}.",
+        f"{'; '.join(f'{name}: {value:g}' for name, value in published.items())}.",
         caption=f"{config.dataset}. Pale dots: networks or ensembles; diamond and line: mean and "
         f"95 % interval over {config.seeds} ensembles (of a single network: over their means). "
         "Green: one network of each ensemble of one setting, by population statistics and by those "
@@ -110,27 +81,23 @@ def _draw_errors(config: Any, ensembles: Ensembles, path: Path) -> Figure:
     )
 
 
-def _draw_sizes(config: Any, ensembles: Ensembles, path: Path) -> Figure:
+def sizes(config: Config, records: Records):
+    """Error against the size of the ensemble."""
     fig, axis = new_figure(width=5.4, height=4.0)
-    count = 0
-    for kind, these in ensembles.items():
-        errors = np.array([e["sizes"]["error"] for e in these])
-        count = errors.shape[1]
-        share = 100 * errors / np.maximum(errors[:, :1], np.finfo(float).tiny)
-        sizes = np.arange(1, count + 1)
-        band(axis, sizes, share, label=kind, color=_COLORS[kind])
-    for (top, found), marker in zip(PUBLISHED.items(), ("D", "s"), strict=True):
+    shares = {}
+    for kind, these in records.ensembles.items():
+        found = np.array([e["sizes"]["error"] for e in these])
+        shares[kind] = 100 * found / np.maximum(found[:, :1], np.finfo(float).tiny)
+    counts = range(1, found.shape[1] + 1)
+    bands(axis, counts, shares, _COLORS)
+    for (top, of_top), marker in zip(PUBLISHED.items(), ("D", "s"), strict=True):
         label = f"published, ImageNet {top}"
-        axis.plot(count, 100 * found.left, marker, color="black", markersize=7, label=label)
-    axis.axhline(100, color=_GREY, linestyle="--", linewidth=1.2)
-    axis.set_xticks(range(1, count + 1))
-    axis.set_xlabel("networks in the ensemble")
-    axis.set_ylabel("error, % of a single network's")
+        axis.plot(counts[-1], 100 * of_top.left, marker, color="black", markersize=7, label=label)
+    reference(axis, y=100)
+    axis.set_xticks(counts)
+    axis.set(xlabel="networks in the ensemble", ylabel="error, % of a single network's")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="Error against the size of the ensemble",
+    return fig, dict(
         alt="Top-1 test error against the number of networks in the ensemble, in per cent of the "
         f"mean error of a single one, from first to last: {line_ends(axis)}.",
         caption=f"{config.dataset}. Mean over all choices of so many of the six networks; line: "
@@ -153,17 +120,19 @@ def _pooled(these: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]
     return confidence, accuracy
 
 
-def _draw_reliability(config: Any, ensembles: Ensembles, path: Path) -> Figure:
+def reliability(config: Config, records: Records):
+    """Reliability of the predicted probabilities."""
     fig, axes = new_figure(rows=2, width=5.4, height=6.6)
-    networks, draws = [first(e) for e in ensembles[SEEDS]], most_draws(ensembles[SEEDS])
+    varied, seeds = records.ensembles[VARIED], records.ensembles[SEEDS]
+    networks, draws = [first(e) for e in seeds], most_draws(seeds)
     curves = (
-        ("single", [n["scores"] for n in networks], _GREY, "o"),
+        ("single", [n["scores"] for n in networks], GREY, "o"),
         (f"MC-BN, {draws} draws", [n["mc_bn"][draws] for n in networks], PALETTE.green, "^"),
-        (f"ensemble, {SEEDS}", [e["scores"] for e in ensembles[SEEDS]], _COLORS[SEEDS], "s"),
-        (f"ensemble, {VARIED}", [e["scores"] for e in ensembles[VARIED]], _COLORS[VARIED], "D"),
+        (f"ensemble, {SEEDS}", [e["scores"] for e in seeds], _COLORS[SEEDS], "s"),
+        (f"ensemble, {VARIED}", [e["scores"] for e in varied], _COLORS[VARIED], "D"),
     )
     axes[0].plot([0, 1], [0, 1], color="black", linestyle=":", linewidth=1.2)
-    axes[1].axhline(0, color="black", linestyle=":", linewidth=1.2)
+    reference(axes[1], y=0, color="black", linestyle=":")
     farthest = []
     for label, these, color, marker in curves:
         confidence, accuracy = _pooled(these)
@@ -173,17 +142,12 @@ def _draw_reliability(config: Any, ensembles: Ensembles, path: Path) -> Figure:
         style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.4}
         axes[0].plot(confidence, accuracy, label=label, **style)
         axes[1].plot(confidence, accuracy - confidence, **style)
-    axes[0].set_ylabel("accuracy")
-    axes[0].set_ylim(0, 1.02)
+    axes[0].set(ylabel="accuracy", ylim=(0, 1.02))
     axes[1].set_ylabel("accuracy − confidence")
     for axis in axes:
-        axis.set_xlim(0, 1.02)
-        axis.set_xlabel("confidence")
+        axis.set(xlim=(0, 1.02), xlabel="confidence")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="Reliability of the predicted probabilities",
+    return fig, dict(
         alt="Above: accuracy against confidence in bins, of single networks, MC-BN and two kinds "
         "of ensemble, with the diagonal of perfect calibration. Below: accuracy less confidence; "
         f"farthest from 0: {'; '.join(farthest) or 'no bins'}.",

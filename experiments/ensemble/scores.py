@@ -16,11 +16,7 @@ BINS = 15  # of confidence, as Guo et al. (2017) take
 
 
 def average(predictions: Sequence[np.ndarray]) -> Float[np.ndarray, "examples classes"]:
-    """Arithmetic mean of class probabilities, as in section 4.2.3 of Ioffe & Szegedy (2015).
-
-    Args:
-      predictions: logarithms of probabilities, shape=(examples, classes) each.
-    """
+    """Arithmetic mean of class probabilities, as in section 4.2.3 of Ioffe & Szegedy (2015)."""
     total = np.zeros(predictions[0].shape, np.float64)
     for logarithms in predictions:
         total += np.exp(np.asarray(logarithms, np.float64))
@@ -30,13 +26,7 @@ def average(predictions: Sequence[np.ndarray]) -> Float[np.ndarray, "examples cl
 def top_error(
     probabilities: Float[np.ndarray, "examples classes"], label: Int[np.ndarray, "examples"], k: int
 ) -> float:
-    """Share of examples whose label is not among the k most probable classes; a tie counts as not.
-
-    Args:
-      probabilities: of each class.
-      label: the right class.
-      k: at least 1.
-    """
+    """Share of examples whose label is not among the k most probable classes; ties count as not."""
     of_label = probabilities[np.arange(len(label)), label]
     others_as_high = np.sum(probabilities >= of_label[:, None], axis=1) - 1
     return float(np.mean(others_as_high >= k))

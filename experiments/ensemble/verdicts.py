@@ -1,15 +1,16 @@
 """The claims of `experiments.ensemble`, and how records of ensembles decide them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import Estimate, estimate, paired_difference
-from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding, decide
-
-VARIED, SEEDS = "six settings", "one setting"  # the two kinds of ensemble
+from bn_research.claims.finding import INCONCLUSIVE, Finding, verdict_of
+from bn_research.claims.judging import lost, with_intervals
+from experiments.ensemble import Config
+from experiments.ensemble.training import SEEDS, VARIED, Records
 
 _AT_LEAST, _EXPECTED = 0.05, 0.20  # relative error reduction
 _LEARNED = 3  # times the accuracy of chance
@@ -81,7 +82,18 @@ CLAIMS = (
 )
 
 Ensemble = Mapping[str, Any]  # `members`, records of networks; `scores`, `sizes`, `disagreement`
-Ensembles = Mapping[str, Sequence[Ensemble]]  # by kind, one for each seed
+Numbers = dict[
+    str, Any
+]  # Estimates, or means alone; a claim's first is what its criterion is about
+
+_WORDS = {
+    "error": "error",
+    "error 2": "top-2 error",
+    "error 5": "top-5 error",
+    "nll": "NLL",
+    "brier": "Brier score",
+    "ece": "ECE",
+}
 
 
 def single(ensemble: Ensemble, score: str) -> float:
@@ -105,149 +117,116 @@ def most_draws(ensembles: Sequence[Ensemble]) -> str:
     return max(first(ensembles[0])["mc_bn"], key=int)
 
 
-def judge(config: Any, ensembles: Ensembles, num_classes: int) -> list[Finding]:
-    """The findings of all claims, in their order.
-
-    Args:
-      config: of the run.
-      ensembles: of both kinds.
-      num_classes: of the data set.
-    """
-    accuracy = 1 - np.mean([single(e, "error") for kind in ensembles.values() for e in kind])
-    learned = accuracy >= _LEARNED / num_classes
+def judge(config: Config, records: Records) -> list[Finding]:
+    """The findings of all claims, in their order."""
+    varied, seeds = records.ensembles[VARIED], records.ensembles[SEEDS]
+    accuracy = 1 - np.mean([single(e, "error") for e in (*varied, *seeds)])
+    learned = accuracy >= _LEARNED / records.num_classes
     found = (
-        _judge_six(ensembles[VARIED]),
-        _judge_settings(ensembles),
-        _judge_calibration(ensembles[VARIED]),
-        _judge_mc_bn(ensembles),
+        _of_six(varied),
+        _of_settings(varied, seeds),
+        _of_calibration(varied),
+        _of_mc_bn(seeds),
     )
-    note = _note(config, ensembles)
+    note = _note(varied, seeds)
     findings = []
-    for claim, (tested, verdict, measured, told) in zip(CLAIMS, found, strict=True):
+    for claim, measured in zip(CLAIMS, found, strict=True):
+        tested: Estimate = next(iter(measured.values()))
+        enough, told = tested.low > 0, ""
+        if claim is CLAIMS[0]:
+            enough = tested.low >= _AT_LEAST
+            if tested.mean > _EXPECTED:
+                told = f"The reduction is above the {_EXPECTED:.0%} expected. "
+        verdict = verdict_of(reproduced=enough, refuted=tested.high <= 0)
         verdict = verdict if learned else INCONCLUSIVE
-        findings.append(Finding(claim, measured, tested.interval, verdict, told + note))
+        numbers = with_intervals(measured)
+        findings.append(Finding(claim, numbers, tested.interval, verdict, told + note))
     return findings
 
 
-_Judged = tuple[Estimate, str, dict[str, float], str]
+def _over(ensembles: Sequence[Ensemble], pick: Callable[[Ensemble], float]) -> Estimate:
+    return estimate([pick(ensemble) for ensemble in ensembles])
 
 
-def _judge_six(varied: Sequence[Ensemble]) -> _Judged:
-    reduction = estimate([1 - left(e) for e in varied])
-    verdict = decide(reduction, at_least=_AT_LEAST)
-    if verdict == NOT_REPRODUCED and reduction.high > 0:
-        verdict = INCONCLUSIVE  # smaller than expected, but a reduction
-    measured = _numbers("relative error reduction", reduction)
-    measured |= _of_kind(varied)
+def _of_six(varied: Sequence[Ensemble]) -> Numbers:
+    found = {"relative error reduction": _over(varied, lambda e: 1 - left(e)), **_scores(varied)}
     for score in ("error 5", "nll", "brier"):
-        measured |= _numbers(
-            f"relative reduction of {_WORDS[score]}", estimate([1 - left(e, score) for e in varied])
-        )
+        reduction = estimate([1 - left(e, score) for e in varied])
+        found[f"relative reduction of {_WORDS[score]}"] = reduction
     for size, errors in enumerate(zip(*(e["sizes"]["error"] for e in varied), strict=True), 1):
-        measured |= _numbers(f"error, ensemble of {size}", estimate(errors))
-    best = [min(m["scores"]["error"] for m in e["members"]) for e in varied]
-    measured |= _numbers("error, best single", estimate(best))
-    measured |= _numbers("disagreement", estimate([e["disagreement"] for e in varied]))
-    told = ""
-    if reduction.mean > _EXPECTED:
-        told = f"The reduction is above the {_EXPECTED:.0%} expected. "
-    return reduction, verdict, measured, told
+        found[f"error, ensemble of {size}"] = estimate(errors)
+    found["error, best single"] = _over(
+        varied, lambda e: min(member["scores"]["error"] for member in e["members"])
+    )
+    return found | {"disagreement": _over(varied, lambda e: e["disagreement"])}
 
 
-def _judge_settings(ensembles: Ensembles) -> _Judged:
-    varied, seeds = ensembles[VARIED], ensembles[SEEDS]
-    gain = paired_difference(*([e["scores"]["error"] for e in these] for these in (seeds, varied)))
-    measured = _numbers("error, one setting − six settings", gain)
-    for name, score in (("single", "error"), ("single NLL", "nll")):
-        found = paired_difference(*([single(e, score) for e in these] for these in (seeds, varied)))
-        measured |= _numbers(f"{name}, one setting − six settings", found)
+def _of_settings(varied: Sequence[Ensemble], seeds: Sequence[Ensemble]) -> Numbers:
+    def gain(pick: Callable[[Ensemble], float]) -> Estimate:
+        return paired_difference([pick(e) for e in seeds], [pick(e) for e in varied])
+
+    found = {
+        "error, one setting − six settings": gain(lambda e: e["scores"]["error"]),
+        "single, one setting − six settings": gain(lambda e: single(e, "error")),
+        "single NLL, one setting − six settings": gain(lambda e: single(e, "nll")),
+    }
     for kind, these in ((SEEDS, seeds), (VARIED, varied)):
-        found = estimate([1 - left(e) for e in these])
-        measured |= _numbers(f"relative error reduction, {kind}", found)
-        found = estimate([e["disagreement"] for e in these])
-        measured |= _numbers(f"disagreement, {kind}", found)
-    measured |= _of_kind(seeds)
-    return gain, _above_zero(gain), measured, ""
+        found[f"relative error reduction, {kind}"] = _over(these, lambda e: 1 - left(e))
+        found[f"disagreement, {kind}"] = _over(these, lambda e: e["disagreement"])
+    return found | _scores(seeds)
 
 
-def _judge_calibration(varied: Sequence[Ensemble]) -> _Judged:
-    gain = estimate([single(e, "ece") - e["scores"]["ece"] for e in varied])
-    measured = _numbers("ECE, single − ensemble", gain)
-    singles = [single(e, "confidence") - 1 + single(e, "error") for e in varied]
-    six = [e["scores"]["confidence"] - 1 + e["scores"]["error"] for e in varied]
-    for name, values in (("single", singles), ("ensemble", six)):
-        measured |= _numbers(f"confidence − accuracy, {name}", estimate(values))
-    measured |= _of_kind(varied, ("ece", "nll", "brier"))
-    return gain, _above_zero(gain), measured, ""
+def _of_calibration(varied: Sequence[Ensemble]) -> Numbers:
+    gain = _over(varied, lambda e: single(e, "ece") - e["scores"]["ece"])
+    singles = _over(varied, lambda e: single(e, "confidence") - 1 + single(e, "error"))
+    six = _over(varied, lambda e: e["scores"]["confidence"] - 1 + e["scores"]["error"])
+    return {
+        "ECE, single − ensemble": gain,
+        "confidence − accuracy, single": singles,
+        "confidence − accuracy, ensemble": six,
+        **_scores(varied, ("ece", "nll", "brier")),
+    }
 
 
-def _judge_mc_bn(ensembles: Ensembles) -> _Judged:
-    networks = [first(e) for e in ensembles[SEEDS]]
-    draws = most_draws(ensembles[SEEDS])
+def _of_mc_bn(seeds: Sequence[Ensemble]) -> Numbers:
+    networks = [first(e) for e in seeds]
 
-    def gain(score: str, number: str) -> Estimate:
-        return paired_difference(
-            [n["scores"][score] for n in networks], [n["mc_bn"][number][score] for n in networks]
-        )
+    def values(score: str, draws: str) -> list[float]:
+        return [(n["mc_bn"][draws] if draws else n["scores"])[score] for n in networks]
 
-    tested = gain("nll", draws)
-    measured: dict[str, float] = {}
+    def gain(score: str, draws: str) -> Estimate:
+        return paired_difference(values(score, ""), values(score, draws))
+
+    found: Numbers = {}
+    scores = ("nll", "error", "ece", "brier")
     for number in sorted(networks[0]["mc_bn"], key=int, reverse=True):
-        for score in ("nll", "error", "ece", "brier"):
-            word = _WORDS[score]
-            measured |= _numbers(f"{word}, population − {number} draws", gain(score, number))
-            mean = np.mean([n["mc_bn"][number][score] for n in networks])
-            measured[f"{word}, {number} draws"] = float(mean)
-    for score in ("nll", "error", "ece", "brier"):
-        mean = np.mean([n["scores"][score] for n in networks])
-        measured[f"{_WORDS[score]}, population"] = float(mean)
-        saved = np.mean([single(e, score) - e["scores"][score] for e in ensembles[SEEDS]])
-        if saved:
-            share = gain(score, draws).mean / saved
-            measured[f"{_WORDS[score]}, saved by {draws} draws over saved by six"] = float(share)
-    return tested, _above_zero(tested), measured, ""
-
-
-_WORDS = {
-    "error": "error",
-    "error 2": "top-2 error",
-    "error 5": "top-5 error",
-    "nll": "NLL",
-    "brier": "Brier score",
-    "ece": "ECE",
-}
-
-
-def _of_kind(ensembles: Sequence[Ensemble], scores: Sequence[str] = tuple(_WORDS)):
-    measured: dict[str, float] = {}
+        for score in scores:
+            found[f"{_WORDS[score]}, population − {number} draws"] = gain(score, number)
+            found[f"{_WORDS[score]}, {number} draws"] = np.mean(values(score, number))
+    most = most_draws(seeds)
     for score in scores:
-        of_one = estimate([single(e, score) for e in ensembles])
-        measured |= _numbers(f"{_WORDS[score]}, single", of_one)
-        measured |= _numbers(
-            f"{_WORDS[score]}, ensemble", estimate([e["scores"][score] for e in ensembles])
-        )
-    return measured
+        found[f"{_WORDS[score]}, population"] = np.mean(values(score, ""))
+        saved = np.mean([single(e, score) - e["scores"][score] for e in seeds])
+        if saved:
+            share = gain(score, most).mean / saved
+            found[f"{_WORDS[score]}, saved by {most} draws over saved by six"] = share
+    return found
 
 
-def _above_zero(found: Estimate) -> str:
-    if found.high <= 0:
-        return NOT_REPRODUCED
-    return REPRODUCED if found.low > 0 else INCONCLUSIVE
+def _scores(ensembles: Sequence[Ensemble], scores: Sequence[str] = tuple(_WORDS)) -> Numbers:
+    found: Numbers = {}
+    for score in scores:
+        found[f"{_WORDS[score]}, single"] = estimate([single(e, score) for e in ensembles])
+        found[f"{_WORDS[score]}, ensemble"] = estimate([e["scores"][score] for e in ensembles])
+    return found
 
 
-def _numbers(name: str, found: Estimate) -> dict[str, float]:
-    return {name: found.mean, f"{name}, low": found.low, f"{name}, high": found.high}
-
-
-def _note(config: Any, ensembles: Ensembles) -> str:
-    members = [m for kind in ensembles.values() for e in kind for m in e["members"]]
-    strategies = ", ".join(sorted({m["strategy"] for m in members}))
-    note = (
-        f"{len(ensembles[VARIED])} ensembles of each kind; all see one training set and one test "
+def _note(varied: Sequence[Ensemble], seeds: Sequence[Ensemble]) -> str:
+    members = [member for e in (*varied, *seeds) for member in e["members"]]
+    strategies = ", ".join(sorted({member["strategy"] for member in members}))
+    return (
+        f"{len(varied)} ensembles of each kind; all see one training set and one test "
         "set, so an interval tells of initial weights and of the order of examples, not of other "
         f"images. Population statistics (algorithm 2). Networks trained in a sweep: {strategies}"
+        f"{lost(members, runs='networks')}"
     )
-    lost = sum(m["diverged"] > 0 for m in members)
-    if lost:
-        note += f". Of {len(members)} networks {lost} had steps that were not finite and not taken"
-    return note

@@ -24,7 +24,8 @@ from bn_research.training.loop import evaluate
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.parallel import Parallel
 from bn_research.training.state import TrainState, create_train_state
-from bn_research.training.step import Batch, make_eval_step, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
+from experiments.imagenet import Config
 
 INCEPTION = "inception"
 
@@ -57,23 +58,25 @@ SETTINGS = {
 
 
 class Programs:
-    """The programs of a config, over the devices of a mapping.
+    """The programs of a config, over the devices of a mapping; none is compiled yet."""
 
-    Args:
-      config: of `experiments.imagenet`.
-      builder: of the data set.
-      parallel: how devices are used.
-    """
-
-    def __init__(self, config: Any, builder: Any, parallel: Parallel):
-        """Builds the programs; nothing is compiled yet."""
-        self._config = config
-        self._builder = builder
-        self._parallel = parallel
+    def __init__(self, config: Config, builder: Any, parallel: Parallel):
+        self._config, self._builder, self._parallel = config, builder, parallel
         setting = SETTINGS[config.setting]
         self._image_shape = builder.info.features["image"].shape
+        self._augmentation = cifar_augmentation() if config.augmentation == "cifar" else None
+        self._cropping = None
         if config.augmentation == "imagenet":
-            self._image_shape = (config.image_size, config.image_size, 3)
+            size = config.image_size
+            self._image_shape = (size, size, 3)
+            self._augmentation = imagenet_augmentation(size, strength=setting.distortion)
+            self._cropping = imagenet_evaluation(size)
+        self._input = dict(
+            batch_size=config.batch_size // config.microbatches,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            num_workers=config.num_workers,
+        )
         self._model = create_model(
             config, builder.info.features["label"].num_classes, axis_name=parallel.axis_name
         )
@@ -121,63 +124,39 @@ class Programs:
     @contextlib.contextmanager
     def stream(self, seed: int) -> Iterator[Callable[[int], Iterator[Batch]]]:
         """Inside it: step -> the batches from that step on, over the devices."""
-        config = self._config
         with contextlib.ExitStack() as stack:
 
             def open_stream(step: int) -> Iterator[Batch]:
-                batches = stack.enter_context(
-                    data.training_batches(
-                        self._builder,
-                        "train",
-                        batch_size=config.batch_size // config.microbatches,
-                        seed=seed,
-                        transform=self._augmentation(),
-                        process_index=jax.process_index(),
-                        process_count=jax.process_count(),
-                        start_step=step * config.microbatches,
-                        num_workers=config.num_workers,
-                    )
+                batches = data.training_batches(
+                    self._builder,
+                    "train",
+                    seed=seed,
+                    transform=self._augmentation,
+                    start_step=step * self._config.microbatches,
+                    **self._input,
                 )
-                return self._placed(batches)
+                return self._placed(stack.enter_context(batches))
 
             yield open_stream
 
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the whole evaluation split, by running statistics."""
-        config = self._config
-        crops = config.augmentation == "imagenet"
+        split = data.EVALUATION_SPLIT[self._config.dataset]
         with data.evaluation_batches(
-            self._builder,
-            data.EVALUATION_SPLIT[config.dataset],
-            batch_size=config.batch_size // config.microbatches,
-            transform=imagenet_evaluation(config.image_size) if crops else None,
-            process_index=jax.process_index(),
-            process_count=jax.process_count(),
-            num_workers=config.num_workers,
+            self._builder, split, transform=self._cropping, **self._input
         ) as batches:
-            placed = (self._parallel.shard(_batch(examples)) for examples in batches)
-            return evaluate(self._eval_step, state, placed)
+            rows = (Batch(*examples) for examples in batches)  # type: ignore[arg-type]
+            return evaluate(self._eval_step, state, map(self._parallel.shard, rows))
 
     def _placed(self, batches: Iterator[data.Examples]) -> Iterator[Batch]:
         count = self._config.microbatches
         while True:
-            pieces = [_batch(next(batches)) for _ in range(count)]
+            pieces = [Batch(*next(batches)) for _ in range(count)]  # type: ignore[arg-type]
             rows = pieces[0] if count == 1 else jax.tree.map(lambda *leaf: np.stack(leaf), *pieces)
             yield self._parallel.shard(rows, batch_axis=self._batch_axis)
 
-    def _augmentation(self) -> Any:
-        config = self._config
-        if config.augmentation == "imagenet":
-            strength = SETTINGS[config.setting].distortion
-            return imagenet_augmentation(config.image_size, strength=strength)
-        return cifar_augmentation() if config.augmentation == "cifar" else None
 
-
-def _batch(examples: Any) -> Batch:
-    return Batch(*examples)
-
-
-def create_model(config: Any, num_classes: int, *, axis_name: str | None) -> Inception | CNN:
+def create_model(config: Config, num_classes: int, *, axis_name: str | None) -> Inception | CNN:
     """The network of a config; its norm layers share statistics over axis_name."""
     setting = SETTINGS[config.setting]
     norm = functools.partial(BatchNorm, axis_name=axis_name, group_size=config.group_size or None)
@@ -202,13 +181,9 @@ def create_model(config: Any, num_classes: int, *, axis_name: str | None) -> Inc
 
 def make_apply_fn(model: Inception | CNN, full_scale: int) -> Callable[..., tuple[Array, Any]]:
     """(variables, images, train, keys) -> (logits, batch_stats), of images 0 ... full_scale."""
+    apply_fn = apply_fn_of(model)
 
-    def apply_fn(variables, images, *, train, keys=None):
-        images = images.astype(jnp.float32) * (2 / full_scale) - 1
-        options = {} if keys is None else {"keys": keys}
-        if not train:
-            return model.apply(variables, images, train=False), variables["batch_stats"]
-        logits, new = model.apply(variables, images, train=True, mutable=["batch_stats"], **options)
-        return logits, new.get("batch_stats", {})
+    def scaled(variables: Any, images: Array, **options: Any) -> tuple[Array, Any]:
+        return apply_fn(variables, images.astype(jnp.float32) * (2 / full_scale) - 1, **options)
 
-    return apply_fn
+    return scaled

@@ -2,223 +2,258 @@
 
 import itertools
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from bn_research.claims.alt_text import line_ends
-from bn_research.claims.figures import (
-    PALETTE,
-    Figure,
-    band,
-    new_figure,
-    save_figure,
-    shared_legend,
+from bn_research.claims.figures import PALETTE, Figure, band, new_figure, save_all, shared_legend
+from bn_research.claims.judging import by_seed, numbers
+from bn_research.claims.plots import (
+    bands,
+    name_rows,
+    over_seeds,
+    padded,
+    points,
+    reference,
+    running_mean,
 )
 from bn_research.models.spec import num_logits
-from experiments.init_sensitivity.signal_figures import draw_layers, draw_prediction
-from experiments.init_sensitivity.verdicts import (
-    Best,
-    escape_epsilons,
-    escape_slope,
-    escape_steps,
-    grid_cell,
-    layer_cells,
-)
+from experiments.init_sensitivity import Config
+from experiments.init_sensitivity.training import Cell, Records, last_cells, layer_rows
+from experiments.init_sensitivity.verdicts import OPTIMIZERS, RESCUED, accuracies, escape
+
+_MARKERS = "os^Dv"
+_BAND = 0.5  # of the claim about the signal, in decades
 
 
-def draw(config: Any, signal: list[dict], best: Best, folder: Path) -> list[Figure]:
-    """All figures, in the order of the report.
-
-    Args:
-      config: of the run.
-      signal: records of the signal at initialization.
-      best: role -> records of its best rate, by seed.
-      folder: where the PNG files go.
-    """
-    figures = [
-        _draw_losses(config, best, folder / "loss_curves.png"),
-        _draw_widths(config, best, folder / "accuracy_against_a.png"),
-        _draw_escape(config, best, folder / "escape_time.png"),
-        _draw_grid(config, best, folder / "epsilon_optimizer_bias.png"),
+def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
+    """All figures, in the order of the report."""
+    draws = [
+        _loss_curves,
+        _accuracy_against_a,
+        _escape_time,
+        _epsilon_optimizer_bias,
+        _single_layer,
+        _signal_by_layer,
+        _signal_against_theory,
+        _schemes,
     ]
-    if config.layers:
-        figures.append(_draw_single(config, best, folder / "single_layer.png"))
-    return [
-        *figures,
-        draw_layers(config, signal, folder / "signal_by_layer.png"),
-        draw_prediction(config, signal, folder / "signal_against_theory.png"),
-        _draw_schemes(config, best, folder / "schemes.png"),
-    ]
+    return save_all(draws, folder, config, records)
 
 
-def _draw_losses(config, best, path):
-    nearest = min(config.widths, key=lambda a: abs(math.log(a / config.a)))
-    curves = {
+def _nearest(config: Config) -> float:
+    """The width of the robustness sweep that comes next to the run's own."""
+    return min(config.widths, key=lambda a: abs(math.log(a / config.a)))
+
+
+def _loss_curves(config: Config, records: Records) -> Any:
+    """Which arm trains."""
+    nearest, epsilon = _nearest(config), config.epsilons[-1]
+    shown = {  # label -> role and look
         "plain, SGD": ("plain", PALETTE.black, "-"),
         "plain, Adam": ("plain, Adam", PALETTE.purple, ":"),
         "plain, He init": ("plain, he", PALETTE.green, "-"),
-        "BN last, ε = 0, SGD": (grid_cell(0.0, "sgd", False), PALETTE.blue, "-"),
-        f"BN last, ε = {config.epsilons[-1]:g}, SGD": (
-            grid_cell(config.epsilons[-1], "sgd", False),
-            PALETTE.orange,
-            "--",
-        ),
-        f"BN last, ε = {config.epsilons[-1]:g}, Adam": (
-            grid_cell(config.epsilons[-1], "adam", False),
-            PALETTE.sky,
-            "-",
-        ),
+        "BN last, ε = 0, SGD": (str(RESCUED), PALETTE.blue, "-"),
+        f"BN last, ε = {epsilon:g}, SGD": (str(Cell(epsilon)), PALETTE.orange, "--"),
+        f"BN last, ε = {epsilon:g}, Adam": (str(Cell(epsilon, "adam")), PALETTE.sky, "-"),
         "BN on all layers": (f"all a={nearest:g}", PALETTE.vermillion, "-"),
     }
-    curves = {label: curve for label, curve in curves.items() if curve[0] in best}
+    steps, window = config.num_steps, max(1, config.num_steps // 40)
+    curves = {
+        label: running_mean(padded([r["loss"][:steps] for r in records.best[role]], steps), window)
+        for label, (role, _, _) in shown.items()
+        if role in records.best
+    }
     fig, axis = new_figure(height=4.2)
-    window = max(1, config.num_steps // 40)
-    for label, (role, color, style) in curves.items():
-        rows = [_smooth(record["loss"], config.num_steps, window) for record in best[role]]
-        x = np.arange(1, config.num_steps + 1)
-        band(axis, x, rows, label=label, color=color, linestyle=style)
-    axis.set_ylim(0, 3.2)
-    axis.set_xlabel("step")
-    axis.set_ylabel("training loss (nats)")
+    bands(axis, np.arange(1, steps + 1), curves, {label: look[1:] for label, look in shown.items()})
+    axis.set(ylim=(0, 3.2), xlabel="step", ylabel="training loss (nats)")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="Which arm trains",
+    return fig, dict(
         alt="Training loss against steps: plain SGD stays flat at ln 10; BN on the last layer "
         "with epsilon 0, BN on all layers and He initialization fall.",
         caption=f"Each arm at its best rate of its grid; initialization U(−{config.a:g}, "
-        f"{config.a:g}) except He's (BN on all layers: {nearest:g}). Line: mean of {config.seeds} "
-        f"seeds; band: lowest to highest; smoothed over {window} steps. The arms on the plateau at "
-        "ln(classes) lie on one another.",
+        f"{config.a:g}) except He's (BN on all layers: {nearest:g}). {over_seeds(config.seeds)}; "
+        f"smoothed over {window} steps. The arms on the plateau at ln(classes) lie on one another.",
         claims=("no-training-without-bn", "bn-last-layer-suffices"),
     )
 
 
-def _smooth(loss: list[float | None], length: int, window: int) -> np.ndarray:
-    """Running mean of the last `window` losses, padded with NaN to the length."""
-    values = np.full(length, np.nan)
-    loss = loss[:length]
-    values[: len(loss)] = np.array(loss, dtype=float)
-    return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(length)])
-
-
-def _draw_widths(config, best, path):
+def _accuracy_against_a(config: Config, records: Records) -> Any:
+    """How small may the initial weights be?"""
     fig, axis = new_figure()
     for placement, label, color in (
         ("all", "BN on all layers", PALETTE.vermillion),
         ("none", "plain", PALETTE.black),
     ):
-        rows = np.array(
-            [[record["accuracy"] for record in best[f"{placement} a={a:g}"]] for a in config.widths]
-        ).T
-        line = band(axis, config.widths, rows, label=label, color=color)
-        line.set_marker("o")
-    axis.set_xscale("log")
-    axis.set_ylim(0, 1)
-    axis.set_xlabel("a, weights from U(−a, a)")
-    axis.set_ylabel("test accuracy")
+        rows = [accuracies(records.best, f"{placement} a={a:g}") for a in config.widths]
+        band(axis, config.widths, np.transpose(rows), label=label, color=color, marker="o")
+    axis.set(xscale="log", ylim=(0, 1), xlabel="a, weights from U(−a, a)", ylabel="test accuracy")
     shared_legend(fig)
-    return save_figure(
-        fig,
-        path,
-        title="How small may the initial weights be?",
+    return fig, dict(
         alt="Test accuracy against a: with BN on all layers it stays high from 1e-4 to 1, without "
         "BN it is high near 0.1 only.",
         caption=f"After {config.width_steps} steps, each point at its best rate of the grid "
-        f"{config.width_rates}. Line: mean of {config.seeds} seeds; band: lowest to highest.",
+        f"{config.width_rates}. {over_seeds(config.seeds)}.",
         claims=("init-robustness",),
     )
 
 
 def _column(optimizer: str, use_bias: bool) -> str:
-    name = {"sgd": "SGD", "adam": "Adam"}[optimizer]
-    return f"{name}, {'biases' if use_bias else 'no biases'}"
+    return f"{OPTIMIZERS[optimizer]}, {'biases' if use_bias else 'no biases'}"
 
 
-def _draw_escape(config, best, path):
+def _escape_time(config: Config, records: Records) -> Any:
+    """ε and the optimizer decide how long the plateau is."""
     fig, axis = new_figure(height=4.4)
-    rates = {"sgd": config.escape_rate, "adam": config.adam_escape_rate}
-    columns = list(itertools.product(config.optimizers, config.biases))
-    for (optimizer, use_bias), color, marker in zip(columns, PALETTE, "os^D", strict=False):
-        steps = escape_steps(config, best, optimizer, use_bias)
-        epsilons = np.array(escape_epsilons(config, optimizer))
-        exponent = escape_slope(config, best, optimizer, use_bias)
-        label = _column(optimizer, use_bias)
-        label += f": ε^{exponent.mean:.2f}" if exponent else ": no fit"
-        x = np.repeat(epsilons, config.seeds)
-        # Side by side, so that a whole column of seeds that has not left can be counted.
-        shown = np.where(np.isfinite(steps), steps, np.nan).ravel()
-        axis.plot(x, shown, marker, color=color, markersize=5, alpha=0.7, label=label)
-        lost = np.isnan(steps).sum(axis=1)
-        for epsilon in epsilons[lost > 0]:
+    for column, color, marker in zip(config.columns, PALETTE, _MARKERS, strict=False):
+        epsilons, steps, exponent = escape(config, records.best, *column)
+        label = f"{_column(*column)}: {f'ε^{exponent.mean:.2f}' if exponent else 'no fit'}"
+        whole, x = np.isfinite(steps).all(axis=1), np.repeat(epsilons, config.seeds)
+        axis.plot(x, steps.ravel(), marker, color=color, markersize=5, alpha=0.7, label=label)
+        for epsilon in epsilons[~whole]:
             axis.plot(epsilon, 1.25 * config.escape_steps, marker, color=color, fillstyle="none")
-        whole = lost == 0
-        if exponent is not None:
-            logs = np.log10(epsilons[whole]), np.log10(steps[whole]).mean(axis=1)
-            ends = np.array([logs[0].min(), logs[0].max()])
-            line = logs[1].mean() + exponent.mean * (ends - logs[0].mean())
-            axis.plot(10**ends, 10**line, color=color)
-            if (optimizer, use_bias) == ("sgd", False):
-                half = logs[1].mean() + 0.5 * (ends - logs[0].mean())
-                axis.plot(10**ends, 10**half, color="black", linestyle="--", label="theory: ε^0.50")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+        if exponent is None:
+            continue
+        x = np.log10(epsilons[whole])
+        height = np.log10(steps[whole]).mean(axis=1).mean()
+        ends = np.array([x.min(), x.max()])
+        axis.plot(10**ends, 10 ** (height + exponent.mean * (ends - x.mean())), color=color)
+        if column == ("sgd", False):
+            half = 10 ** (height + 0.5 * (ends - x.mean()))
+            axis.plot(10**ends, half, color="black", linestyle="--", label="theory: ε^0.50")
+    axis.set(xscale="log", yscale="log")
     axis.xaxis.set_minor_formatter("")  # their numbers would overlap
-    axis.set_xlabel("ε of the BN before the softmax")
-    axis.set_ylabel("steps to leave the plateau")
+    axis.set(xlabel="ε of the BN before the softmax", ylabel="steps to leave the plateau")
     shared_legend(fig, columns=1)
-    return save_figure(
-        fig,
-        path,
-        title="ε and the optimizer decide how long the plateau is",
+    return fig, dict(
         alt="Steps until the loss leaves ln 10 against epsilon, both logarithmic: with SGD and no "
         "biases a straight line of slope about one half; Adam leaves at far larger epsilon.",
-        caption=f"BN on the last layer, SGD at rate {rates['sgd']:g}, Adam at {rates['adam']:g}. A "
-        "run has left the plateau when a batch's loss is 0.1 below that of guessing. Points: "
-        f"{config.seeds} seeds; hollow, above: some seed had not left after {config.escape_steps} "
-        "steps, or diverged, and its ε is left out of the fit.",
+        caption=f"BN on the last layer, SGD at rate {config.escape_rate:g}, Adam at "
+        f"{config.adam_escape_rate:g}. A run has left the plateau when a batch's loss is 0.1 below "
+        f"that of guessing. Points: {config.seeds} seeds; hollow, above: some seed had not left "
+        f"after {config.escape_steps} steps, or diverged, and its ε is left out of the fit.",
         claims=("bn-last-layer-suffices",),
     )
 
 
-def _draw_single(config, best, path):
+def _epsilon_optimizer_bias(config: Config, records: Records) -> Any:
+    """BN on the last layer: ε, optimizer and biases."""
+    columns = [_column(*column) for column in config.columns]
+    means = [accuracies(records.best, cell).mean() for cell in last_cells(config)]
+    table = np.reshape(means, (len(config.epsilons), len(columns)))
+    names = [f"ε = {epsilon:g}" for epsilon in config.epsilons]
+    fig, axis = new_figure(height=1.4 + 0.45 * len(names))
+    axis.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
+    for (row, column), value in np.ndenumerate(table):
+        color = "white" if value > 0.6 else "black"
+        axis.text(column, row, f"{value:.2f}", ha="center", va="center", color=color)
+    axis.grid(visible=False)
+    axis.set_xticks(range(len(columns)), [column.replace(", ", "\n") for column in columns])
+    axis.set_yticks(range(len(names)), names)
+    rows = [
+        f"{name}: {', '.join(f'{value:.2f}' for value in values)}."
+        for name, values in zip(names, table, strict=True)
+    ]
+    return fig, dict(
+        alt=f"Table of test accuracies, columns {'; '.join(columns)}. {' '.join(rows)}",
+        caption=f"Test accuracy after {config.num_steps} steps, mean of {config.seeds} seeds, each "
+        "cell at its best rate of its optimizer's grid.",
+        claims=("bn-last-layer-suffices",),
+    )
+
+
+def _single_layer(config: Config, records: Records) -> Any:
+    """Which single layer's BN is enough?"""
+    if not config.layers:
+        return None
     fig, axis = new_figure(height=3.8)
     layers = [*config.layers, max(config.layers) + 1]
-    for (optimizer, epsilon), color in zip(layer_cells(config), PALETTE, strict=False):
-        roles = [grid_cell(epsilon, optimizer, False, layer) for layer in (*config.layers, "last")]
-        rows = [
-            [record["accuracy"] for record in best[role]]
-            if role in best
-            else [np.nan] * config.seeds
-            for role in roles
+    for row, color in zip(layer_rows(config), PALETTE, strict=False):
+        accuracy = [
+            accuracies(records.best, cell)
+            if str(cell) in records.best
+            else np.full(config.seeds, math.nan)
+            for cell in row
         ]
-        name = {"sgd": "SGD", "adam": "Adam"}[optimizer]
-        line = band(axis, layers, np.array(rows).T, label=f"{name}, ε = {epsilon:g}", color=color)
-        line.set_marker("o")
-    axis.axhline(1 / num_logits(config.network), color="#777777", linestyle=":")
-    axis.set_ylim(0, 1)
-    axis.set_xticks(layers)
-    axis.set_xlabel("the one weight layer with BN")
-    axis.set_ylabel("test accuracy")
+        label = f"{OPTIMIZERS[row[0].optimizer]}, ε = {row[0].epsilon:g}"
+        band(axis, layers, np.transpose(accuracy), label=label, color=color, marker="o")
+    reference(axis, y=1 / num_logits(config.network), linestyle=":", linewidth=1.5)
+    axis.set(ylim=(0, 1), xticks=layers)
+    axis.set(xlabel="the one weight layer with BN", ylabel="test accuracy")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="Which single layer's BN is enough?",
+    return fig, dict(
         alt="Test accuracy against the number of the one layer with BN, from the first layer to "
         f"the last: {line_ends(axis)}.",
         caption=f"Weights from U(−{config.a:g}, {config.a:g}), no biases, {config.num_steps} steps "
-        f"at the best rate of each point's grid. Line: mean of {config.seeds} seeds; band: lowest "
-        "to highest; dotted: guessing.",
+        f"at the best rate of each point's grid. {over_seeds(config.seeds)}; dotted: guessing.",
         claims=("last-layer-only",),
     )
 
 
-def _draw_schemes(config, best, path):
-    nearest = min(config.widths, key=lambda a: abs(math.log(a / config.a)))
+def _networks(config: Config) -> Iterator[tuple[str, str, str]]:
+    """Those whose signal is measured, each with a colour and a marker."""
+    looks = itertools.cycle(PALETTE), itertools.cycle(_MARKERS)
+    return zip(config.signal_networks, *looks, strict=False)
+
+
+def _signal_by_layer(config: Config, records: Records) -> Any:
+    """The signal dies layer by layer."""
+    fig, axis = new_figure(height=4.4)
+    for network, color, marker in _networks(config):
+        group = by_seed(records.signal, network=network, input_scale="standardized", a=config.a)
+        measured = numbers(group, "measured")
+        layers = np.arange(1, measured.shape[1] + 1)
+        axis.plot(layers, group[0]["predicted"], color=color, linewidth=1, linestyle="--")
+        points(axis, layers, measured, color=color, marker=marker, markersize=5, label=network)
+    axis.axhspan(-12, -10, color="#dddddd", zorder=0)
+    axis.text(1, -11, "the Notes: “of the order of 1e-11”", va="center", fontsize=9)
+    axis.set(xlabel="weight layer", ylabel="log₁₀ root mean square of pre-activations")
+    shared_legend(fig, columns=1)
+    return fig, dict(
+        alt="log10 of the pre-activation scale against the layer, for several networks: straight "
+        "falls of one to two decades a layer, measured points on the theory's dashed lines.",
+        caption=f"At initialization, weights from U(−{config.a:g}, {config.a:g}), no BN, "
+        f"standardized images resized to {config.signal_size}×{config.signal_size}×3. Points: mean "
+        f"of {config.seeds} seeds, bars from the lowest to the highest; dashed: theory.",
+        claims=("tiny-init-vanishing-signal",),
+    )
+
+
+def _signal_against_theory(config: Config, records: Records) -> Any:
+    """Predicted against measured scale, every layer of every network."""
+    fig, (top, bottom) = new_figure(rows=2, height=6.4)
+    for network, color, marker in _networks(config):
+        group = [record for record in records.signal if record["network"] == network]
+        predicted, measured = (numbers(group, key).ravel() for key in ("predicted", "measured"))
+        look = dict(color=color, markersize=3.5, alpha=0.5)
+        top.plot(predicted, measured, marker, label=network, **look)
+        bottom.plot(predicted, measured - predicted, marker, **look)
+    low, high = top.get_xlim()
+    top.plot([low, high], [low, high], color="black", linewidth=1, linestyle="--")
+    bottom.axhspan(-_BAND, _BAND, color="#dddddd", zorder=0)
+    reference(bottom, y=0, color="black", linewidth=1)
+    top.set_ylabel("log₁₀ σ measured")
+    bottom.set(xlabel="log₁₀ σ by theory", ylabel="measured − theory")
+    shared_legend(fig, columns=1)
+    widths = sorted({record["a"] for record in records.signal})
+    scales = sorted({record["input_scale"] for record in records.signal})
+    return fig, dict(
+        alt="Measured log10 scale of the pre-activations against theory: points along the diagonal "
+        "over many decades; below, their differences, mostly within half a decade.",
+        caption=f"A point for each weight layer, network, seed ({config.seeds}), input scale "
+        f"({', '.join(scales)}) at a = {config.a:g}, and a = "
+        f"{', '.join(f'{a:g}' for a in widths)} on standardized images. Dashed: theory; grey: the "
+        "half decade of the claim.",
+        claims=("tiny-init-vanishing-signal",),
+    )
+
+
+def _schemes(config: Config, records: Records) -> Any:
+    """Initializations beside BN."""
+    nearest = _nearest(config)
     names = {
         "he": "He",
         "lecun": "LeCun",
@@ -226,75 +261,25 @@ def _draw_schemes(config, best, path):
         "orthogonal": "orthogonal",
         "fixup": "Fixup-style: He, head of zeros",
     }
-    arms = {f"plain, U(−{config.a:g}, {config.a:g})": "plain"}
-    arms |= {f"plain, {names[scheme]}": f"plain, {scheme}" for scheme in config.schemes}
-    arms |= {
-        f"BN last, ε = 0, U(−{config.a:g}, {config.a:g})": grid_cell(0.0, "sgd", False),
+    arms = {
+        f"plain, U(−{config.a:g}, {config.a:g})": "plain",
+        **{f"plain, {names[scheme]}": f"plain, {scheme}" for scheme in config.schemes},
+        f"BN last, ε = 0, U(−{config.a:g}, {config.a:g})": str(RESCUED),
         f"BN on all layers, U(−{nearest:g}, {nearest:g})": f"all a={nearest:g}",
     }
     fig, axis = new_figure(height=1.2 + 0.34 * len(arms), width=5.6)
     means = []
     for row, (label, role) in enumerate(arms.items()):
-        values = [record["accuracy"] for record in best[role]]
-        means.append(f"{label}: {np.mean(values):.2f}")
+        values = accuracies(records.best, role)
+        means.append(f"{label}: {values.mean():.2f}")
         color = PALETTE.blue if label.startswith("BN") else PALETTE.black
         axis.plot(values, np.full(len(values), row), "o", color=color, alpha=0.5, markersize=5)
-        axis.plot(np.mean(values), row, "|", color=color, markersize=14, markeredgewidth=2)
-    axis.set_yticks(range(len(arms)), list(arms))
-    axis.set_ylim(len(arms) - 0.5, -0.5)
-    axis.set_xlim(0, 1)
-    axis.set_xlabel("test accuracy")
-    return save_figure(
-        fig,
-        path,
-        title="Initializations beside BN",
+        axis.plot(values.mean(), row, "|", color=color, markersize=14, markeredgewidth=2)
+    name_rows(axis, list(arms))
+    axis.set(xlim=(0, 1), xlabel="test accuracy")
+    return fig, dict(
         alt=f"Test accuracy of each seed, rows by initialization. Means: {'; '.join(means)}.",
         caption=f"SGD, each at the best rate of its grid, after {config.num_steps} steps (BN on "
         f"all layers: {config.width_steps}). Points: {config.seeds} seeds; bar: their mean.",
         claims=("no-training-without-bn",),
-    )
-
-
-def _draw_grid(config, best, path):
-    columns = [(optimizer, bias) for optimizer in config.optimizers for bias in config.biases]
-    table = np.array(
-        [
-            [
-                np.mean([r["accuracy"] for r in best[grid_cell(epsilon, *column)]])
-                for column in columns
-            ]
-            for epsilon in config.epsilons
-        ]
-    )
-    fig, axis = new_figure(height=1.4 + 0.45 * len(config.epsilons))
-    axis.imshow(table, vmin=0, vmax=1, cmap="Blues", aspect="auto")
-    for row, column in np.ndindex(*table.shape):
-        value = table[row, column]
-        axis.text(
-            column,
-            row,
-            f"{value:.2f}",
-            ha="center",
-            va="center",
-            color="white" if value > 0.6 else "black",
-        )
-    rows = [
-        f"ε = {epsilon:g}: {', '.join(f'{value:.2f}' for value in values)}"
-        for epsilon, values in zip(config.epsilons, table, strict=True)
-    ]
-    axis.grid(visible=False)
-    axis.set_xticks(
-        range(len(columns)),
-        [_column(*column).replace(", ", "\n") for column in columns],
-    )
-    axis.set_yticks(range(len(config.epsilons)), [f"ε = {e:g}" for e in config.epsilons])
-    return save_figure(
-        fig,
-        path,
-        title="BN on the last layer: ε, optimizer and biases",
-        alt=f"Table of test accuracies, columns {'; '.join(_column(*c) for c in columns)}. "
-        f"{'. '.join(rows)}.",
-        caption=f"Test accuracy after {config.num_steps} steps, mean of {config.seeds} seeds, each "
-        "cell at its best rate of its optimizer's grid.",
-        claims=("bn-last-layer-suffices",),
     )

@@ -1,13 +1,14 @@
 """The signal of a badly initialized CNN: theory, and what is measured before any training."""
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from bn_research.claims.judging import Record
 from bn_research.data import FULL_SCALE, scale_images
 from bn_research.lab.compiler import compiler_options
 from bn_research.lab.images import Images, resize
@@ -16,6 +17,7 @@ from bn_research.models.cnn import CNN
 from bn_research.models.initializers import kernel_initializer
 from bn_research.models.spec import Conv, Pool, parse_spec
 from bn_research.probes.signal import log10_rms
+from experiments.init_sensitivity import Config
 
 INPUT_SCALES = ("standardized", "unit", "bytes")
 _POOL_GAIN = 2.5  # E[max-pooled relu²] over E[relu²], for neighbours as correlated as in images
@@ -24,16 +26,11 @@ _POOL_GAIN = 2.5  # E[max-pooled relu²] over E[relu²], for neighbours as corre
 def predicted_log10_std(
     network: str, a: float, second_moment: float, shape: Sequence[int]
 ) -> list[float]:
-    """log10 of each weight layer's pre-activation scale by theory.
+    """log10 of each weight layer's pre-activation scale by theory, with weights from U(−a, a).
 
     s_1 = a·√(n_1·E[x²]/3) and s_l = s_{l−1}·a·√(k·n_l/6): n the fan-in, k = 1 after a ReLU and 2.5
-    where a 2×2 max-pooling lies between.
-
-    Args:
-      network: spec.
-      a: half-width of the uniform initialization.
-      second_moment: E[x²] of the inputs.
-      shape: of an image: height, width, channels.
+    where a 2×2 max-pooling lies between. Images have the shape (height, width, channels) and the
+    second moment E[x²].
     """
     height, width, channels = shape
     prediction: list[float] = []
@@ -46,11 +43,9 @@ def predicted_log10_std(
             fan_in = layer.kernel**2 * channels
         else:
             fan_in, height, width = height * width * channels, 1, 1
-        if prediction:
-            step = math.log10(a) + 0.5 * math.log10(gain * fan_in / 6)
-            prediction.append(prediction[-1] + step)
-        else:
-            prediction.append(math.log10(a) + 0.5 * math.log10(fan_in * second_moment / 3))
+        power = gain * fan_in / 6 if prediction else fan_in * second_moment / 3
+        step = math.log10(a) + 0.5 * math.log10(power)
+        prediction.append(prediction[-1] + step if prediction else step)
         channels, gain = layer.features, 1.0
     return prediction
 
@@ -62,14 +57,14 @@ def _unit_weights(network: str, shape: tuple[int, ...], seed: int):
 
 
 def measured_log10_std(network: str, a: float, images: jax.Array, seed: int) -> list[float]:
-    """log10 of each weight layer's pre-activation scale, at initialization."""
+    """log10 of each weight layer's pre-activation scale, of one seed at initialization."""
     weights = _unit_weights(network, (1, *images.shape[1:]), seed)
     found = _signal_programs(network)[1](weights, images, jnp.float32(a))
     return [float(value) for value in found]
 
 
 @functools.cache
-def _signal_programs(network):
+def _signal_programs(network: str):
     model = CNN(network, kernel_init=kernel_initializer("uniform", a=1.0), use_bias=False)
 
     @functools.partial(jax.jit, compiler_options=compiler_options(0))
@@ -86,20 +81,10 @@ def _signal_programs(network):
     return draw_weights, forward
 
 
-def measure_signals(config: Any, images: Images, ledger: Ledger) -> list[dict]:
-    """Records of every network and seed: each input scale at the run's a, each a standardized."""
-    settings = [(scale, config.a) for scale in INPUT_SCALES]
-    settings += [("standardized", a) for a in config.signal_widths if a != config.a]
-    return [
-        _measure(config, images, ledger, network, scale, a, seed)
-        for network in config.signal_networks
-        for seed in range(config.seeds)
-        for scale, a in settings
-    ]
+def measure_signals(config: Config, images: Images, ledger: Ledger) -> list[Record]:
+    """Records of each network and seed: all input scales at the run's a, one scale at all a."""
 
-
-def _measure(config, images, ledger, network, scale, a, seed):
-    def measure():
+    def measure(network: str, scale: str, a: float, seed: int) -> Record:
         inputs = _inputs(config, images, scale)
         second_moment = float(jnp.mean(jnp.square(inputs)))
         return {
@@ -111,16 +96,20 @@ def _measure(config, images, ledger, network, scale, a, seed):
             "predicted": predicted_log10_std(network, a, second_moment, inputs.shape[1:]),
         }
 
-    return ledger.get(f"signal/{network} inputs={scale} a={a:g} seed={seed}", measure)
+    settings = [(scale, config.a) for scale in INPUT_SCALES]
+    settings += [("standardized", a) for a in config.signal_widths if a != config.a]
+    records: list[Record] = []
+    for network, seed in itertools.product(config.signal_networks, range(config.seeds)):
+        for scale, a in settings:
+            name = f"signal/{network} inputs={scale} a={a:g} seed={seed}"
+            records.append(ledger.get(name, measure, network, scale, a, seed))
+    return records
 
 
-def _inputs(config, images, scale):
+def _inputs(config: Config, images: Images, scale: str) -> jax.Array:
     """Training images at the geometry of CIFAR-10, [signal_images, size, size, 3]."""
-    inputs = scale_images(
-        images.pixels[: config.signal_images],
-        scale,
-        reference=images.pixels,
-        full_scale=FULL_SCALE[config.dataset],
-    )
-    inputs = resize(inputs, config.signal_size)
+    reference, full_scale = images.pixels, FULL_SCALE[config.dataset]
+    pixels = reference[: config.signal_images]
+    scaled = scale_images(pixels, scale, reference=reference, full_scale=full_scale)
+    inputs = resize(scaled, config.signal_size)
     return inputs if inputs.shape[3] == 3 else jnp.repeat(inputs, 3, axis=3)

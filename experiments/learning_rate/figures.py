@@ -1,83 +1,49 @@
 """The figures of `experiments.learning_rate`."""
 
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bn_research.claims.alt_text import line_ends
+from bn_research.claims.alt_text import line_ends, panel_ends
 from bn_research.claims.bounded import Bounded
-from bn_research.claims.figures import (
-    PALETTE,
-    Figure,
-    band,
-    new_figure,
-    save_figure,
-    shared_legend,
-)
-from bn_research.models.cnn import NormPlacement
+from bn_research.claims.figures import GREY, PALETTE, Figure, new_figure, save_all, shared_legend
+from bn_research.claims.judging import numbers
+from bn_research.claims.plots import bands, log_ticks, over_seeds, padded, reference, running_mean
 from bn_research.models.spec import num_weight_layers
-from experiments.learning_rate.search import Searches, Setting
+from experiments.learning_rate import PUBLISHED_BATCH, PUBLISHED_FACTOR, Config, Placement
+from experiments.learning_rate.search import Setting
+from experiments.learning_rate.training import BOOSTED, Records
 from experiments.learning_rate.verdicts import (
     BN_NAMES,
-    BOOSTED,
     NAMES,
     NOT_BELOW,
-    PUBLISHED_BATCH,
-    PUBLISHED_FACTOR,
     REPRODUCED_FROM,
-    Records,
+    TRAINS,
     advantage,
     network_name,
 )
 
-_GREY = "#777777"
-_COLORS: dict[NormPlacement, str] = {
+_COLORS: dict[Placement, str] = {
     "none": PALETTE.black,
     "last": PALETTE.orange,
     "hidden": PALETTE.green,
     "all": PALETTE.blue,
 }
-_MARKERS: dict[NormPlacement, str] = {"none": "s", "last": "D", "hidden": "^", "all": "o"}
+_MARKERS: dict[Placement, str] = {"none": "s", "last": "D", "hidden": "^", "all": "o"}
 _TOP = 10.0  # losses above are drawn here
 
 
-def draw(
-    config: Any,
-    searches: Searches,
-    boosted: Mapping[str, Records],
-    sigmoid: Mapping[tuple[str, Any], Records],
-    num_classes: int,
-    folder: Path,
-) -> list[Figure]:
-    """All figures, in the order of the report.
-
-    Args:
-      config: of the run.
-      searches: of all settings.
-      boosted: records by seed of the three rates on the CNN at the paper's batch.
-      sigmoid: (network, placement) -> records by seed at the best rate.
-      num_classes: of the data set.
-      folder: where the PNG files go.
-    """
-    return [
-        _draw_ratios(config, searches, folder / "ratio.png"),
-        _draw_limits(config, searches, folder / "largest_stable_rate.png"),
-        _draw_losses(config, searches, num_classes, folder / "loss_against_rate.png"),
-        _draw_boosted(config, boosted, num_classes, folder / "thirty_times.png"),
-        _draw_sigmoid(config, sigmoid, num_classes, folder / "sigmoid.png"),
-    ]
+def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
+    """All figures, in the order of the report."""
+    draws = [_ratio, _largest_stable_rate, _loss_against_rate, _thirty_times, _sigmoid]
+    return save_all(draws, folder, config, records)
 
 
-def _panels(searches: Searches):
+def _panels(config: Config) -> tuple[Any, list[tuple[Any, str, list[int]]]]:
     """A figure with a panel for each network, and (axis, network, batch sizes) of each."""
-    networks: dict[str, list[int]] = {}
-    for setting in searches:
-        sizes = networks.setdefault(setting.network, [])
-        if setting.batch_size not in sizes:
-            sizes.append(setting.batch_size)
+    networks = config.batch_sizes
     fig, axes = new_figure(rows=len(networks), width=5.2, height=1.2 + 3.1 * len(networks))
     panels = []
     for axis, (network, sizes) in zip(np.atleast_1d(axes), networks.items(), strict=True):
@@ -87,8 +53,8 @@ def _panels(searches: Searches):
     return fig, panels
 
 
-def _told(panels: Any) -> str:
-    return ". ".join(f"{network_name(name)}, {line_ends(axis)}" for axis, name, _ in panels)
+def _told(panels: list[tuple[Any, str, list[int]]]) -> str:
+    return panel_ends({network_name(network): axis for axis, network, _ in panels})
 
 
 def _shown(number: Bounded) -> float:
@@ -96,35 +62,32 @@ def _shown(number: Bounded) -> float:
     return number.low if math.isinf(number.high) else number.high
 
 
-def _draw_limits(config, searches, path) -> Figure:
-    fig, panels = _panels(searches)
+def _largest_stable_rate(config: Config, records: Records) -> Any:
+    """The largest rate that trains."""
+    fig, panels = _panels(config)
     for axis, network, sizes in panels:
         for place, placement in enumerate(config.placements):
-            color, marker = _COLORS[placement], _MARKERS[placement]
-            rows = [searches[Setting(network, placement, size)].limits for size in sizes]
-            shown = np.array([[_shown(number) for number in row] for row in rows])
+            color = _COLORS[placement]
             shift = 2 ** (0.09 * (place - (len(config.placements) - 1) / 2))
-            for size, row in zip(sizes, rows, strict=True):
-                for number in row:
-                    mark: Any = marker
+            means = []
+            for size in sizes:
+                limits = records.searches[Setting(network, placement, size)].limits
+                means.append(np.exp(np.log([_shown(number) for number in limits]).mean()))
+                for number in limits:
+                    mark = _MARKERS[placement]
                     if number.is_censored:
                         mark = "$\\uparrow$" if math.isinf(number.high) else "$\\downarrow$"
                     at = size * shift, _shown(number)
                     axis.plot(*at, marker=mark, color=color, alpha=0.45, markersize=5)
-            mean = np.exp(np.log(shown).mean(axis=1))
-            (line,) = axis.plot(np.array(sizes) * shift, mean, color=color, label=NAMES[placement])
-            line.set(marker="_", markersize=11)
+            x, look = np.array(sizes) * shift, dict(marker="_", markersize=11)
+            axis.plot(x, means, color=color, label=NAMES[placement], **look)
         axis.set_yscale("log", base=2)
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.set_xlabel("batch size")
-        axis.set_ylabel("largest stable rate")
+        log_ticks(axis, sizes)
+        axis.set(xlabel="batch size", ylabel="largest stable rate")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="The largest rate that trains",
+    return fig, dict(
         alt="Largest stable learning rate against batch size, both logarithmic, from the smallest "
-        f"batch to the largest. {_told(panels)}.",
+        f"batch to the largest. {_told(panels)}",
         caption=f"Momentum SGD, {config.num_steps} steps, He initialization. Points: "
         f"{config.seeds} seeds; line: their geometric mean. Arrows: bounds, where the grid ends "
         "before the answer; the line then runs through the bound.",
@@ -132,49 +95,37 @@ def _draw_limits(config, searches, path) -> Figure:
     )
 
 
-def _draw_ratios(config, searches, path) -> Figure:
-    fig, panels = _panels(searches)
+def _ratio(config: Config, records: Records) -> Any:
+    """How much larger the rate may be."""
+    fig, panels = _panels(config)
     for axis, network, sizes in panels:
         middle: list[float] = []
         for place, placement in enumerate(p for p in config.placements if p in BN_NAMES):
-            gains = [advantage(searches, network, size, placement) for size in sizes]
+            gains = [advantage(records.searches, network, size, placement) for size in sizes]
             mean = np.array([_shown(gain.mean) for gain in gains])
-            shift = 2 ** (0.12 * (place - 1))
-            low = np.array([gain.low for gain in gains])
-            high = np.array([gain.high for gain in gains])
+            low, high = np.transpose([gain.interval for gain in gains])
             middle.extend(mean)
-            spans = mean - low, np.minimum(high, mean * 1e6) - mean
-            options = dict(color=_COLORS[placement], marker=_MARKERS[placement], markersize=5)
-            axis.errorbar(
-                np.array(sizes) * shift,
-                mean,
-                np.maximum(spans, 0),
-                capsize=3,
-                label=BN_NAMES[placement],
-                **options,
-            )
-        for level, style, label in (
-            (REPRODUCED_FROM, "--", f"criterion: reproduced from {REPRODUCED_FROM}"),
-            (NOT_BELOW, ":", f"criterion: not reproduced below {NOT_BELOW}"),
-            (PUBLISHED_FACTOR, "-.", f"published: {PUBLISHED_FACTOR}× a rate (Inception)"),
+            spans = np.maximum((mean - low, np.minimum(high, mean * 1e6) - mean), 0)
+            look = dict(color=_COLORS[placement], marker=_MARKERS[placement], markersize=5)
+            x = np.array(sizes) * 2 ** (0.12 * (place - 1))
+            axis.errorbar(x, mean, spans, capsize=3, label=BN_NAMES[placement], **look)
+        for level, color, style, words in (
+            (REPRODUCED_FROM, GREY, "--", "criterion: reproduced from {}"),
+            (NOT_BELOW, GREY, ":", "criterion: not reproduced below {}"),
+            (PUBLISHED_FACTOR, PALETTE.purple, "-.", "published: {}× a rate (Inception)"),
         ):
-            color = PALETTE.purple if level == PUBLISHED_FACTOR else _GREY
-            axis.axhline(level, color=color, linestyle=style, linewidth=1.2, label=label)
+            reference(axis, y=level, color=color, linestyle=style, label=words.format(level))
         axis.set_yscale("log", nonpositive="clip")
         axis.set_ylim(min(0.5, *middle) / 2, 2 * max(150, *middle))
         ticks = [1, 3, 10, 30, 100]
         axis.set_yticks(ticks, [str(tick) for tick in ticks])
         axis.yaxis.set_minor_formatter("")
-        axis.set_xticks(sizes, [str(size) for size in sizes])
-        axis.set_xlabel("batch size")
-        axis.set_ylabel("largest stable rate, BN/plain")
+        log_ticks(axis, sizes)
+        axis.set(xlabel="batch size", ylabel="largest stable rate, BN/plain")
     shared_legend(fig, columns=1)
-    return save_figure(
-        fig,
-        path,
-        title="How much larger the rate may be",
+    return fig, dict(
         alt="Ratio of the largest stable rates with and without BN, with intervals, against batch "
-        f"size, from the smallest to the largest. {_told(panels)}.",
+        f"size, from the smallest to the largest. {_told(panels)}",
         caption=f"Geometric mean of {config.seeds} seeds, paired, with the 95 % interval; one "
         "that is wider than the panel is cut off. The published 30 is the ratio of "
         "two rates that trained Inception with and without BN at batch 32, not of limits.",
@@ -182,44 +133,27 @@ def _draw_ratios(config, searches, path) -> Figure:
     )
 
 
-def _draw_losses(config, searches, num_classes, path) -> Figure:
-    fig, panels = _panels(searches)
+def _loss_against_rate(config: Config, records: Records) -> Any:
+    """Loss at the end against the rate."""
+    fig, panels = _panels(config)
+    guessing = math.log(records.num_classes)
     for axis, network, sizes in panels:
         size = min(sizes, key=lambda size: abs(math.log(size / PUBLISHED_BATCH)))
         for placement in config.placements:
-            found = searches[Setting(network, placement, size)]
-            losses = np.minimum(found.losses, _TOP)
-            axis.plot(
-                found.rates,
-                losses,
-                color=_COLORS[placement],
-                marker=_MARKERS[placement],
-                markersize=4,
-                label=NAMES[placement],
-            )
+            found = records.searches[Setting(network, placement, size)]
+            rates, losses = np.array(found.rates), np.minimum(found.losses, _TOP)
+            look = dict(marker=_MARKERS[placement], markersize=4, label=NAMES[placement])
+            axis.plot(rates, losses, color=_COLORS[placement], **look)
             lost = ~np.isfinite(found.losses)
-            axis.plot(np.array(found.rates)[lost], losses[lost], "x", color=_COLORS[placement])
-        axis.axhline(
-            math.log(num_classes), color=_GREY, linestyle=":", linewidth=1.2, label="guessing, ln C"
-        )
-        axis.axhline(
-            math.log(num_classes) / 2,
-            color=_GREY,
-            linestyle="--",
-            linewidth=1.2,
-            label="stable below half of it",
-        )
+            axis.plot(rates[lost], losses[lost], "x", color=_COLORS[placement])
+        reference(axis, y=guessing, linestyle=":", label="guessing, ln C")
+        reference(axis, y=guessing / 2, label="stable below half of it")
         axis.set_ylim(0, _TOP * 1.04)
         axis.set_yscale("symlog", linthresh=3)
-        ticks = [0, 1, 2, 3, 10]
-        axis.set_yticks(ticks, [*map(str, ticks[:-1]), f"{ticks[-1]}+"])
-        axis.set_xlabel("learning rate")
-        axis.set_ylabel(f"final training loss, batch {size}")
+        axis.set_yticks([0, 1, 2, 3, _TOP], ["0", "1", "2", "3", f"{_TOP:g}+"])
+        axis.set(xlabel="learning rate", ylabel=f"final training loss, batch {size}")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="Loss at the end against the rate",
+    return fig, dict(
         alt="Final training loss against learning rate: each curve is a valley; with BN on all "
         "layers it is wider to the right.",
         caption=f"Mean over the last tenth of {config.num_steps} steps, on the one seed that "
@@ -229,66 +163,51 @@ def _draw_losses(config, searches, num_classes, path) -> Figure:
     )
 
 
-def _draw_boosted(config, boosted, num_classes, path) -> Figure:
+def _thirty_times(config: Config, records: Records) -> Any:
+    """Does 30 times the plain network's best rate train?"""
     fig, axis = new_figure(height=3.8)
-    window = max(1, config.num_steps // 20)
-    colors = (PALETTE.black, PALETTE.vermillion, PALETTE.blue)
-    for name, color in zip(BOOSTED, colors, strict=True):
-        records = boosted[name]
-        rows = [_smooth(record["loss"], config.num_steps, window) for record in records]
-        label = f"{name}: {records[0]['learning_rate']:.3g}"
-        band(axis, np.arange(1, config.num_steps + 1), rows, label=label, color=color)
-    axis.axhline(math.log(num_classes), color=_GREY, linestyle=":", linewidth=1.2)
-    axis.set_ylim(0, 1.5 * math.log(num_classes))
-    axis.set_xlabel("step")
-    axis.set_ylabel("training loss (nats)")
+    steps, window = config.num_steps, max(1, config.num_steps // 20)
+    boosted, guessing = records.boosted, math.log(records.num_classes)
+    bands(
+        axis,
+        np.arange(1, steps + 1),
+        {
+            name: running_mean(padded([record["loss"] for record in boosted[name]], steps), window)
+            for name in BOOSTED
+        },
+        dict(zip(BOOSTED, (PALETTE.black, PALETTE.vermillion, PALETTE.blue), strict=True)),
+        names={name: f"{name}: {boosted[name][0]['learning_rate']:.3g}" for name in BOOSTED},
+    )
+    reference(axis, y=guessing, linestyle=":")
+    axis.set(ylim=(0, 1.5 * guessing), xlabel="step", ylabel="training loss (nats)")
     shared_legend(fig, columns=1)
-    return save_figure(
-        fig,
-        path,
-        title=f"Does {PUBLISHED_FACTOR} times the plain network's best rate train?",
+    return fig, dict(
         alt="Training loss against steps, from first to last, each arm with its rate: "
         f"{line_ends(axis)}.",
-        caption=f"CNN, batch {PUBLISHED_BATCH}, BN on all layers. Line: mean of {config.seeds} "
-        f"seeds; band: lowest to highest; smoothed over {window} steps; dotted: guessing. Losses "
-        "above 1.5 times that are cut off.",
+        caption=f"CNN, batch {PUBLISHED_BATCH}, BN on all layers. {over_seeds(config.seeds)}; "
+        f"smoothed over {window} steps; dotted: guessing. Losses above 1.5 times that are cut off.",
         claims=("higher-learning-rates",),
     )
 
 
-def _smooth(loss: list[float | None], length: int, window: int) -> np.ndarray:
-    """Running mean of the last `window` losses, NaN from a lost step on."""
-    values = np.full(length, np.nan)
-    values[: len(loss)] = np.array(loss, dtype=float)
-    return np.array([values[max(0, i + 1 - window) : i + 1].mean() for i in range(length)])
-
-
-def _draw_sigmoid(config, sigmoid, num_classes, path) -> Figure:
-    networks = config.sigmoid_networks
+def _sigmoid(config: Config, records: Records) -> Any:
+    """Deep networks of sigmoids."""
+    networks, guessing = config.sigmoid_networks, 1 / records.num_classes
     fig, axis = new_figure(width=5.2, height=3.6)
-    x = np.arange(len(networks))
-    placements: tuple[NormPlacement, ...] = ("none", "all")
+    placements: tuple[Placement, ...] = ("none", "all")
     for placement, shift in zip(placements, (-0.06, 0.06), strict=True):
-        rows = np.array(
-            [[record["accuracy"] for record in sigmoid[n, placement]] for n in networks]
-        )
-        color = _COLORS[placement]
+        rows = np.array([numbers(records.sigmoid[n, placement], "accuracy") for n in networks])
+        x, color = np.arange(len(networks)) + shift, _COLORS[placement]
         for seed in rows.T:
-            axis.plot(x + shift, seed, _MARKERS[placement], color=color, alpha=0.5, markersize=5)
-        axis.plot(x + shift, rows.mean(axis=1), color=color, label=NAMES[placement])
-    axis.axhline(1 / num_classes, color=_GREY, linestyle=":", linewidth=1.2, label="guessing")
-    axis.axhline(
-        3 / num_classes, color=_GREY, linestyle="--", linewidth=1.2, label="criterion: 3× guessing"
-    )
-    axis.set_xticks(x, [f"{num_weight_layers(n)} layers\n{_wrapped(n)}" for n in networks])
-    axis.set_xlim(-0.5, len(networks) - 0.5)
-    axis.set_ylim(0, 1)
-    axis.set_ylabel("test accuracy")
+            axis.plot(x, seed, _MARKERS[placement], color=color, alpha=0.5, markersize=5)
+        axis.plot(x, rows.mean(axis=1), color=color, label=NAMES[placement])
+    reference(axis, y=guessing, linestyle=":", label="guessing")
+    reference(axis, y=TRAINS * guessing, label=f"criterion: {TRAINS:g}× guessing")
+    names = [f"{num_weight_layers(network)} layers\n{_wrapped(network)}" for network in networks]
+    axis.set_xticks(range(len(networks)), names)
+    axis.set(xlim=(-0.5, len(networks) - 0.5), ylim=(0, 1), ylabel="test accuracy")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="Deep networks of sigmoids",
+    return fig, dict(
         alt="Test accuracy of sigmoid CNNs of growing depth, from the shallowest to the deepest: "
         f"{line_ends(axis)}.",
         caption=f"Sigmoid CNNs, Glorot initialization, {config.sigmoid_steps} steps of momentum "

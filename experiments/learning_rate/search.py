@@ -1,9 +1,5 @@
 """The search of `experiments.learning_rate`: bisection for the largest rate that still trains.
 
-A rate is *stable* for a network and a seed if of its `num_steps` steps none was non-finite and the
-mean training loss over the last tenth of them is below half of ln C, C the number of classes: the
-network has not only survived, it trains.
-
 Rates lie on one logarithmic grid. The tuning grid is every few of them, run on a seed that enters
 no verdict; it gives the best rate, and where the search of each other seed starts. From there the
 bracket is widened until it holds a stable rate below one that is not, and then halved until the two
@@ -14,14 +10,15 @@ ends are run, never assumed.
 import collections
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import jax
 import numpy as np
 
 from bn_research.claims.bounded import Bounded
+from bn_research.claims.judging import Record, final
 from bn_research.lab.arms import Arm, Trainer
-from bn_research.models.cnn import NormPlacement
+from experiments.learning_rate import Config, Placement
 
 ISLANDS = (2, 4)  # grid places above the largest stable rate that are tried as well
 _UNSEEN = float(np.finfo(np.float32).tiny)  # below it a rate is no float32 number
@@ -33,7 +30,7 @@ class Setting(NamedTuple):
     """What the largest stable rate is asked of."""
 
     network: str
-    placement: NormPlacement
+    placement: Placement
     batch_size: int
 
 
@@ -55,20 +52,25 @@ def grid(lowest: int, highest: int, per_octave: int) -> list[float]:
     return [2.0 ** (lowest + i / per_octave) for i in range((highest - lowest) * per_octave + 1)]
 
 
-def final_loss(record: Mapping[str, Any]) -> float:
+def final_loss(record: Record) -> float:
     """Mean loss of the last tenth of the steps; infinite if any step was not finite."""
-    if record["diverged"]:
-        return math.inf
-    tail = max(1, record["num_steps"] // 10)
-    return float(np.mean(record["loss"][-tail:]))
+    return math.inf if record["diverged"] else final(record["loss"])
 
 
-def is_stable(record: Mapping[str, Any], num_classes: int) -> bool:
-    """Whether no step was non-finite and the final loss is below half of guessing's, ln C."""
+def is_stable(record: Record, num_classes: int) -> bool:
+    """Whether a network has not only survived, but trains.
+
+    No step was non-finite, and the final loss is below half of guessing's, ln C.
+    """
     return final_loss(record) < math.log(num_classes) / 2
 
 
-def next_place(outcomes: Mapping[int, bool], *, start: int, count: int, stride: int) -> int | None:
+def highest_stable(outcomes: Outcomes) -> int | None:
+    """The highest place that was run and is stable; None without any."""
+    return max((place for place, stable in outcomes.items() if stable), default=None)
+
+
+def next_place(outcomes: Outcomes, *, start: int, count: int, stride: int) -> int | None:
     """The place of the grid to run next; None when the largest stable one is known.
 
     Args:
@@ -87,7 +89,7 @@ def next_place(outcomes: Mapping[int, bool], *, start: int, count: int, stride: 
         )
     if not outcomes:
         return start
-    low = max((place for place, stable in outcomes.items() if stable), default=None)
+    low = highest_stable(outcomes)
     high = min((place for place, stable in outcomes.items() if not stable), default=None)
     if high is None:
         assert low is not None
@@ -97,25 +99,19 @@ def next_place(outcomes: Mapping[int, bool], *, start: int, count: int, stride: 
     return None if high - low == 1 else (low + high) // 2
 
 
-def limit(outcomes: Mapping[int, bool], rates: Sequence[float]) -> Bounded:
+def limit(outcomes: Outcomes, rates: Sequence[float]) -> Bounded:
     """Largest stable rate of a finished search, as a number of the grid.
 
     A bound where the grid ends before the answer: above its last rate, or below its first.
     """
-    low = max((place for place, stable in outcomes.items() if stable), default=None)
+    low = highest_stable(outcomes)
     if low is None:
         return Bounded(_UNSEEN, rates[0])
     return Bounded(rates[low], math.inf if low == len(rates) - 1 else rates[low])
 
 
 def start_place(places: Sequence[int], losses: Sequence[float], stable: Sequence[bool]) -> int:
-    """Where to start: upwards from the best place, the last before one that is not stable.
-
-    Args:
-      places: of the tuning grid, rising.
-      losses: at each.
-      stable: whether each was.
-    """
+    """Where to start: up from the best place of the tuning grid, before one that is not stable."""
     at = int(np.argmin(losses))
     while at + 1 < len(places) and stable[at + 1]:
         at += 1
@@ -129,7 +125,7 @@ def search(
     count: int,
     stride: int,
 ) -> dict[_Key, Outcomes]:
-    """Runs the searches of all keys side by side, a place of each in every round.
+    """Outcomes of the searches of all keys, run side by side: a place of each in every round.
 
     Args:
       starts: the first place of each key.
@@ -151,16 +147,14 @@ def search(
             outcomes[key][place] = stable
 
 
-def places_above(outcomes: Mapping[int, bool], count: int) -> list[int]:
+def places_above(outcomes: Outcomes, count: int) -> list[int]:
     """Places above the largest stable one at which to look for islands; none if it is censored."""
-    low = max((place for place, stable in outcomes.items() if stable), default=None)
-    if low is None:
-        return []
-    return [low + above for above in ISLANDS if low + above < count]
+    low = highest_stable(outcomes)
+    return [] if low is None else [low + step for step in ISLANDS if low + step < count]
 
 
-def arm_of(config: Any, setting: Setting) -> Arm:
-    """A setting as an arm; its rate is to be replaced."""
+def arm_of(config: Config, setting: Setting, rate: float) -> Arm:
+    """A setting as an arm."""
     return Arm(
         setting.network,
         setting.placement,
@@ -168,65 +162,57 @@ def arm_of(config: Any, setting: Setting) -> Arm:
         initializer="he",
         use_bias=True,
         batch_size=setting.batch_size,
+        learning_rate=rate,
         num_steps=config.num_steps,
     )
 
 
 def find_limits(
-    config: Any, settings: Sequence[Setting], trainer: Trainer, num_classes: int
+    config: Config, settings: Sequence[Setting], trainer: Trainer, num_classes: int
 ) -> dict[Setting, Search]:
-    """Tunes every setting on the seed apart and searches the largest stable rate of each seed."""
+    """What tuning on the seed apart, and then a search on each of the others, find."""
     rates = grid(config.lowest_log2_rate, config.highest_log2_rate, config.rates_per_octave)
+    seeds = range(config.seeds)
     count, stride = len(rates), config.tuning_stride
     places = list(range(0, count, stride))
-    arms = {setting: arm_of(config, setting) for setting in settings}
     known = {
-        setting: [(arm.replace(learning_rate=rates[place]), config.seeds) for place in places]
-        for setting, arm in arms.items()
+        setting: [(arm_of(config, setting, rates[place]), config.seeds) for place in places]
+        for setting in settings
     }
     tuned = iter(trainer.tune([one for setting in settings for one in known[setting]]))
-    losses: dict[Setting, list[float]] = {}
-    best: dict[Setting, float] = {}
+    tuning: dict[Setting, list[Record]] = {s: [next(tuned) for _ in places] for s in settings}
+    losses = {setting: [final_loss(record) for record in tuning[setting]] for setting in settings}
     starts: dict[tuple[Setting, int], int] = {}
     for setting in settings:
-        records = [next(tuned) for _ in places]
-        losses[setting] = [final_loss(record) for record in records]
-        best[setting] = rates[places[int(np.argmin(losses[setting]))]]
-        stable = [is_stable(record, num_classes) for record in records]
-        start = start_place(places, losses[setting], stable)
-        starts |= {(setting, seed): start for seed in range(config.seeds)}
+        trains = [is_stable(record, num_classes) for record in tuning[setting]]
+        start = start_place(places, losses[setting], trains)
+        starts |= {(setting, seed): start for seed in seeds}
 
     def run(wanted: Sequence[tuple[tuple[Setting, int], int]]) -> list[bool]:
-        runs = [
-            (arms[setting].replace(learning_rate=rates[place]), seed)
-            for (setting, seed), place in wanted
-        ]
+        runs = [(arm_of(config, setting, rates[place]), seed) for (setting, seed), place in wanted]
         # A sweep of fewer members than devices would be another program, to be compiled for one
         # round: runs that stand in the ledger already fill it up.
         devices = min(jax.local_device_count(), max(len(places), config.seeds))
         sizes = collections.Counter(setting for (setting, _), _ in wanted)
-        filled = [
-            one
-            for setting, size in sizes.items()
-            for one in known[setting][: max(0, devices - size)]
-        ]
-        records = trainer.tune(runs + filled)[: len(runs)]
+        for setting, size in sizes.items():
+            runs += known[setting][: max(0, devices - size)]
+        records = trainer.tune(runs)[: len(wanted)]
         return [is_stable(record, num_classes) for record in records]
 
     outcomes = search(starts, run, count=count, stride=stride)
+    limits = {key: limit(found, rates) for key, found in outcomes.items()}
     above = {key: places_above(found, count) for key, found in outcomes.items()}
     wanted = [(key, place) for key in above for place in above[key] if place not in outcomes[key]]
-    tried = {key: dict(found) for key, found in outcomes.items()}
-    for (key, place), again in zip(wanted, run(wanted) if wanted else (), strict=True):
-        tried[key][place] = again
+    for (key, place), stable in zip(wanted, run(wanted), strict=True):
+        outcomes[key][place] = stable
     found = {}
     for setting in settings:
-        keys = [(setting, seed) for seed in range(config.seeds)]
+        keys = [(setting, seed) for seed in seeds]
         found[setting] = Search(
             [rates[place] for place in places],
             losses[setting],
-            best[setting],
-            [limit(outcomes[key], rates) for key in keys],
-            [any(tried[key][p] for p in above[key]) if above[key] else None for key in keys],
+            rates[places[int(np.argmin(losses[setting]))]],
+            [limits[key] for key in keys],
+            [any(outcomes[key][p] for p in above[key]) if above[key] else None for key in keys],
         )
     return found

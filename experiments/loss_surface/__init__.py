@@ -34,47 +34,43 @@ fallen as the square of its norm.
 | edge-of-stability | rate·λmax about 2 at the end, without BN |
 """
 
-import dataclasses
-import math
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
-import numpy as np
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.images import Images, check_network, load_images
-from bn_research.lab.runner import Runner
-from bn_research.lab.workdir import Ledger
-from bn_research.models.cnn import NormPlacement
-from bn_research.training.cores import use_cpu_cores
-from experiments.loss_surface import verdicts
-from experiments.loss_surface.figures import draw
-from experiments.loss_surface.summaries import final_loss, sharpness_at_start
-from experiments.loss_surface.training import Network, Program, Run, train
+from bn_research.lab.fields import Count, Network, OrNone, Positive, Several, Some, whole_dispatches
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    seeds: int = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
+    seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
     dataset: str = "digits"
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: int = 0  # height and width the images are resized to; 0 keeps theirs
-    network: str = "c8 c8 P c16 P f32 f10"
-    batch_size: int = 64  # of SGD
-    rates: tuple[float, ...] = (0.03, 0.1, 0.3, 1.0, 3.0)  # of SGD, both arms choose from them
-    num_steps: int = 200  # of SGD
-    steps_per_dispatch: int = 10  # the surface is measured before the first of them
-    curvature_steps: tuple[int, ...] = (0, 50, 190)  # of SGD, at which λmax is measured
-    num_iterations: int = 12  # of Lanczos
-    fixed_examples: int = 256  # of the batch of λmax and of gradient descent
-    descent_factors: tuple[float, ...] = (1, 4, 8, 16, 32, 64, 128)  # times 2/λmax
-    descent_steps: int = 40
-    edge_factor: float = 2.0  # likewise, of the descent along which λmax is followed
-    edge_steps: int = 100
+    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
+    network: Network = "c8 c8 P c16 P f32 f10"
+    batch_size: Several = 64  # of SGD
+    rates: Some[Positive] = (0.03, 0.1, 0.3, 1.0, 3.0)  # of SGD, both arms choose from them
+    num_steps: Count = 200  # of SGD
+    steps_per_dispatch: Count = 10  # the surface is measured before the first of them
+    curvature_steps: Some[OrNone] = (0, 50, 190)  # of SGD, at which λmax is measured
+    num_iterations: Count = 12  # of Lanczos
+    fixed_examples: Several = 256  # of the batch of λmax and of gradient descent
+    descent_factors: Some[Positive] = (1.0, 4.0, 8.0, 16.0, 32.0, 64.0, 128.0)  # times 2/λmax
+    descent_steps: Count = 40
+    edge_factor: Positive = 2.0  # likewise, of the descent along which λmax is followed
+    edge_steps: Count = 100
+
+    def __post_init__(self) -> None:
+        """ValueError where steps are no whole dispatches, or λmax is not due at the start."""
+        whole_dispatches(self, "num_steps", "descent_steps", "edge_steps")
+        begun = range(0, self.num_steps, self.steps_per_dispatch)
+        if 0 not in self.curvature_steps or not set(self.curvature_steps) <= set(begun):
+            raise ValueError(
+                f"curvature_steps={self.curvature_steps} is not allowed: 0 and multiples of "
+                f"steps_per_dispatch={self.steps_per_dispatch} below num_steps={self.num_steps}"
+            )
 
 
 PRESETS = {
@@ -102,164 +98,9 @@ PRESETS = {
         num_steps=500,
         steps_per_dispatch=20,
         curvature_steps=(0, 120, 480),
-        descent_factors=(1, 8, 11, 16, 23, 32, 45, 64, 91, 128),
+        descent_factors=(1.0, 8.0, 11.0, 16.0, 23.0, 32.0, 45.0, 64.0, 91.0, 128.0),
         edge_steps=300,
     ),
 }
 
-_PLACEMENTS: dict[str, NormPlacement] = {"plain": "none", "BN": "hidden"}
-_LEAST = {
-    "seeds": 1,
-    "image_size": 0,
-    "num_steps": 1,
-    "steps_per_dispatch": 1,
-    "curvature_steps": 0,
-    "num_iterations": 1,
-    "descent_steps": 1,
-    "edge_steps": 1,
-}
-
-
-def prepare(config: Config) -> Images:
-    """Checks the config and loads the images; each core becomes a device, for the sweeps."""
-    for name, least in _LEAST.items():
-        value = getattr(config, name)
-        for number in value if isinstance(value, tuple) else (value,):
-            if not isinstance(number, int) or number < least:
-                raise ValueError(
-                    f"{name}={value} is not allowed: whole numbers from {least} up are needed"
-                )
-    for name in ("num_steps", "descent_steps", "edge_steps"):
-        if getattr(config, name) % config.steps_per_dispatch:
-            raise ValueError(
-                f"{name}={getattr(config, name)} is not allowed: it must be a multiple of "
-                f"steps_per_dispatch={config.steps_per_dispatch}"
-            )
-    for name in ("rates", "descent_factors", "curvature_steps"):
-        values = getattr(config, name)
-        if not values or len(set(values)) < len(values):
-            raise ValueError(f"{name}={values} is not allowed: give one or more, all different")
-    for name in ("rates", "descent_factors"):
-        values = getattr(config, name)
-        if not all(isinstance(v, int | float) and 0 < v < math.inf for v in values):
-            raise ValueError(f"{name}={values} is not allowed: give positive numbers")
-    if not 0 < config.edge_factor < math.inf:
-        raise ValueError(f"edge_factor={config.edge_factor} is not allowed: it must be positive")
-    begun = range(0, config.num_steps, config.steps_per_dispatch)
-    if 0 not in config.curvature_steps or not set(config.curvature_steps) <= set(begun):
-        raise ValueError(
-            f"curvature_steps={config.curvature_steps} is not allowed: 0 and multiples of "
-            f"steps_per_dispatch={config.steps_per_dispatch} below num_steps={config.num_steps}"
-        )
-    use_cpu_cores()
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="standardized",
-        size=config.image_size,
-    )
-    check_network(config.network, images, config.dataset)
-    count = len(images.train.label)
-    for name in ("batch_size", "fixed_examples"):
-        if not 2 <= getattr(config, name) <= count:
-            raise ValueError(
-                f"{name}={getattr(config, name)} is not allowed: it must lie between 2 and {count}"
-            )
-    return images
-
-
-def run(config: Config, images: Images, path: Path):
-    """Measures what is not yet in the workdir, decides, and draws."""
-    ledger = Ledger(path / "metrics.jsonl")
-    seeds = range(config.seeds)
-    networks = {arm: Network(config.network, place) for arm, place in _PLACEMENTS.items()}
-    programs = {
-        arm: Program(
-            network,
-            config.batch_size,
-            config.steps_per_dispatch,
-            config.num_iterations,
-            tuple(config.curvature_steps),
-        )
-        for arm, network in networks.items()
-    }
-    descents_of_an_arm = len(config.descent_factors) * config.descent_steps + config.edge_steps
-    total = (
-        2 * len(config.rates) * config.num_steps
-        + 5 * config.seeds * config.num_steps
-        + 2 * config.seeds * descents_of_an_arm
-    )
-    with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
-
-        def trained(purpose: str, arm: str, runs: Sequence[Run]) -> list[dict[str, Any]]:
-            program = programs[arm]
-            return train(runner, purpose, program, runs, images, config.fixed_examples)
-
-        best = {}
-        for arm, network in networks.items():
-            # Rates are chosen on a seed that no verdict sees.
-            trials = [
-                Run(network, rate, config.seeds, config.num_steps, is_watched=False)
-                for rate in config.rates
-            ]
-            losses = [final_loss(record) for record in trained("tune", arm, trials)]
-            best[arm] = config.rates[int(np.argmin(losses))]
-
-        def sgd(arm: str, rate: float) -> list[dict[str, Any]]:
-            runs = [Run(networks[arm], rate, seed, config.num_steps) for seed in seeds]
-            return trained("SGD", arm, runs)
-
-        # At its best rate a plain network is near the end of its stability, and some seeds die.
-        lower = max((r for r in config.rates if r < best["plain"]), default=best["plain"])
-        surfaces = {
-            verdicts.PLAIN: sgd("plain", best["plain"]),
-            verdicts.SAME: sgd("BN", best["plain"]),
-            verdicts.OWN: sgd("BN", best["BN"]),
-            verdicts.LOW: sgd("plain", lower),
-            verdicts.LOW_BN: sgd("BN", lower),
-        }
-        descents, edges = {}, {}
-        for arm, role in (("plain", verdicts.PLAIN), ("BN", verdicts.SAME)):
-            limits = [2 / sharpness.low for sharpness in sharpness_at_start(surfaces[role])]
-            runs = [
-                Run(
-                    networks[arm],
-                    factor * limits[seed],
-                    seed,
-                    config.descent_steps,
-                    is_descent=True,
-                    is_watched=False,
-                )
-                for factor in config.descent_factors
-                for seed in seeds
-            ]
-            records = iter(trained("descent", arm, runs))
-            for factor in config.descent_factors:
-                descents[arm, factor] = [next(records) for _ in seeds]
-            followed = [
-                Run(
-                    networks[arm],
-                    config.edge_factor * limits[seed],
-                    seed,
-                    config.edge_steps,
-                    is_descent=True,
-                )
-                for seed in seeds
-            ]
-            edges[arm] = trained("descent", arm, followed)
-    findings = [
-        verdicts.judge_surface(config, surfaces),
-        verdicts.judge_sharpness(config, surfaces, descents),
-        verdicts.judge_edge(config, edges),
-    ]
-    return findings, draw(config, surfaces, descents, edges, path / "figures")
-
-
-CLAIMS = verdicts.CLAIMS
-
-EXPERIMENT = Experiment(
-    __name__,
-    title="Is the loss surface smoother with batch normalization?",
-    presets=PRESETS,
-)
+EXPERIMENT = Experiment(__name__, "Is the loss surface smoother with batch normalization?", PRESETS)

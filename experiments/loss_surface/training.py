@@ -6,7 +6,9 @@ a dispatch observes is of the state that it begins with.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -14,45 +16,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bn_research.lab.compiler import compiler_options
-from bn_research.lab.images import Images
+from bn_research.lab import settings
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
+from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
-from bn_research.models.cnn import CNN, NormPlacement
+from bn_research.models.cnn import CNN
 from bn_research.models.initializers import kernel_initializer
 from bn_research.probes.curvature import HessianEigenvalues, LossFn, hessian_top_eigenvalues
 from bn_research.probes.step_direction import StepSurface, loss_along_step
+from bn_research.training.cores import use_cpu_cores
 from bn_research.training.loop import History, batch_at, run_steps
 from bn_research.training.metrics import cross_entropy_metrics
 from bn_research.training.optimizers import create_optimizer
-from bn_research.training.state import TrainState, create_train_state
+from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, StepMetrics, make_train_step
-from bn_research.training.sweep import Member, Sweep
+from experiments.loss_surface import Config, verdicts
+from experiments.loss_surface.verdicts import ARMS, LOW, LOW_BN, OWN, PLAIN, SAME, Records
 
 
-class Network(NamedTuple):
-    """What a program is compiled for."""
+class Run(settings.Setting, traced="rate is_descent is_watched"):
+    """What a network is trained with."""
 
-    spec: str
-    placement: NormPlacement  # of BN; "none" is the plain arm
-
-
-class Program(NamedTuple):
-    """The static settings."""
-
-    network: Network
-    batch_size: int  # of SGD
-    steps_per_dispatch: int
-    num_iterations: int  # of Lanczos
-    curvature_steps: tuple[int, ...]  # of SGD, at which the Hessian is measured
-
-
-class Hyper(NamedTuple):
-    """What differs between the members of a sweep."""
-
-    rate: Array  # shape=(), float32
-    is_descent: Array  # shape=(), bool: by the whole fixed batch, in place of SGD
-    is_watched: Array  # shape=(), bool: measure, which costs more than the steps
+    arm: str  # "plain" or "BN"
+    rate: float
+    is_descent: bool = False  # by the whole fixed batch, in place of SGD
+    is_watched: bool = True  # measured, which costs more than the steps
 
 
 class Data(NamedTuple):
@@ -70,87 +60,197 @@ class Observed(NamedTuple):
     frozen: HessianEigenvalues  # of SGD with BN: likewise, BN a fixed affine map
 
 
-class Run(NamedTuple):
-    """A training."""
-
-    network: Network
-    rate: float
-    seed: int
-    num_steps: int
-    is_descent: bool = False
-    is_watched: bool = True
-
-    @property
-    def arm(self) -> str:
-        """Of the comparison."""
-        return "plain" if self.network.placement == "none" else "BN"
+def prepare(config: Config) -> Images:
+    """The images; each core becomes a device, for the sweeps."""
+    use_cpu_cores()
+    images = images_of(config, scale="standardized")
+    check_network(config.network, images, config.dataset)
+    at_most(config, len(images.train.label), "the training set", "batch_size", "fixed_examples")
+    return images
 
 
-def batch_loss(network: Network, batch: Batch) -> LossFn:
-    """Params → mean cross-entropy of a batch, normalized by the batch's own statistics."""
-    apply_fn = _apply_fn(network)
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """Chooses the rates, then follows SGD in every role, and gradient descent by one batch."""
+    seeds, grid = range(config.seeds), config.descent_factors
+    total = (2 * len(config.rates) + 5 * config.seeds) * config.num_steps + 2 * config.seeds * (
+        len(grid) * config.descent_steps + config.edge_steps
+    )
+    fixed = jax.tree.map(lambda leaf: leaf[: config.fixed_examples], images.train)
+    shape = images.train.image.shape[1:]
+    ledger = Ledger(path / "metrics.jsonl")
+    with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
+
+        def train(num_steps: int, runs: Iterable[tuple[Run, int]]) -> list[dict[str, Any]]:
+            return settings.train(
+                runner,
+                [settings.Training(run, seed, num_steps) for run, seed in runs],
+                lambda run: programs(run, config, shape),
+                Data(images.train, fixed),
+                record=functools.partial(_record, config),
+                name=_name,
+                describe=lambda training: _name(training).partition(" rate")[0],
+            )
+
+        def sgd(arm: str, rate: float) -> list[dict[str, Any]]:
+            return train(config.num_steps, [(Run(arm, rate), seed) for seed in seeds])
+
+        best = {}
+        for arm in ARMS:
+            # Rates are chosen on a seed that no verdict sees.
+            trials = [(Run(arm, rate, is_watched=False), config.seeds) for rate in config.rates]
+            best[arm] = min(train(config.num_steps, trials), key=verdicts.final_loss)["rate"]
+        # At its best rate a plain network is near the end of its stability, and some seeds die.
+        lower = max((r for r in config.rates if r < best["plain"]), default=best["plain"])
+        surfaces = {
+            PLAIN: sgd("plain", best["plain"]),
+            SAME: sgd("BN", best["plain"]),
+            OWN: sgd("BN", best["BN"]),
+            LOW: sgd("plain", lower),
+            LOW_BN: sgd("BN", lower),
+        }
+        descents: dict[tuple[str, float], list[dict[str, Any]]] = {}
+        edges = {}
+        for arm, role in ARMS.items():
+            limits = verdicts.limits(surfaces[role])
+            runs = [
+                (Run(arm, factor * limits[seed], is_descent=True, is_watched=False), seed)
+                for factor, seed in itertools.product(grid, seeds)
+            ]
+            descended = iter(train(config.descent_steps, runs))
+            descents |= {(arm, factor): [next(descended) for _ in seeds] for factor in grid}
+            followed = [Run(arm, config.edge_factor * limit, is_descent=True) for limit in limits]
+            edges[arm] = train(config.edge_steps, zip(followed, seeds, strict=True))
+    return Records(surfaces, descents, edges)
+
+
+def _name(training: settings.Training) -> str:
+    run, num_steps, seed = training.setting, training.num_steps, training.seed
+    purpose = "descent" if run.is_descent else "SGD" if run.is_watched else "tune"
+    watched = "" if run.is_watched else " unwatched"
+    return f"{purpose} {run.arm} rate={run.rate:.9g} steps={num_steps} seed={seed}{watched}"
+
+
+def _record(
+    config: Config, training: settings.Training, state: TrainState, history: History
+) -> dict[str, Any]:
+    """The surface of each dispatch is kept, and λmax where it was measured."""
+    run, observed = training.setting, history.observed
+    record = {
+        "network": config.network,
+        "rate": run.rate,
+        "seed": training.seed,
+        "num_steps": training.num_steps,
+        "is_descent": run.is_descent,
+        "is_watched": run.is_watched,
+        "arm": run.arm,
+        "loss": history.loss,
+        "diverged": history.diverged,
+    }
+    if not run.is_watched:
+        return record
+    steps = np.arange(len(observed.surface.smoothness)) * config.steps_per_dispatch
+    due = run.is_descent | np.isin(steps, config.curvature_steps)
+    if not run.is_descent:
+        record |= {"surface_steps": steps, "surface": observed.surface._asdict()}
+    record["curvature_steps"] = steps[due]
+    for kind in ("through",) if run.is_descent or run.arm == "plain" else ("through", "frozen"):
+        found = getattr(observed, kind)._asdict()
+        record[kind] = {name: leaf[due, 0] for name, leaf in found.items()}
+    return record
+
+
+@settings.per_structure
+def programs(run: Run, config: Config, shape: tuple[int, ...]) -> settings.Programs:
+    """Members are SGD or gradient descent, watched or not; observes `Observed`."""
+    model = create_model(config.network, run.arm)
+    size, num_steps = config.batch_size, config.steps_per_dispatch
+
+    def init(key: Array, run: Run) -> Any:
+        return model.init(key, jnp.zeros((1, *shape)), train=False)
+
+    def optimizer(run: Run) -> Any:
+        return create_optimizer("sgd", run.rate)
+
+    def advance(state: TrainState, run: Run, data: Data) -> tuple[TrainState, StepMetrics]:
+        observed = _observe(model, config, state, run, data)
+        step = make_train_step(_apply_fn(model), optimizer(run))
+
+        def descend() -> tuple[TrainState, StepMetrics]:
+            return jax.lax.scan(lambda s, _: step(s, data.fixed), state, length=num_steps)
+
+        def stochastic() -> tuple[TrainState, StepMetrics]:
+            return run_steps(step, state, data.train, batch_size=size, num_steps=num_steps)
+
+        state, metrics = jax.lax.cond(run.is_descent, descend, stochastic)
+        return state, metrics._replace(observed=observed)
+
+    sweep = settings.sweep(advance, steps_per_dispatch=num_steps)
+    return settings.Programs(settings.creator(init, optimizer), sweep)
+
+
+def create_model(network: str, arm: str) -> CNN:
+    """The network of an arm: plain, or BN on all layers but the head."""
+    # Without momentum the running statistics are those of the last batch, which can be frozen.
+    norm = functools.partial(BatchNorm, momentum=0.0)
+    placement: Any = "none" if arm == "plain" else "hidden"
+    return CNN(network, norm, placement, kernel_init=kernel_initializer("he"))
+
+
+def batch_loss(model: CNN, batch: Batch, stats: Any = None) -> LossFn:
+    """Params → mean cross-entropy of a batch, normalized by its own statistics or those given."""
 
     def loss_fn(params: Any) -> Float[Array, ""]:
-        logits, _ = apply_fn({"params": params, "batch_stats": {}}, batch.image, train=True)
+        variables = {"params": params, "batch_stats": stats or {}}
+        logits, _ = _apply_fn(model)(variables, batch.image, train=stats is None)
         return cross_entropy_metrics(logits, batch.label).loss / len(batch.label)
 
     return loss_fn
 
 
-def frozen_loss(network: Network, params: Any, batch: Batch) -> LossFn:
+def frozen_loss(model: CNN, params: Any, batch: Batch) -> LossFn:
     """The same with the statistics that the batch has at `params`, whatever it is given.
 
     At `params` its value is that of `batch_loss`; its derivatives are not.
     """
-    _, stats = _apply_fn(network)({"params": params, "batch_stats": {}}, batch.image, train=True)
-
-    def loss_fn(params: Any) -> Float[Array, ""]:
-        variables = {"params": params, "batch_stats": stats}
-        logits, _ = _apply_fn(network)(variables, batch.image, train=False)
-        return cross_entropy_metrics(logits, batch.label).loss / len(batch.label)
-
-    return loss_fn
+    _, stats = _apply_fn(model)({"params": params, "batch_stats": {}}, batch.image, train=True)
+    return batch_loss(model, batch, stats)
 
 
 def step_surface(
-    network: Network, params: Any, batch: Batch, rate: float | Float[Array, ""]
+    model: CNN, params: Any, batch: Batch, rate: float | Float[Array, ""]
 ) -> StepSurface:
     """The loss of a batch along the step that plain SGD takes on it."""
-    loss_fn = batch_loss(network, batch)
+    loss_fn = batch_loss(model, batch)
     direction = jax.tree.map(lambda gradient: -rate * gradient, jax.grad(loss_fn)(params))
     return loss_along_step(loss_fn, params, direction)
 
 
-def _observe(program: Program, state: TrainState, hyper: Hyper, data: Data) -> Observed:
-    network, params = program.network, state.params
+def _observe(model: CNN, config: Config, state: TrainState, run: Run, data: Data) -> Observed:
+    params = state.params
+    top = functools.partial(  # one eigenvalue at each end of the spectrum
+        hessian_top_eigenvalues, num_iterations=config.num_iterations, key=jax.random.key(0)
+    )
 
     def surface() -> StepSurface:
-        batch = batch_at(state, data.train, program.batch_size)
-        return step_surface(network, params, batch, hyper.rate)
+        batch = batch_at(state, data.train, config.batch_size)
+        return step_surface(model, params, batch, run.rate)
 
     def through() -> HessianEigenvalues:
-        return top_eigenvalues(program, batch_loss(network, data.fixed), params)
+        return top(batch_loss(model, data.fixed), params)
 
     def frozen() -> HessianEigenvalues:
-        return top_eigenvalues(program, frozen_loss(network, params, data.fixed), params)
+        return top(frozen_loss(model, params, data.fixed), params)
 
-    is_sgd = ~hyper.is_descent & hyper.is_watched
-    is_due = is_sgd & jnp.any(jnp.array(program.curvature_steps) == state.step)
+    is_sgd = ~run.is_descent & run.is_watched
+    is_due = is_sgd & jnp.any(jnp.array(config.curvature_steps) == state.step)
     return Observed(
         _if(is_sgd, surface),
-        _if(is_due | (hyper.is_descent & hyper.is_watched), through),
-        _missing(through) if network.placement == "none" else _if(is_due, frozen),
+        _if(is_due | (run.is_descent & run.is_watched), through),
+        _missing(through) if model.placement == "none" else _if(is_due, frozen),
     )
 
 
-def top_eigenvalues(program: Program, loss_fn: LossFn, params: Any) -> HessianEigenvalues:
-    """One eigenvalue at each end of the spectrum."""
-    return hessian_top_eigenvalues(
-        loss_fn, params, num_iterations=program.num_iterations, key=jax.random.key(0)
-    )
-
-
-def _if(condition: Array, measure: Any) -> Any:
+def _if(condition: Any, measure: Any) -> Any:
     """What is measured, or NaN in its place at no cost."""
     return jax.lax.cond(condition, measure, lambda: _missing(measure))
 
@@ -160,132 +260,8 @@ def _missing(measure: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes)
 
 
-@functools.cache
-def sweep_program(program: Program) -> Sweep:
-    """Members are SGD or gradient descent, watched or not; observes `Observed`."""
-    num_steps = program.steps_per_dispatch
-
-    def advance(state: TrainState, hyper: Hyper, data: Data) -> tuple[TrainState, StepMetrics]:
-        observed = _observe(program, state, hyper, data)
-        optimizer = create_optimizer("sgd", hyper.rate)
-        step = make_train_step(_apply_fn(program.network), optimizer)
-
-        def descend() -> tuple[TrainState, StepMetrics]:
-            return jax.lax.scan(lambda s, _: step(s, data.fixed), state, length=num_steps)
-
-        def stochastic() -> tuple[TrainState, StepMetrics]:
-            batch_size = program.batch_size
-            return run_steps(step, state, data.train, batch_size=batch_size, num_steps=num_steps)
-
-        state, metrics = jax.lax.cond(hyper.is_descent, descend, stochastic)
-        return state, metrics._replace(observed=observed)
-
-    # Fixed, so that it need not be measured: its numbers are those of single runs everywhere.
-    return Sweep(
-        advance,
-        steps_per_dispatch=num_steps,
-        strategy="devices",
-        compiler_options=compiler_options(1),
-    )
-
-
-@functools.cache
-def create_program(network: Network, shape: tuple[int, ...]) -> Any:
-    """(key, hyper) → state before the first step, He's initialization and biases of 0."""
-
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key: Array, hyper: Hyper) -> TrainState:
-        return create_train_state(
-            lambda key: _model(network).init(key, jnp.zeros(shape), train=False),
-            create_optimizer("sgd", hyper.rate),
-            key,
-        )
-
-    return create
-
-
-def train(
-    runner: Runner, purpose: str, program: Program, runs: Sequence[Run], images: Images, fixed: int
-) -> list[dict[str, Any]]:
-    """Records of runs of the program's network, each once in the life of a workdir.
-
-    Args:
-      runner: of the experiment.
-      purpose: tells these runs from others with the same settings.
-      program: its network is that of the runs.
-      runs: to train.
-      images: the data set.
-      fixed: examples of the fixed batch, the first of the training set.
-    """
-    named = {_name(purpose, run): run for run in runs}
-    data = Data(images.train, jax.tree.map(lambda leaf: leaf[:fixed], images.train))
-
-    def record(member: Member, state: TrainState, history: History) -> Mapping[str, Any]:
-        run = named[member.name]
-        kept = {"loss": history.loss, "diverged": history.diverged}
-        if run.is_watched:
-            kept |= _kept(run, history.observed, program)
-        return {**run._asdict(), "network": run.network.spec, "arm": run.arm, **kept}
-
-    runner.describe(f"{purpose}, {runs[0].arm}")
-    return runner.train(
-        create_program(program.network, (1, *images.train.image.shape[1:])),
-        sweep_program(program),
-        [
-            Member(
-                name,
-                run.seed,
-                _hyper(run),
-                run.num_steps,
-            )
-            for name, run in named.items()
-        ],
-        data,
-        record=record,
-    )
-
-
-def _kept(run: Run, observed: Observed, program: Program) -> dict[str, Any]:
-    """What the ledger keeps: the surface of each dispatch, the Hessian where it was measured."""
-    steps = np.arange(len(observed.surface.smoothness)) * program.steps_per_dispatch
-    if run.is_descent:
-        return {"curvature_steps": steps, "through": _ends(observed.through)}
-    due = np.isin(steps, program.curvature_steps)
-    at = functools.partial(jax.tree.map, lambda leaf: leaf[due])
-    kept = {
-        "surface_steps": steps,
-        "surface": observed.surface._asdict(),
-        "curvature_steps": steps[due],
-        "through": _ends(at(observed.through)),
-    }
-    if run.arm == "BN":
-        kept["frozen"] = _ends(at(observed.frozen))
-    return kept
-
-
-def _ends(found: HessianEigenvalues) -> dict[str, np.ndarray]:
-    """Largest and smallest eigenvalue with their residuals, one of each for each time."""
-    return {name: np.asarray(leaf)[..., 0] for name, leaf in found._asdict().items()}
-
-
-def _hyper(run: Run) -> Hyper:
-    return Hyper(jnp.float32(run.rate), jnp.bool_(run.is_descent), jnp.bool_(run.is_watched))
-
-
-def _name(purpose: str, run: Run) -> str:
-    watched = "" if run.is_watched else " unwatched"
-    return f"{purpose} {run.arm} rate={run.rate:.9g} steps={run.num_steps} seed={run.seed}{watched}"
-
-
-def _model(network: Network) -> CNN:
-    # Without momentum the running statistics are those of the last batch, which can be frozen.
-    norm = functools.partial(BatchNorm, momentum=0.0)
-    return CNN(network.spec, norm, network.placement, kernel_init=kernel_initializer("he"))
-
-
-def _apply_fn(network: Network) -> Any:
+def _apply_fn(model: CNN) -> Any:
     def apply_fn(variables: Any, image: Array, *, train: bool) -> tuple[Array, Any]:
-        model = _model(network)
         logits, new = model.apply(variables, image, train=train, mutable=["batch_stats"])
         return logits, new.get("batch_stats", {})
 

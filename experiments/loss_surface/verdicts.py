@@ -1,38 +1,42 @@
-"""The claims of `experiments.loss_surface`, with their criteria, and the verdicts on them."""
+"""The claims of `experiments.loss_surface`, what of the records they compare, and the verdicts."""
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 
-from bn_research.claims.bounded import Bounded, Ratio
+from bn_research.claims.bounded import Bounded, Ratio, ratio
 from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import estimate
-from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, Finding, conjunction, decide
+from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide, verdict_of
 from bn_research.claims.formatting import format_interval, format_number
+from bn_research.claims.judging import Record, at_end, final, numbers, with_intervals
+from bn_research.claims.plots import padded
 from bn_research.models.spec import num_logits
-from experiments.loss_surface.summaries import (
-    TRAINS,
-    UNBOUNDED,
-    Descents,
-    Record,
-    compared,
-    edge_curve,
-    exact,
-    final_loss,
-    geometric_mean,
-    largest_residual,
-    sharpness_at_start,
-    stable_factors,
-    surface_curves,
-)
+from experiments.loss_surface import Config
 
-ARMS = ("plain", "BN")
 PLAIN, SAME, OWN = "plain", "BN, plain's rate", "BN, own rate"  # roles of the SGD runs
 LOW, LOW_BN = "plain, lower rate", "BN, lower rate"  # the rate of the grid below plain's best
+ARMS = {"plain": PLAIN, "BN": SAME}  # and the roles in which each also descends by one batch
+TRAINS = 0.2  # nats below the loss of guessing
+UNBOUNDED = Bounded(1e-30, math.inf)  # a positive number of which nothing is known
+_RESOLUTION = 1e-7  # of float32: a range of losses below it reads as 0
 _AGREE = 4.0
 _EDGE = (1.5, 3.0)
+
+
+Descents = Mapping[tuple[str, float], Sequence[Record]]
+
+
+class Records(NamedTuple):
+    """Of a run; each list is in order of seeds."""
+
+    surfaces: Mapping[str, Sequence[Record]]  # of SGD, by role
+    descents: Descents  # by one batch, by arm and factor
+    edges: Mapping[str, Sequence[Record]]  # likewise, λmax followed, by arm
+
 
 CLAIMS = (
     Claim(
@@ -71,94 +75,93 @@ CLAIMS = (
 )
 
 
-def judge_surface(config: Any, trained: Mapping[str, Sequence[Record]]) -> Finding:
+def judge(config: Config, records: Records) -> list[Finding]:
+    """A finding for each claim."""
+    return [f(config, records) for f in (judge_surface, judge_sharpness, judge_edge)]
+
+
+def judge_surface(config: Config, records: Records) -> Finding:
     """smoother-along-the-step."""
+    trained = records.surfaces
     dispatches = config.num_steps // config.steps_per_dispatch
     curves = {
         role: [surface_curves(record, dispatches) for record in records]
         for role, records in trained.items()
     }
 
-    def compare(role: str, name: str, part: slice = slice(None), base: str = PLAIN) -> Ratio:
-        sides = [[geometric_mean(c[name][part]) for c in curves[r]] for r in (role, base)]
-        return compared(*sides)
+    def compare(role: str, name: str, part: slice = slice(None)) -> Ratio:
+        sides = (role, LOW if role == LOW_BN else PLAIN)
+        return compared(*([geometric_mean(c[name][part]) for c in curves[side]] for side in sides))
 
-    loss, gradient = compare(SAME, "loss range"), compare(SAME, "gradient distance")
     measured: dict[str, float] = {}
     names = [name for name in curves[PLAIN][0] if name != "cosine at the step"]
-    for role, words in ((SAME, "same rate"), (OWN, "own rates")):
-        for name in names:
-            _put(measured, f"{name}, BN/plain, {words}", compare(role, name))
-    for name in names:
-        found = compare(LOW_BN, name, base=LOW)
-        _put(measured, f"{name}, BN/plain, same lower rate", found)
-    half = dispatches // 2
-    for words, part in (("at the first step", slice(1)), ("second half", slice(half, None))):
-        for name in names[:3]:
-            _put(measured, f"{name}, BN/plain, same rate, {words}", compare(SAME, name, part))
-    for role, records in trained.items():
-        cosines = [np.nanmean(c["cosine at the step"]) for c in curves[role]]
-        measured[f"cosine at the step, {role}"] = float(np.mean(cosines))
-        norms = [record["surface"]["param_norm"][-1] for record in records]
-        measured[f"‖θ‖ at the end, {role}"] = float(np.mean(np.array(norms, float)))
-        measured[f"training loss at the end, {role}"] = float(
-            np.mean([final_loss(record) for record in records])
+    for role, words in ((SAME, "same rate"), (OWN, "own rates"), (LOW_BN, "same lower rate")):
+        measured |= _numbers({f"{n}, BN/plain, {words}": compare(role, n) for n in names})
+    half = slice(dispatches // 2, None)
+    for words, part in (("at the first step", slice(1)), ("second half", half)):
+        measured |= _numbers(
+            {f"{n}, BN/plain, same rate, {words}": compare(SAME, n, part) for n in names[:3]}
         )
-        measured[f"rate, {role}"] = records[0]["rate"]
-    own = compare(OWN, "loss range"), compare(OWN, "gradient distance")
-    low = [compare(LOW_BN, name, base=LOW) for name in ("loss range", "gradient distance")]
+    for role, runs in trained.items():
+        cosines = [np.nanmean(c["cosine at the step"]) for c in curves[role]]
+        norms = numbers(runs, lambda record: record["surface"]["param_norm"][-1])
+        measured |= {
+            f"cosine at the step, {role}": float(np.mean(cosines)),
+            f"‖θ‖ at the end, {role}": float(norms.mean()),
+            f"training loss at the end, {role}": float(numbers(runs, final_loss).mean()),
+            f"rate, {role}": runs[0]["rate"],
+        }
+    loss, gradient = compare(SAME, "loss range"), compare(SAME, "gradient distance")
+    own, low = (
+        f"{compare(role, 'loss range')} and {compare(role, 'gradient distance')}"
+        for role in (OWN, LOW_BN)
+    )
     note = (
         "interval: of the ratio of ranges of the loss; that of the gradient distances is "
-        f"{format_number(gradient.mean.low)} {format_interval(gradient.interval)}. Each arm at its "
-        f"own best rate: {format_number(own[0].mean.low)} {format_interval(own[0].interval)} and "
-        f"{format_number(own[1].mean.low)} {format_interval(own[1].interval)}. At the next lower "
-        f"rate of the grid, {trained[LOW][0]['rate']:g}: {format_number(low[0].mean.low)} "
-        f"{format_interval(low[0].interval)} and {format_number(low[1].mean.low)} "
-        f"{format_interval(low[1].interval)}. Distances are in "
-        "units of the weights and of the gradient, of which BN changes the scale; free of it are "
-        "the relative distance and the cosine." + _notes(config, trained)
+        f"{gradient}. Each arm at its own best rate: {own}. At the next lower rate of the grid, "
+        f"{trained[LOW][0]['rate']:g}: {low}. Distances are in units of the weights and of the "
+        "gradient, of which BN changes the scale; free of it are the relative distance and the "
+        "cosine." + _notes(config, trained)
     )
     verdict = conjunction(decide(loss.interval, at_most=1), decide(gradient.interval, at_most=1))
-    return Finding(CLAIMS[0], measured, loss.interval, verdict, note.strip())
+    return Finding(CLAIMS[0], measured, loss.interval, verdict, note)
 
 
-def judge_sharpness(
-    config: Any, trained: Mapping[str, Sequence[Record]], descents: Descents
-) -> Finding:
+def judge_sharpness(config: Config, records: Records) -> Finding:
     """sharpness-sets-the-rate."""
-    roles = dict(zip(ARMS, (PLAIN, SAME), strict=True))
-    sharpness = {arm: sharpness_at_start(trained[role]) for arm, role in roles.items()}
-    factors = {arm: stable_factors(config, descents, arm) for arm in ARMS}
+    trained = records.surfaces
+    start = {arm: sharpness(trained[role]) for arm, role in ARMS.items()}
+    frozen = sharpness(trained[SAME], "frozen")
+    factors = {arm: stable_factors(config, records.descents, arm) for arm in ARMS}
     rates = {
         arm: [
-            _scaled(f, 2 / value.low) for f, value in zip(factors[arm], sharpness[arm], strict=True)
+            Bounded(factor.low * limit, factor.high * limit)
+            for factor, limit in zip(factors[arm], limits(trained[role]), strict=True)
         ]
-        for arm in ARMS
+        for arm, role in ARMS.items()
     }
-    flatter = compared(sharpness["plain"], sharpness["BN"])
+    flatter = compared(known(start["plain"]), known(start["BN"]))
     stable = compared(rates["BN"], rates["plain"])
     explained = compared(factors["BN"], factors["plain"])  # since a rate is a factor times 2/λmax
-    frozen = [exact(record["frozen"]["largest"][0]) for record in trained[SAME]]
-    measured: dict[str, float] = {}
-    _put(measured, "1/λmax at the start, BN/plain", flatter)
-    _put(measured, "largest stable rate, BN/plain", stable)
-    _put(measured, "the second over the first", explained)
+    measured = _numbers({"1/λmax at the start, BN/plain": flatter})
+    measured |= _numbers({"largest stable rate, BN/plain": stable})
+    measured |= _numbers({"the second over the first": explained})
     for arm in ARMS:
-        one = [exact(1.0)] * len(factors[arm])
-        _put(measured, f"largest stable rate/(2/λmax), {arm}", compared(factors[arm], one))
-        measured[f"λmax at the start, {arm}"] = _mean(sharpness[arm])
-    measured["λmax at the start, BN, statistics frozen"] = _mean(frozen)
-    _put(measured, "1/λmax at the start, frozen, BN/plain", compared(sharpness["plain"], frozen))
-    for role, records in trained.items():
+        found = compared(factors[arm], [Bounded(1.0, 1.0)] * config.seeds)
+        measured |= _numbers({f"largest stable rate/(2/λmax), {arm}": found})
+        measured[f"λmax at the start, {arm}"] = float(start[arm].mean())
+    measured["λmax at the start, BN, statistics frozen"] = float(frozen.mean())
+    found = compared(known(start["plain"]), known(frozen))
+    measured |= _numbers({"1/λmax at the start, frozen, BN/plain": found})
+    for role, runs in trained.items():
         for kind, words in (("through", ""), ("frozen", ", statistics frozen")):
-            if kind in records[0]:
-                last = [_scaled(exact(r[kind]["largest"][-1]), r["rate"]) for r in records]
-                measured[f"rate·λmax late in SGD, {role}{words}"] = _mean(last)
-    measured["largest relative residual of λmax"] = largest_residual(
-        [record for records in trained.values() for record in records]
-    )
-    beyond = sum(math.isinf(f.high) for arm in ARMS for f in factors[arm])
-    none = sum(f.low == UNBOUNDED.low for arm in ARMS for f in factors[arm])
+            if kind in runs[0]:
+                last = sharpness(runs, kind, at=-1) * numbers(runs, "rate")
+                measured[f"rate·λmax late in SGD, {role}{words}"] = float(last.mean())
+    measured["largest relative residual of λmax"] = largest_residual(trained)
+    ends = [*factors["plain"], *factors["BN"]]
+    beyond = sum(math.isinf(found.high) for found in ends)
+    none = sum(found.low == UNBOUNDED.low for found in ends)
     return Finding(
         CLAIMS[1],
         measured,
@@ -178,37 +181,34 @@ def judge_sharpness(
     )
 
 
-def judge_edge(config: Any, edges: Mapping[str, Sequence[Record]]) -> Finding:
+def judge_edge(config: Config, records: Records) -> Finding:
     """edge-of-stability."""
     measured: dict[str, float] = {}
-    for arm, records in edges.items():
-        curves = [edge_curve(config, record) for record in records]
-        last = [curve[-max(1, len(curve) // 4) :] for curve in curves]
-        lost = sum(not np.isfinite(part).all() for part in last)
-        name = f"rate·λmax at the end, {arm}"
-        verdict = INCONCLUSIVE
-        if lost:
-            measured[name] = math.nan
-        else:
-            found = estimate([float(np.mean(part)) for part in last])
-            measured |= {name: found.mean, f"{name}, low": found.low, f"{name}, high": found.high}
-            verdict = decide(found, at_least=_EDGE[0], at_most=_EDGE[1])
-            if verdict == NOT_REPRODUCED and found.low <= _EDGE[1]:
-                verdict = INCONCLUSIVE
-        if arm == "plain":
-            decided = verdict, None if lost else found.interval
-        measured[f"rate·λmax at the start, {arm}"] = float(np.mean([c[0] for c in curves]))
-        measured[f"rate, {arm}"] = float(np.mean([record["rate"] for record in records]))
-        measured[f"largest rate·λmax, {arm}"] = float(np.mean([np.nanmax(c) for c in curves]))
-        measured[f"loss at the end, {arm}"] = float(np.mean([final_loss(r) for r in records]))
-        measured[f"runs that were lost, {arm}"] = lost
-    everyone = [record for records in edges.values() for record in records]
-    measured["largest relative residual of λmax"] = largest_residual(everyone)
-    verdict, interval = decided
+    ends = {}
+    for arm, runs in records.edges.items():
+        curves = [edge_curve(config, run) for run in runs]
+        last = [float(np.mean(curve[-max(1, len(curve) // 4) :])) for curve in curves]
+        died = sum(map(math.isnan, last))
+        ends[arm] = None if died else estimate(last)
+        measured |= with_intervals({f"rate·λmax at the end, {arm}": ends[arm] or math.nan})
+        measured |= {
+            f"rate·λmax at the start, {arm}": float(np.mean([curve[0] for curve in curves])),
+            f"rate, {arm}": float(numbers(runs, "rate").mean()),
+            f"largest rate·λmax, {arm}": float(np.mean([np.nanmax(curve) for curve in curves])),
+            f"loss at the end, {arm}": float(numbers(runs, final_loss).mean()),
+            f"runs that were lost, {arm}": died,
+        }
+    measured["largest relative residual of λmax"] = largest_residual(records.edges)
+    found, verdict = ends["plain"], INCONCLUSIVE
+    if found:
+        verdict = verdict_of(
+            reproduced=_EDGE[0] <= found.low and found.high <= _EDGE[1],
+            refuted=found.low > _EDGE[1],
+        )
     return Finding(
         CLAIMS[2],
         measured,
-        interval,
+        found and found.interval,
         verdict,
         f"interval: of the plain network. {config.edge_steps} steps by {config.fixed_examples} "
         f"examples at {config.edge_factor:g} times each network's own 2/λmax at the start, "
@@ -216,35 +216,128 @@ def judge_edge(config: Any, edges: Mapping[str, Sequence[Record]]) -> Finding:
     )
 
 
-def _scaled(bounds: Bounded, factor: float) -> Bounded:
-    return Bounded(bounds.low * factor, bounds.high * factor)
+def surface_curves(record: Record, dispatches: int) -> dict[str, np.ndarray]:
+    """What is compared of an SGD run, of each of the dispatches that a whole one has.
+
+    NaN where a loss was not finite or the run had ended.
+    """
+    found = {name: np.array(leaf, float) for name, leaf in record["surface"].items()}
+    curves = {
+        "loss range": found["loss"].max(axis=1) - found["loss"].min(axis=1),
+        "gradient distance": found["gradient_distance"].max(axis=1),
+        "effective smoothness": found["smoothness"],
+        "relative gradient distance": found["relative_gradient_distance"].max(axis=1),
+        "gradient norm": found["start_gradient_norm"],
+        "smoothness·‖θ‖²": found["smoothness"] * found["param_norm"] ** 2,
+        "cosine at the step": found["cosine"][:, 1],
+    }
+    return dict(zip(curves, padded(list(curves.values()), dispatches), strict=True))
 
 
-def _mean(values: Sequence[Bounded]) -> float:
-    return float(np.mean([math.nan if value.is_censored else value.low for value in values]))
+def geometric_mean(values: Sequence[float] | np.ndarray) -> Bounded:
+    """Over a run. NaN is above all that is finite, and 0 is below the resolution of float32."""
+    values = np.asarray(values, float)
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return UNBOUNDED
+    least = np.where(np.isfinite(values), values, finite.max())
+    low = math.exp(np.mean(np.log(np.maximum(least, UNBOUNDED.low))))
+    high = math.exp(np.mean(np.log(np.maximum(least, _RESOLUTION)))) if finite.min() == 0 else low
+    return Bounded(low, UNBOUNDED.high if len(finite) < len(values) else high)
 
 
-def _put(measured: dict[str, float], name: str, found: Ratio) -> None:
-    """A ratio with its interval; where the mean is a bound, its middle on a log scale."""
-    mean = found.mean
-    middle = mean.low if not mean.is_censored else math.sqrt(mean.low * mean.high)
-    measured |= {name: middle, f"{name}, low": found.low, f"{name}, high": found.high}
+def edge_curve(config: Config, record: Record) -> np.ndarray:
+    """rate·λmax of each dispatch; NaN from where the run had ended."""
+    dispatches = config.edge_steps // config.steps_per_dispatch
+    return padded([record["through"]["largest"]], dispatches)[0] * record["rate"]
 
 
-def _notes(config: Any, trained: Mapping[str, Sequence[Record]]) -> str:
+def compared(numerators: Sequence[Bounded], denominators: Sequence[Bounded]) -> Ratio:
+    """Their `ratio`; an end that rests on a number of which nothing is known is open."""
+    found = ratio(numerators, denominators)
+    if any(number.low <= UNBOUNDED.low for number in numerators):
+        found = found._replace(low=0.0, mean=Bounded(0.0, found.mean.high))
+    if any(number.low <= UNBOUNDED.low for number in denominators):
+        found = found._replace(high=math.inf, mean=Bounded(found.mean.low, math.inf))
+    return found
+
+
+def sharpness(runs: Sequence[Record], kind: str = "through", *, at: int = 0) -> np.ndarray:
+    """λmax of each seed when it was first measured, or at another time; NaN unless positive."""
+    found = numbers(runs, lambda run: run[kind]["largest"][at])
+    return np.where(found > 0, found, np.nan)
+
+
+def limits(runs: Sequence[Record]) -> list[float]:
+    """2/λmax of each seed at the start; beyond all bounds where λmax is not known."""
+    return (2 / np.nan_to_num(sharpness(runs), nan=UNBOUNDED.low)).tolist()
+
+
+def known(values: np.ndarray) -> list[Bounded]:
+    """Measured numbers; of one that is NaN nothing is known."""
+    return [UNBOUNDED if math.isnan(value) else Bounded(value, value) for value in values.tolist()]
+
+
+def stable_factors(config: Config, descents: Descents, arm: str) -> list[Bounded]:
+    """Largest multiple of 2/λmax that is stable, of each seed; the next of the grid is not."""
+    factors = sorted(config.descent_factors)
+    ends = [UNBOUNDED.low, *factors, UNBOUNDED.high]
+    found = []
+    for seed in range(config.seeds):
+        stable = [is_stable(config, descents[arm, factor][seed]) for factor in factors]
+        best = max(itertools.compress(range(1, len(ends)), stable), default=0)
+        found.append(Bounded(ends[best], ends[best + 1]))
+    return found
+
+
+def is_stable(config: Config, record: Record) -> bool:
+    """Whether a descent ends below the loss of guessing, as one that is thrown out does not."""
+    guessing = math.log(num_logits(config.network))
+    return not record["diverged"] and final_loss(record) < guessing - TRAINS
+
+
+def final_loss(record: Record) -> float:
+    """Mean training loss over the last tenth of the steps; infinite if one is not finite."""
+    loss = final(record["loss"])
+    return loss if math.isfinite(loss) else math.inf
+
+
+def largest_residual(runs: Mapping[str, Sequence[Record]]) -> float:
+    """Of λmax, relative to it, over all runs."""
+    found = [
+        np.abs(np.array(record[kind]["largest_residual"], float))
+        / np.abs(np.array(record[kind]["largest"], float))
+        for record in itertools.chain(*runs.values())
+        for kind in ("through", "frozen")
+        if kind in record
+    ]
+    return float(np.nanmax(np.concatenate(found)))
+
+
+def _numbers(ratios: Mapping[str, Ratio]) -> dict[str, float]:
+    """Ratios with their intervals; where a mean is a bound, its middle on a log scale."""
+    means = {name: found.mean for name, found in ratios.items()}
+    return with_intervals(ratios) | {
+        name: math.sqrt(mean.low * mean.high) if mean.is_censored else mean.low
+        for name, mean in means.items()
+    }
+
+
+def _notes(config: Config, trained: Mapping[str, Sequence[Record]]) -> str:
     """Runs that were lost, and rates at an end of the grid."""
-    lost = {role: sum(r["diverged"] > 0 for r in records) for role, records in trained.items()}
-    text = "".join(f" {count} of {role} diverged." for role, count in lost.items() if count)
+    text = ""
+    for role, records in trained.items():
+        if died := sum(record["diverged"] > 0 for record in records):
+            text += f" {died} of {role} diverged."
     guessing = math.log(num_logits(config.network)) - TRAINS
     for role, records in trained.items():
-        flat = sum(final_loss(record) > guessing for record in records)
-        if flat:
+        if flat := sum(final_loss(record) > guessing for record in records):
             text += (
                 f" {flat} of {len(records)} of {role} did not learn: where all units are dead the "
                 "surface is flat, and counts as smooth."
             )
     for role in (PLAIN, OWN):
         rate = trained[role][0]["rate"]
-        if rate in (min(config.rates), max(config.rates)):
+        if at_end(rate, config.rates):
             text += f" The best rate of {role}, {rate:g}, lies at an end of the grid."
     return text

@@ -5,115 +5,53 @@ on key and step alone, so a run of fewer steps with the same seed is the longer 
 """
 
 import functools
+import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jaxtyping import Array, Float, Int
 
-from bn_research.lab.compiler import compiler_options
-from bn_research.lab.images import Images
+from bn_research.claims.judging import choose
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
-from bn_research.layers.linen import (
-    MOMENTS,
-    update_from_batch_moments,
+from bn_research.lab.settings import (
+    Programs,
+    Setting,
+    Training,
+    creator,
+    per_structure,
+    sweep,
+    train,
 )
-from bn_research.training.loop import run_steps
+from bn_research.lab.workdir import Ledger
+from bn_research.layers.linen import MOMENTS, update_from_batch_moments
+from bn_research.training.cores import use_cpu_cores
+from bn_research.training.lanes import CreateFn
+from bn_research.training.loop import History, run_steps
 from bn_research.training.optimizers import create_optimizer
-from bn_research.training.state import TrainState, create_train_state
-from bn_research.training.step import make_train_step
-from bn_research.training.sweep import Member, Sweep
-from experiments.population_stats.measurements import Measurement, make_model
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch, make_train_step
+from experiments.population_stats import Config
+from experiments.population_stats.statistics import Measurement, make_model
 
-_OPTIMIZER = "momentum"  # SGD with momentum 0.9
+LEVELS = ("low", "high")  # of the rate
 
 
-class Setting(NamedTuple):
-    """A training run, to the step at which its statistics are measured."""
+class Run(Setting, traced="rate step decay", unseen="seed level"):
+    """A training, to the step at which its statistics are measured."""
 
     batch_size: int
     rate: float
     step: int  # number of steps
-    seed: int
+    seed: int = 0
     level: str = ""  # of the rate: low or high
     decay: bool = False  # by a cosine to 0 at the last step; else the rate is constant
-
-
-class Hyper(NamedTuple):
-    """What differs between the members of a sweep."""
-
-    rate: Array  # shape=(), dtype=float32
-    decay_steps: Array  # shape=(), dtype=float32: of the cosine; 0 keeps the rate constant
-
-
-def learning_rate(hyper: Hyper, count: Int[Array, ""]) -> Float[Array, ""]:
-    """Rate of an update: η, or η·(1 + cos(π·count/decay_steps))/2."""
-    progress = jnp.clip(count / jnp.maximum(hyper.decay_steps, 1), 0, 1)
-    cosine = (1 + jnp.cos(jnp.pi * progress)) / 2
-    return hyper.rate * jnp.where(hyper.decay_steps > 0, cosine, 1.0)
-
-
-class Trainer:
-    """Trains settings on a data set, each once in the life of a workdir.
-
-    Args:
-      config: of the run.
-      images: the data set.
-      runner: of the experiment.
-    """
-
-    def __init__(self, config: Any, images: Images, runner: Runner):
-        """Places the test set on the devices."""
-        self._config, self._images, self._runner = config, images, runner
-        self._measurement = Measurement(config, images)
-
-    def tune(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-        """Records of runs that are to choose a rate: the training loss at their end alone."""
-        return self._records("tune", settings, lambda setting, state: {})
-
-    def train(self, settings: Sequence[Setting]) -> list[dict[str, Any]]:
-        """Records with the distance of each kind of statistics, and the test set by each."""
-        return self._records("train", settings, self._measure)
-
-    def _measure(self, setting: Setting, state: TrainState) -> dict[str, Any]:
-        return self._measurement(
-            state,
-            batch_size=setting.batch_size,
-            seed=setting.seed,
-            late=setting.step == max(self._config.snapshots),
-        )
-
-    def _records(self, purpose, settings, measure):
-        """Records of one sweep: of one batch size."""
-        config, size = self._config, settings[0].batch_size
-        named = {f"{purpose} {_name(setting)}": setting for setting in settings}
-
-        def record(member, state, history):
-            setting = named[member.name]
-            last = history.loss[-max(1, setting.step // 10) :]
-            return {
-                **setting._asdict(),
-                "loss": np.mean(last),
-                "diverged": history.diverged,
-                **measure(setting, state),
-            }
-
-        def hyper(setting):
-            decay_steps = setting.step if setting.decay else 0
-            return Hyper(np.float32(setting.rate), np.float32(decay_steps))
-
-        self._runner.describe(f"{purpose}, batch {size}")
-        shape = (1, *self._images.train.image.shape[1:])
-        return self._runner.train(
-            _create_program(config.network, len(config.momenta), shape),
-            _sweep(config.network, config.momenta, size, config.steps_per_dispatch),
-            [Member(name, s.seed, hyper(s), s.step) for name, s in named.items()],
-            self._images.train,
-            record=record,
-        )
 
 
 class Rates(NamedTuple):
@@ -122,6 +60,50 @@ class Rates(NamedTuple):
     best: float
     low: float
     high: float
+
+
+class Records(NamedTuple):
+    """What the run measured."""
+
+    runs: list[dict[str, Any]]  # all trainings but those of tuning
+    rates: dict[int, Rates]  # of each batch size
+    num_classes: int
+
+
+def prepare(config: Config) -> Images:
+    """The images; each core becomes a device, for the sweeps."""
+    use_cpu_cores()
+    images = images_of(config, scale="standardized", limit=config.examples)
+    check_network(config.network, images, config.dataset)
+    at_most(config, len(images.train.label), "the training set", "batch_sizes")
+    return images
+
+
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """Tunes the rates of each batch size and trains with them, as far as the workdir lacks it."""
+    steps = len(LEVELS) * sum(config.snapshots) + max(config.snapshots)
+    tuning = config.tuning_steps * len(config.learning_rates)
+    total = len(config.batch_sizes) * (config.seeds * steps + tuning)
+    ledger, found, rates = Ledger(path / "metrics.jsonl"), [], {}
+    with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
+        given = config, images, runner, Measurement(config, images)
+        for size in sorted(config.batch_sizes):
+            trials = [
+                Run(size, rate, config.tuning_steps, config.seeds) for rate in config.learning_rates
+            ]
+            rates[size] = choose_rates(trained("tune", trials, *given), images.num_classes)
+            found += trained("train", settings(config, size, rates[size]), *given)
+    return Records(found, rates, images.num_classes)
+
+
+def settings(config: Config, batch_size: int, rates: Rates) -> list[Run]:
+    """Trainings of a batch size, the longest first: the control with decay, and the grid."""
+    last, seeds = max(config.snapshots), range(config.seeds)
+    constant = itertools.product(sorted(config.snapshots, reverse=True), LEVELS, seeds)
+    decayed = [Run(batch_size, rates.high, last, s, "high", decay=True) for s in seeds]
+    return decayed + [
+        Run(batch_size, getattr(rates, level), step, seed, level) for step, level, seed in constant
+    ]
 
 
 def trains(record: Mapping[str, Any], num_classes: int) -> bool:
@@ -135,43 +117,79 @@ def choose_rates(records: Sequence[Mapping[str, Any]], num_classes: int) -> Rate
 
     Where the next rate of the grid does not train (see `trains`), or there is none, high is the
     best; where no run is without non-finite steps, the best is the lowest of the grid.
-
-    Args:
-      records: of tuning, one for each rate.
-      num_classes: C, of the data set.
     """
     grid = sorted(records, key=lambda record: record["rate"])
-    sound = [r for r in grid if r["loss"] is not None and not r["diverged"]]
-    best = min(sound, key=lambda record: record["loss"])["rate"] if sound else grid[0]["rate"]
-    above = [r for r in grid if r["rate"] > best][:1]
+    best = choose(grid, "loss")["rate"]
+    above = [record for record in grid if record["rate"] > best][:1]
     high = above[0]["rate"] if above and trains(above[0], num_classes) else best
     return Rates(best, best / 10, high)
 
 
-def _name(setting: Setting) -> str:
-    schedule = "cosine" if setting.decay else "constant"
-    return (
-        f"batch={setting.batch_size} {setting.level} rate={setting.rate:g} {schedule} "
-        f"step={setting.step} seed={setting.seed}"
+def trained(
+    purpose: str,
+    runs: Sequence[Run],
+    config: Config,
+    images: Images,
+    runner: Runner,
+    measurement: Callable[..., Mapping[str, Any]],
+) -> list[dict[str, Any]]:
+    """Records of runs: the training loss at their end, and what the measurement says of the state.
+
+    Tuning is to choose a rate and is not measured.
+    """
+
+    def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+        run: Run = training.setting
+        loss = np.mean(history.loss[-max(1, run.step // 10) :])
+        found = {**run.as_record(), "loss": loss, "diverged": history.diverged}
+        if purpose == "tune":
+            return found
+        late = run.step == max(config.snapshots)
+        return {**found, **measurement(state, batch_size=run.batch_size, seed=run.seed, late=late)}
+
+    shape = (1, *images.train.image.shape[1:])
+    return train(
+        runner,
+        [Training(run, run.seed, run.step) for run in runs],
+        lambda run: _programs(run, config, shape),
+        images.train,
+        record=record,
+        name=lambda training: f"{purpose} {_name(training.setting)}",
+        describe=lambda training: f"{purpose}, batch {training.setting.batch_size}",
     )
 
 
+def _name(run: Run) -> str:
+    schedule = "cosine" if run.decay else "constant"
+    return (
+        f"batch={run.batch_size} {run.level} rate={run.rate:g} {schedule} "
+        f"step={run.step} seed={run.seed}"
+    )
+
+
+def learning_rate(run: Run, count: Int[Array, ""]) -> Float[Array, ""]:
+    """Rate of an update: η, or with decay η·(1 + cos(π·count/step))/2."""
+    progress = jnp.clip(count / run.step, 0, 1)
+    cosine = (1 + jnp.cos(jnp.pi * progress)) / 2
+    return run.rate * jnp.where(run.decay, cosine, 1.0)
+
+
+def _optimizer(run: Run) -> optax.GradientTransformation:
+    return create_optimizer("momentum", functools.partial(learning_rate, run))
+
+
 @functools.cache
-def _create_program(network: str, averages: int, shape: tuple[int, ...]):
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key, hyper):
-        def init(key):
-            variables = make_model(network).init(key, jnp.zeros(shape), train=False)
-            return {**variables, "batch_stats": (variables["batch_stats"],) * averages}
+def _create(config: Config, shape: tuple[int, ...]) -> CreateFn:
+    def init(key: Array, run: Run) -> Any:
+        variables = make_model(config.network).init(key, jnp.zeros(shape), train=False)
+        return {**variables, "batch_stats": (variables["batch_stats"],) * len(config.momenta)}
 
-        return create_train_state(init, _optimizer(hyper), key)
-
-    return create
+    return creator(init, _optimizer)
 
 
-@functools.cache
-def _sweep(network: str, momenta: tuple[float, ...], batch_size: int, num_steps: int) -> Sweep:
-    model = make_model(network)
+@per_structure
+def _programs(run: Run, config: Config, shape: tuple[int, ...]) -> Programs:
+    model, size, steps = make_model(config.network), run.batch_size, config.steps_per_dispatch
 
     def apply_fn(variables, image, *, train):
         assert train  # inference takes the statistics that it is to be judged by
@@ -180,20 +198,11 @@ def _sweep(network: str, momenta: tuple[float, ...], batch_size: int, num_steps:
         logits, new = model.apply(one, image, train=True, mutable=[MOMENTS])
         return logits, tuple(
             update_from_batch_moments(stats, new[MOMENTS], momentum=momentum)
-            for stats, momentum in zip(averages, momenta, strict=True)
+            for stats, momentum in zip(averages, config.momenta, strict=True)
         )
 
-    def advance(state, hyper, examples):
-        step = make_train_step(apply_fn, _optimizer(hyper))
-        return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
+    def advance(state: TrainState, run: Run, examples: Batch):
+        step = make_train_step(apply_fn, _optimizer(run))
+        return run_steps(step, state, examples, batch_size=size, num_steps=steps)
 
-    return Sweep(
-        advance,
-        steps_per_dispatch=num_steps,
-        strategy="devices",
-        compiler_options=compiler_options(1),
-    )
-
-
-def _optimizer(hyper: Hyper):
-    return create_optimizer(_OPTIMIZER, functools.partial(learning_rate, hyper))
+    return Programs(_create(config, shape), sweep(advance, steps_per_dispatch=steps))

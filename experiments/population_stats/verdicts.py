@@ -1,34 +1,29 @@
-"""The claims of `experiments.population_stats`, and how records of trainings decide them."""
+"""The claims of `experiments.population_stats`, and how records of trainings decide them.
+
+Both are decided over a grid, whose cells are a batch size, a level of the rate and a step.
+"""
 
 import itertools
-from collections.abc import Mapping, Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import Estimate, estimate
-from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED, Finding
-from experiments.population_stats.grid import (
-    LEVELS,
-    Cell,
-    Records,
-    best_in_each_cell,
-    best_momentum,
-    distance,
-    floor,
-    gains,
-    grid,
-    log_ratios,
-)
-from experiments.population_stats.measurements import (
+from bn_research.claims.finding import INCONCLUSIVE, Finding, verdict_of
+from bn_research.claims.judging import Record, at_end, by_seed, listed, numbers, with_intervals
+from experiments.population_stats import Config
+from experiments.population_stats.statistics import (
     ALGORITHM2,
     MERGED,
+    TRUTH,
     average,
     start_removed,
     unbiased,
 )
-from experiments.population_stats.training import Rates, trains
+from experiments.population_stats.training import LEVELS, Rates, Records, trains
 
 CLAIMS = (
     Claim(
@@ -57,29 +52,108 @@ CLAIMS = (
 )
 
 
-def judge(
-    config: Any, records: Records, rates: Mapping[int, Rates], num_classes: int
-) -> list[Finding]:
-    """Both findings.
+class Cell(NamedTuple):
+    """A place of the grid over which the claims are decided."""
 
-    Args:
-      config: of the run.
-      records: of all its trainings but those of tuning.
-      rates: of each batch size.
-      num_classes: of the data set.
+    batch_size: int
+    level: str
+    step: int
+
+    def __str__(self) -> str:
+        """As the names of numbers have it."""
+        return f"batch {self.batch_size}, {self.level} rate, step {self.step}"
+
+
+Cells = Mapping[Cell, Sequence[Record]]
+
+
+class Grid(NamedTuple):
+    """Records of the grid by cell and seed, and what was left out."""
+
+    cells: Cells
+    lost: list[Cell]  # where the run of a seed had non-finite steps, for all seeds
+
+
+def grid(records: Iterable[Record], *, decay: bool = False) -> Grid:
+    """The records at a constant rate, or those of the control with decay, by cell.
+
+    A cell with a run that had non-finite steps is left out for every seed, so that none of the
+    others is decided by the seeds that were lucky.
     """
-    cells, lost = grid(records)
+    cells: dict[Cell, list[Record]] = {}
+    for record in by_seed(records, decay=decay):
+        cells.setdefault(Cell(*(record[field] for field in Cell._fields)), []).append(record)
+    lost = [cell for cell in sorted(cells) if any(map(_is_lost, cells[cell]))]
+    return Grid({cell: cells[cell] for cell in sorted(cells) if cell not in lost}, lost)
+
+
+def _is_lost(run: Record) -> bool:
+    parts = [part for layers in run["parts"].values() for layer in layers for part in layer]
+    return run["diverged"] > 0 or None in parts
+
+
+def table(cells: Cells, pick: Callable[[Record], Any]) -> np.ndarray:
+    """A number of each run, [seeds, cells]."""
+    return np.array([numbers(runs, pick) for runs in cells.values()]).T
+
+
+def distance(parts: Any) -> float:
+    """The distance d of a network from its parts of d², [layers][of means, of ln σ]."""
+    return math.sqrt(float(np.mean(np.sum(parts, axis=1))))
+
+
+def distance_of(kind: str) -> Callable[[Record], float]:
+    """The distance of a kind of statistics, as a function of the record."""
+    return lambda run: distance(run["parts"][kind])
+
+
+def floor(runs: Sequence[Record]) -> Estimate:
+    """Algorithm 2's, of a cell: the root of the mean over seeds of d², and of its interval's ends.
+
+    What is below 0 counts as 0; a floor whose interval begins there is not resolved.
+    """
+    squared = [float(np.mean(np.sum(run["floor"][ALGORITHM2], axis=1))) for run in runs]
+    return estimate(squared).mapped(lambda end: math.sqrt(max(0.0, end)))
+
+
+def log_ratios(cells: Cells, kind: str, other: str = ALGORITHM2) -> np.ndarray:
+    """Logarithm of the distance of a kind over that of another, [seeds, cells]."""
+    return np.log(table(cells, distance_of(kind))) - np.log(table(cells, distance_of(other)))
+
+
+def best_momentum(cells: Cells, momenta: Sequence[float]) -> float:
+    """The momentum whose average has the smallest geometric mean distance over the cells."""
+    return min(momenta, key=lambda m: float(np.mean(log_ratios(cells, average(m)))))
+
+
+def best_in_each_cell(cells: Cells, momenta: Sequence[float]) -> np.ndarray:
+    """Logarithm of distance over Algorithm 2's, [seeds, cells], of each cell's best momentum.
+
+    Best by its mean over the seeds: it favours the average as far as hindsight can.
+    """
+    ratios = np.stack([log_ratios(cells, average(m)) for m in momenta])
+    chosen = np.argmin(ratios.mean(axis=1), axis=0)
+    return np.take_along_axis(ratios, chosen[None, None, :], axis=0)[0]
+
+
+def judge(config: Config, records: Records) -> list[Finding]:
+    """Both findings."""
+    cells, lost = grid(records.runs)
     if not cells:
         note = "in every cell of the grid a run had non-finite steps"
         return [Finding(claim, {}, None, INCONCLUSIVE, note) for claim in CLAIMS]
     momentum = best_momentum(cells, config.momenta)
-    controls, lost_controls = grid(records, decay=True)
-    common = _common_note(config, rates, lost, lost_controls)
-    long = [run for runs in cells.values() for run in runs if run["step"] == max(config.snapshots)]
-    stuck = sum(not trains(run, num_classes) for run in long)
+    controls, lost_controls = grid(records.runs, decay=True)
+    common = _rates_note(config, records.rates)
+    left_out = [f"batch {c.batch_size} {c.level} rate step {c.step}" for c in lost]
+    left_out += [f"batch {c.batch_size} rate decayed to 0" for c in lost_controls]
+    common += listed("Left out, since a run had non-finite steps", left_out, "; ")
+    last = max(config.snapshots)
+    long = [run for runs in cells.values() for run in runs if run["step"] == last]
+    stuck = sum(not trains(run, records.num_classes) for run in long)
     if stuck:
         common += (
-            f". Of {len(long)} runs to step {max(config.snapshots)}, {stuck} do not train (loss "
+            f". Of {len(long)} runs to step {last}, {stuck} do not train (loss "
             "not below half of ln C) and count all the same"
         )
     return [
@@ -88,161 +162,130 @@ def judge(
     ]
 
 
-def _judge_distance(config, cells, controls, momentum, common) -> Finding:
+def _judge_distance(
+    config: Config, cells: Cells, controls: Cells, momentum: float, common: str
+) -> Finding:
     """population-beats-ema."""
-    best = average(momentum)
-    ratio = _ratio(cells, best, ALGORITHM2)
-    measured = _with_interval(f"{best}/{ALGORITHM2}", ratio)
-    for name, where in _subsets(config, cells).items():
-        measured |= _with_interval(f"{best}/{ALGORITHM2}, {name}", _ratio(where, best, ALGORITHM2))
-    last = max(config.snapshots)
+    best, momenta, last = average(momentum), config.momenta, max(config.snapshots)
+    ratio = _ratio(cells, best)
+    found: dict[str, float | Estimate] = {f"{best}/{ALGORITHM2}": ratio}
+    for name, where in _subsets(config, cells):
+        found[f"{best}/{ALGORITHM2}, {name}"] = _ratio(where, best)
     late = {cell: runs for cell, runs in cells.items() if cell.step == last}
     for where, of in ((cells, "each cell"), (late, f"each cell of step {last}")):
         if where:
-            ratios = best_in_each_cell(where, config.momenta)
             name = f"average/{ALGORITHM2}, best momentum in {of}"
-            measured |= _with_interval(name, _geometric(ratios))
-    for m in config.momenta:
+            found[name] = _geometric(best_in_each_cell(where, momenta))
+    for m in momenta:
         for kind in (average(m), start_removed(m), unbiased(m)):
-            measured |= _with_interval(f"{kind}/{ALGORITHM2}", _ratio(cells, kind, ALGORITHM2))
+            found[f"{kind}/{ALGORITHM2}"] = _ratio(cells, kind)
             if late:
-                name = f"{kind}/{ALGORITHM2}, all cells of step {last}"
-                measured |= _with_interval(name, _ratio(late, kind, ALGORITHM2))
-    for (cell, runs), m in itertools.product(controls.items(), config.momenta):
+                found[f"{kind}/{ALGORITHM2}, all cells of step {last}"] = _ratio(late, kind)
+    for (cell, runs), m in itertools.product(controls.items(), momenta):
         name = f"{average(m)}/{ALGORITHM2}, batch {cell.batch_size}, rate decayed to 0"
-        measured |= _with_interval(name, _ratio({cell: runs}, average(m), ALGORITHM2))
-    measured |= _with_interval(f"{ALGORITHM2}/{MERGED}", _ratio(cells, ALGORITHM2, MERGED))
+        found[name] = _ratio({cell: runs}, average(m))
+    found[f"{ALGORITHM2}/{MERGED}"] = _ratio(cells, ALGORITHM2, MERGED)
     for cell, runs in cells.items():
-        place = f"batch {cell.batch_size}, {cell.level} rate, step {cell.step}"
         for kind in (ALGORITHM2, best):
-            found = [distance(run["parts"][kind]) for run in runs]
-            measured[f"distance, {kind}, {place}"] = float(np.mean(found))
+            found[f"distance, {kind}, {cell}"] = numbers(runs, distance_of(kind)).mean()
         if cell in late:
-            measured |= _with_interval(f"floor, {ALGORITHM2}, {place}", floor(runs))
+            found[f"floor, {ALGORITHM2}, {cell}"] = floor(runs)
     note = (
         f"interval: of the geometric mean ratio over {len(cells)} cells, for momentum "
-        f"{momentum:g}, the best of {', '.join(f'{m:g}' for m in config.momenta)} in hindsight; "
+        f"{momentum:g}, the best of {', '.join(f'{m:g}' for m in momenta)} in hindsight; "
         f"{ALGORITHM2} from {config.population_batches} batches, drawn independently. "
-        f"{_closer(cells, config.momenta)}. Floor: what two halves of "
+        f"{_closer(cells, momenta)}. Floor: what two halves of "
         f"{config.most_population_batches} batches have in common, which more batches do not "
         f"remove: {ALGORITHM2} normalizes the layers below by each batch, the truth by the whole "
         f"set. {common}"
     )
-    return Finding(CLAIMS[0], measured, ratio.interval, _verdict(ratio, 1.0), note)
+    verdict = verdict_of(reproduced=ratio.low > 1, refuted=ratio.high < 1)
+    return Finding(CLAIMS[0], with_intervals(found), ratio.interval, verdict, note)
 
 
-def _judge_accuracy(config, cells, controls, momentum, common) -> Finding:
+def _judge_accuracy(
+    config: Config, cells: Cells, controls: Cells, momentum: float, common: str
+) -> Finding:
     """population-statistics-classify-better."""
     best = average(momentum)
     gain = _gain(cells, momentum)
-    measured = _with_interval(f"{ALGORITHM2} − {best}", gain)
-    for name, where in _subsets(config, cells).items():
-        measured |= _with_interval(f"{ALGORITHM2} − {best}, {name}", _gain(where, momentum))
+    found: dict[str, float | Estimate] = {f"{ALGORITHM2} − {best}": gain}
+    for name, where in _subsets(config, cells):
+        found[f"{ALGORITHM2} − {best}, {name}"] = _gain(where, momentum)
     for m in config.momenta:
         if m != momentum:
-            measured |= _with_interval(f"{ALGORITHM2} − {average(m)}", _gain(cells, m))
+            found[f"{ALGORITHM2} − {average(m)}"] = _gain(cells, m)
     for (cell, runs), m in itertools.product(controls.items(), config.momenta):
         name = f"{ALGORITHM2} − {average(m)}, batch {cell.batch_size}, rate decayed to 0"
-        measured |= _with_interval(name, _gain({cell: runs}, m))
-    for cell, runs in cells.items():
-        place = f"batch {cell.batch_size}, {cell.level} rate, step {cell.step}"
-        for kind in ("truth", ALGORITHM2, best):
-            found = [run["accuracy"][kind] for run in runs]
-            measured[f"test accuracy, {kind}, {place}"] = float(np.mean(found))
+        found[name] = _gain({cell: runs}, m)
+    for (cell, runs), kind in itertools.product(cells.items(), (TRUTH, ALGORITHM2, best)):
+        accuracy = np.mean([run["accuracy"][kind] for run in runs])
+        found[f"test accuracy, {kind}, {cell}"] = float(accuracy)
     note = (
         f"interval: of the mean difference over {len(cells)} cells, for momentum {momentum:g}. "
         f"Truth: the statistics of the full training set. {common}"
     )
-    return Finding(CLAIMS[1], measured, gain.interval, _verdict(gain, 0.0), note)
+    verdict = verdict_of(reproduced=gain.low > 0, refuted=gain.high < 0)
+    return Finding(CLAIMS[1], with_intervals(found), gain.interval, verdict, note)
 
 
-def _subsets(config: Any, cells: Mapping[Cell, Records]) -> dict[str, dict[Cell, Records]]:
-    """Parts of the grid, by name: early and late, each level, each step and each batch size."""
-    first, last = min(config.snapshots), max(config.snapshots)
-    names = {
-        **{f"step {step}": (None, None, step) for step in config.snapshots},
-        **{f"{level} rate": (None, level, None) for level in LEVELS},
-        **{f"batch {size}": (size, None, None) for size in config.batch_sizes},
-        **{
-            f"{level} rate, step {step}": (None, level, step)
-            for level, step in itertools.product(LEVELS, (first, last))
-        },
-    }
-    found = {
-        name: {
-            cell: runs
-            for cell, runs in cells.items()
-            if all(want in (None, has) for want, has in zip(wanted, cell, strict=True))
-        }
-        for name, wanted in names.items()
-    }
-    return {name: where for name, where in found.items() if where}
-
-
-def _closer(cells: Mapping[Cell, Records], momenta: Sequence[float]) -> str:
-    """Says in which cells an average is surely closer than Algorithm 2."""
-    said = []
-    for momentum in momenta:
-        ratios = log_ratios(cells, average(momentum), ALGORITHM2)
-        won = [cell for cell, row in zip(cells, ratios.T, strict=True) if estimate(row).high < 0]
-        steps: dict[str, list[str]] = {}
-        for cell in won:
-            where = f"batch {cell.batch_size} {cell.level} rate"
-            steps.setdefault(where, []).append(str(cell.step))
-        listed = "; ".join(f"{where}, step {', '.join(s)}" for where, s in steps.items())
-        said.append(
-            f"{average(momentum)} in {len(won)} of {len(cells)} cells"
-            + (f" ({listed})" if won else "")
-        )
-    return "A moving average is surely closer, by each cell's own interval: " + "; ".join(said)
-
-
-def _common_note(
-    config: Any,
-    rates: Mapping[int, Rates],
-    lost: Sequence[Cell],
-    lost_controls: Sequence[Cell],
-) -> str:
-    """What both notes say."""
-    shown = "; ".join(
-        f"batch {size}: low {r.low:g}, best {r.best:g}, high {r.high:g}"
-        for size, r in sorted(rates.items())
-    )
-    note = f"Rates: {shown}"
-    ends = (min(config.learning_rates), max(config.learning_rates))
-    at_end = [str(size) for size, r in sorted(rates.items()) if r.best in ends]
-    note += f". Best rate at an end of the grid: batch {', '.join(at_end)}" if at_end else ""
-    same = [str(size) for size, r in sorted(rates.items()) if r.high == r.best]
-    note += (
-        f". High is the best where no higher rate trains: batch {', '.join(same)}" if same else ""
-    )
-    left_out = [f"batch {c.batch_size} {c.level} rate step {c.step}" for c in lost]
-    left_out += [f"batch {c.batch_size} rate decayed to 0" for c in lost_controls]
-    if left_out:
-        note += f". Left out, since a run had non-finite steps: {'; '.join(left_out)}"
-    return note
-
-
-def _verdict(found: Estimate, neutral: float) -> str:
-    if found.low > neutral:
-        return REPRODUCED
-    return NOT_REPRODUCED if found.high < neutral else INCONCLUSIVE
-
-
-def _ratio(cells: Mapping[Cell, Records], kind: str, other: str) -> Estimate:
-    """Geometric mean over cells and seeds, with the interval over seeds."""
+def _ratio(cells: Cells, kind: str, other: str = ALGORITHM2) -> Estimate:
     return _geometric(log_ratios(cells, kind, other))
 
 
 def _geometric(log_ratios: np.ndarray) -> Estimate:
-    found = estimate(log_ratios.mean(axis=1))
-    mean, low, high = (float(np.exp(x)) for x in found[:3])
-    return Estimate(mean, low, high, found.count)
+    """Geometric mean over cells and seeds, with the interval over seeds."""
+    return estimate(log_ratios.mean(axis=1)).mapped(np.exp)
 
 
-def _gain(cells: Mapping[Cell, Records], momentum: float) -> Estimate:
-    return estimate(gains(cells, momentum).mean(axis=1))
+def _gain(cells: Cells, momentum: float) -> Estimate:
+    """Test accuracy by Algorithm 2 minus that by the average."""
+    kind = average(momentum)
+    gains = table(cells, lambda run: run["accuracy"][ALGORITHM2] - run["accuracy"][kind])
+    return estimate(gains.mean(axis=1))
 
 
-def _with_interval(name: str, found: Estimate) -> dict[str, float]:
-    return {name: found.mean, f"{name}, low": found.low, f"{name}, high": found.high}
+def _subsets(config: Config, cells: Cells) -> Iterator[tuple[str, Cells]]:
+    """Parts of the grid, by name: each step, level and batch size, and early and late."""
+    first, last = min(config.snapshots), max(config.snapshots)
+    wanted: list[tuple[str, dict[str, Any]]] = [
+        *((f"step {step}", {"step": step}) for step in config.snapshots),
+        *((f"{level} rate", {"level": level}) for level in LEVELS),
+        *((f"batch {size}", {"batch_size": size}) for size in config.batch_sizes),
+        *(
+            (f"{level} rate, step {step}", {"level": level, "step": step})
+            for level, step in itertools.product(LEVELS, dict.fromkeys((first, last)))
+        ),
+    ]
+    for name, fields in wanted:
+        found = {c: runs for c, runs in cells.items() if fields.items() <= c._asdict().items()}
+        if found:
+            yield name, found
+
+
+def _closer(cells: Cells, momenta: Sequence[float]) -> str:
+    """In which cells an average is surely closer than Algorithm 2."""
+    said = []
+    for momentum in momenta:
+        ratios = log_ratios(cells, average(momentum))
+        won = [cell for cell, row in zip(cells, ratios.T, strict=True) if estimate(row).high < 0]
+        places = [
+            f"batch {size} {level} rate, step {', '.join(str(cell.step) for cell in of)}"
+            for (size, level), of in itertools.groupby(won, lambda cell: cell[:2])
+        ]
+        told = f"{average(momentum)} in {len(won)} of {len(cells)} cells"
+        said.append(f"{told} ({'; '.join(places)})" if won else told)
+    return "A moving average is surely closer, by each cell's own interval: " + "; ".join(said)
+
+
+def _rates_note(config: Config, rates: Mapping[int, Rates]) -> str:
+    ordered = sorted(rates.items())
+    shown = (f"batch {n}: low {r.low:g}, best {r.best:g}, high {r.high:g}" for n, r in ordered)
+    note = f"Rates: {'; '.join(shown)}"
+    at_ends = [str(n) for n, rate in ordered if at_end(rate.best, config.learning_rates)]
+    same = [str(n) for n, rate in ordered if rate.high == rate.best]
+    if at_ends:
+        note += f". Best rate at an end of the grid: batch {', '.join(at_ends)}"
+    if same:
+        note += f". High is the best where no higher rate trains: batch {', '.join(same)}"
+    return note

@@ -46,53 +46,53 @@ bias of BN and the head's kernel have a rate of their own and no decay, in both 
 | equilibrium-angle | within 5 % of √(2ηλ/(1 + α)) |
 """
 
-import dataclasses
-import functools
-import itertools
-import math
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
-import jax
-import numpy as np
-from tqdm import tqdm
+from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.images import load_images
-from bn_research.lab.workdir import Ledger
-from bn_research.models.spec import num_logits
-from bn_research.training.preemption import Preemption, Stopped
-from bn_research.training.step import Batch
-from experiments.scale_invariance import dynamics, identities, measurements, verdicts
-from experiments.scale_invariance.dynamics import Network, exponential_rates
-from experiments.scale_invariance.figures import draw
+from bn_research.lab.fields import (
+    Count,
+    Network,
+    OrNone,
+    Positive,
+    Several,
+    Share,
+    Some,
+    whole_dispatches,
+)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Config:
     """Settings of a run."""
 
-    seeds: int = 3
+    seeds: Count = 3
     dataset: str = "digits"
     data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
     manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: int = 0  # height and width the images are resized to; 0 keeps theirs
-    network: str = "c4 P c8 P f16 f10"  # small, so that it does not fit its training set
-    wide_network: str = "c16 P c32 P f64 f10"  # a control, nearer to fitting it
-    scales: tuple[float, ...] = tuple(10.0 ** (k / 2) for k in range(-6, 7))  # a
-    epsilon: float = 1e-5  # of the exact form, and in training to equilibrium
-    batch_size: int = 16
-    num_steps: int = 300  # of the trajectories in float64
-    learning_rate: float = 0.1  # η of the trajectories
-    other_rate: float = 0.02  # of scale, bias and the head
-    weight_decay: float = 5e-3  # λ, without momentum or with
-    momentum: float = 0.9  # α
-    factors: tuple[float, ...] = (0.1, 3.0, 10.0)  # c
-    equilibrium_steps: int = 2000
-    equilibrium_rates: tuple[float, ...] = (0.1, 0.5)  # η
-    equilibrium_products: tuple[float, ...] = (2e-3, 5e-3)  # ηλ
-    steps_per_dispatch: int = 500
+    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
+    network: Network = "c4 P c8 P f16 f10"  # small, so that it does not fit its training set
+    wide_network: Network = "c16 P c32 P f64 f10"  # a control, nearer to fitting it
+    scales: Some[Positive] = tuple(10.0 ** (k / 2) for k in range(-6, 7))  # a
+    epsilon: Positive = 1e-5  # of the exact form, and in training to equilibrium
+    batch_size: Several = 16
+    num_steps: Several = 300  # of the trajectories in float64
+    learning_rate: Positive = 0.1  # η of the trajectories
+    other_rate: Positive = 0.02  # of scale, bias and the head
+    weight_decay: Positive = 5e-3  # λ, without momentum or with
+    momentum: Share = 0.9  # α
+    factors: Some[Positive] = (0.1, 3.0, 10.0)  # c
+    equilibrium_steps: Several = 2000
+    equilibrium_rates: Some[Positive] = (0.1, 0.5)  # η
+    equilibrium_products: Some[Positive] = (2e-3, 5e-3)  # ηλ
+    steps_per_dispatch: Count = 500
+
+    def __post_init__(self) -> None:
+        """Raises ValueError."""
+        whole_dispatches(self, "equilibrium_steps")
+        if self.wide_network == self.network:
+            raise ValueError(
+                f"wide_network={self.wide_network!r} is not allowed: network is the same"
+            )
 
 
 PRESETS = {
@@ -123,157 +123,6 @@ PRESETS = {
     ),
 }
 
-
-def prepare(config: Config) -> Batch:
-    """Checks the config and loads the training images, from 0 to 1."""
-    for name, least in (
-        ("seeds", 1),
-        ("num_steps", 2),
-        ("equilibrium_steps", 2),
-        ("steps_per_dispatch", 1),
-    ):
-        if getattr(config, name) < least:
-            raise ValueError(
-                f"{name}={getattr(config, name)} is not allowed: at least {least} is needed"
-            )
-    for name in ("scales", "factors", "equilibrium_rates", "equilibrium_products"):
-        values = getattr(config, name)
-        if not values or not all(0 < value < math.inf for value in values):
-            raise ValueError(f"{name}={values} is not allowed: give positive numbers")
-    for name in ("learning_rate", "other_rate", "weight_decay", "epsilon"):
-        value = getattr(config, name)
-        if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} is not allowed: it must be positive")
-    if not 0 <= config.momentum < 1:
-        raise ValueError(f"momentum={config.momentum} is not allowed: it must lie in [0, 1)")
-    exponential_rates([config.learning_rate], config.weight_decay, config.momentum)
-    if config.equilibrium_steps % config.steps_per_dispatch:
-        raise ValueError(
-            f"equilibrium_steps={config.equilibrium_steps} is not allowed: it must be a multiple "
-            f"of steps_per_dispatch={config.steps_per_dispatch}"
-        )
-    if config.wide_network == config.network:
-        raise ValueError(
-            f"wide_network={config.wide_network!r} is not allowed: network is the same"
-        )
-    images = load_images(
-        config.dataset,
-        data_dir=config.data_dir,
-        manual_dir=config.manual_dir,
-        scale="unit",
-        size=config.image_size,
-    )
-    examples = Batch(np.asarray(images.train.image), np.asarray(images.train.label))  # type: ignore[arg-type]
-    if not 1 < config.batch_size <= len(examples.label):
-        raise ValueError(
-            f"batch_size={config.batch_size} is not allowed: it must lie between 2 and "
-            f"{len(examples.label)}, the number of training examples"
-        )
-    for network in (config.network, config.wide_network):
-        dynamics.check_network(Network(network, "hidden"), examples.image.shape[1:])
-        if num_logits(network) != images.num_classes:
-            raise ValueError(
-                f"network {network!r} has {num_logits(network)} logits: {config.dataset} has "
-                f"{images.num_classes} classes"
-            )
-    return examples
-
-
-def run(config: Config, examples: Batch, path: Path):
-    """Measures what is not yet in the workdir, decides, and draws."""
-    ledger = Ledger(path / "metrics.jsonl")
-    seeds = range(config.seeds)
-    images = np.asarray(examples.image)
-    first = jax.tree.map(lambda leaf: leaf[:256], examples)
-    with Preemption() as preemption:
-        equilibrium = measurements.Equilibrium(config, examples, path, preemption)
-        groups: dict[str, list[tuple[str, Callable[[], Mapping[str, Any]]]]] = {
-            "backprop": [
-                (
-                    f"identities {layer} seed={seed}",
-                    functools.partial(
-                        identities.measure, images, layer, config.scales, config.epsilon, seed
-                    ),
-                )
-                for layer, seed in itertools.product(identities.LAYERS, seeds)
-            ],
-            "losses": [
-                (
-                    f"loss seed={seed}",
-                    functools.partial(measurements.measure_losses, config, first, seed),
-                )
-                for seed in seeds
-            ],
-            "tangent": [
-                (
-                    f"tangent {name} seed={seed}",
-                    functools.partial(measurements.measure_tangent, config, examples, name, seed),
-                )
-                for name, seed in itertools.product(measurements.networks(config), seeds)
-            ],
-            "effective": [
-                (
-                    f"effective rate momentum={momentum:g} seed={seed}",
-                    functools.partial(
-                        measurements.measure_effective_rate, config, examples, momentum, seed
-                    ),
-                )
-                for momentum, seed in itertools.product(
-                    dict.fromkeys((0.0, config.momentum)), seeds
-                )
-            ],
-            "exponential": [
-                (
-                    f"exponential rate seed={seed}",
-                    functools.partial(measurements.measure_exponential, config, examples, seed),
-                )
-                for seed in seeds
-            ],
-            "equilibrium": [
-                (
-                    f"equilibrium {spec} eta={rate:g} lambda={decay:g} momentum={momentum:g} "
-                    f"seed={seed}",
-                    functools.partial(
-                        equilibrium.measure,
-                        Network(spec, "hidden", epsilon=config.epsilon),
-                        rate,
-                        decay,
-                        momentum,
-                        seed,
-                    ),
-                )
-                for (spec, rate, decay, momentum), seed in itertools.product(
-                    measurements.equilibrium_settings(config), seeds
-                )
-            ],
-        }
-        total = sum(map(len, groups.values()))
-        records: dict[str, list[dict]] = {}
-        done = 0
-        try:
-            with tqdm(total=total, unit="measurement", dynamic_ncols=True) as bar:
-                for group, plan in groups.items():
-                    records[group] = []
-                    for name, measure in plan:
-                        bar.set_description(name)
-                        records[group].append(ledger.get(name, measure))
-                        bar.update()
-                        done += 1
-                        if preemption.requested(done):
-                            raise Stopped(done)
-        finally:
-            equilibrium.close()
-    findings = [
-        verdicts.judge_backprop(config, records["backprop"]),
-        verdicts.judge_tangent(records["tangent"]),
-        verdicts.judge_effective_rate(records["effective"]),
-        verdicts.judge_exponential(records["exponential"]),
-        verdicts.judge_equilibrium(config, records["equilibrium"]),
-    ]
-    return findings, draw(config, records, path / "figures")
-
-
-CLAIMS = verdicts.CLAIMS
 
 EXPERIMENT = Experiment(
     __name__,

@@ -1,7 +1,7 @@
 """The networks of `experiments.scale_invariance`: their loss, and their training runs."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -12,45 +12,27 @@ import optax
 from jaxtyping import Array, Float
 
 from bn_research.lab.flags import UsageError
+from bn_research.lab.settings import Programs, Setting, creator, per_structure, sweep
 from bn_research.layers.linen import BatchNorm
-from bn_research.models.cnn import CNN, hidden_layers
+from bn_research.models.cnn import CNN, NormPlacement, hidden_layers
 from bn_research.probes.angular_updates import angular_update
 from bn_research.training.loop import run_steps
 from bn_research.training.state import TrainState, create_train_state
 from bn_research.training.step import Batch, make_train_step
 
 
-class Network(NamedTuple):
-    """What fixes the compiled program; the kernels of all layers but the head are "hidden"."""
+class Run(Setting, traced="rates other_rate decay momentum factor"):
+    """A network and how it is trained; the kernels of all layers but the head are "hidden"."""
 
     spec: str
-    placement: str  # of BN: "hidden" makes the hidden kernels scale-invariant, "none" does not
+    placement: NormPlacement  # of BN: "hidden" makes the hidden kernels scale-invariant
     use_bias: bool = False
     epsilon: float = 0.0
-
-
-class Setting(NamedTuple):
-    """What a run is given; all of it traced."""
-
-    rates: Float[Array, "steps"]  # η_t of the hidden kernels
-    decay: float  # λ of the hidden kernels; nothing else decays
-    momentum: float  # of all
-    other_rate: float  # of scale, bias and the head's kernel
-    factor: float  # times the hidden kernels' initial values
-
-
-def setting(
-    rates: float | np.ndarray,
-    decay: float = 0.0,
-    *,
-    steps: int,
-    momentum: float = 0.0,
-    other_rate: float,
-    factor: float = 1.0,
-) -> Setting:
-    """A Setting of Python and NumPy numbers; a rate alone is that of every step."""
-    rates = np.broadcast_to(np.asarray(rates, np.float64), (steps,))
-    return Setting(np.array(rates), decay, momentum, other_rate, factor)  # type: ignore[arg-type]
+    rates: Any = 0.0  # η_t of the hidden kernels, shape=(steps,); the last holds from there on
+    other_rate: float = 0.0  # of scale, bias and the head's kernel
+    decay: float = 0.0  # λ of the hidden kernels; nothing else decays
+    momentum: float = 0.0  # of all
+    factor: float = 1.0  # times the hidden kernels' initial values
 
 
 class Norms(NamedTuple):
@@ -96,7 +78,7 @@ def exponential_rates(
 
 
 def trajectory(
-    network: Network, examples: Batch, seed: int, run: Setting, *, batch_size: int
+    run: Run, examples: Batch, seed: int, *, batch_size: int
 ) -> tuple[np.ndarray, Norms]:
     """Losses [steps] and norms [steps, kernels] of a run, in float64.
 
@@ -104,129 +86,30 @@ def trajectory(
     the factor, and the same batches.
     """
     with jax.enable_x64(True):
-        program = _trajectory_program(network, examples.image.shape, batch_size, len(run.rates))
+        program = _trajectory_program(run, examples.image.shape[1:], batch_size, len(run.rates))
         examples = Batch(examples.image.astype(np.float64), examples.label)
         metrics = program(jax.random.key(seed), examples, jax.tree.map(jnp.asarray, run))
         if np.any(metrics.diverged):
             raise UsageError(
-                f"network {network.spec!r}, BN {network.placement}, diverged at a rate of "
+                f"network {run.spec!r}, BN {run.placement}, diverged at a rate of "
                 f"{run.rates[0]:g}, weights times {run.factor:g}: give a smaller learning_rate or "
                 "factors nearer to 1"
             )
         return np.asarray(metrics.loss), jax.tree.map(np.asarray, metrics.observed)
 
 
-@functools.cache
-def _trajectory_program(network: Network, shape: tuple[int, ...], batch_size: int, steps: int):
+@per_structure
+def _trajectory_program(run: Run, shape: tuple[int, ...], batch_size: int, steps: int):
+    observe = functools.partial(_observe, hidden_layers(run.spec))
+
     @jax.jit
     def program(key, examples, run):
-        state = create_state(network, shape[1:], key, run, jnp.float64)
-        observe = functools.partial(_observe, hidden_layers(network.spec))
-        step = make_train_step(apply_fn(network), optimizer(network, run), observe=observe)
+        init = functools.partial(_variables, run, shape, jnp.float64)
+        state = create_train_state(init, _optimizer(run), key)
+        step = make_train_step(_apply_fn(run), _optimizer(run), observe=observe)
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=steps)[1]
 
     return program
-
-
-def create_state(
-    network: Network, shape: Sequence[int], key: Array, run: Setting, dtype: Any
-) -> TrainState:
-    """State before the first step, everything of dtype."""
-    model = _model(network)
-
-    def init(key):
-        variables = model.init(key, jnp.zeros((1, *shape)), train=False)
-        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
-        return {**variables, "params": _scaled(network, variables["params"], run.factor)}
-
-    return create_train_state(init, optimizer(network, run), key)
-
-
-def optimizer(network: Network, run: Setting) -> optax.GradientTransformation:
-    """Momentum SGD; rates of their own and L2 decay for the hidden kernels."""
-
-    def labels(params):
-        return jax.tree.map(
-            lambda hidden: "hidden" if hidden else "other", _is_hidden_kernel(network, params)
-        )
-
-    def rate(count):
-        return jnp.take(run.rates, count, mode="clip")
-
-    hidden = optax.chain(
-        optax.add_decayed_weights(run.decay), optax.sgd(rate, momentum=run.momentum)
-    )
-    other = optax.sgd(run.other_rate, momentum=run.momentum)
-    return optax.partition({"hidden": hidden, "other": other}, labels)
-
-
-def apply_fn(network: Network):
-    """(variables, image, train) -> logits and new batch_stats."""
-    model = _model(network)
-
-    def apply(variables, image, *, train):
-        logits, new = model.apply(variables, image, train=True, mutable=["batch_stats"])
-        return logits, new.get("batch_stats", {})
-
-    return apply
-
-
-def _model(network: Network) -> CNN:
-    return CNN(
-        network.spec,
-        functools.partial(BatchNorm, epsilon=network.epsilon),
-        network.placement,  # type: ignore[arg-type]
-        use_bias=network.use_bias,
-        kernel_init=nn.initializers.he_normal(),
-    )
-
-
-def _is_hidden_kernel(network: Network, params: Any) -> Any:
-    """True for the hidden kernels; a pytree like params."""
-    layers = hidden_layers(network.spec)
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[0].key in layers and path[-1].key == "kernel", params
-    )
-
-
-def _scaled(network: Network, params: Any, factor: Array | float) -> Any:
-    """The params, with all hidden kernels times a factor."""
-    return jax.tree.map(
-        lambda hidden, leaf: factor * leaf if hidden else leaf,
-        _is_hidden_kernel(network, params),
-        params,
-    )
-
-
-def losses(
-    network: Network, examples: Batch, scales: Sequence[float], seed: int
-) -> Float[np.ndarray, "scales"]:
-    """Training loss at initialization with all hidden kernels times each scale, float64.
-
-    Biases, if there are any, are random, and not scaled.
-    """
-    with jax.enable_x64(True):
-        image = jnp.asarray(examples.image, jnp.float64)
-        run = setting(0.0, steps=1, other_rate=0.0)
-        params, batch_stats = create_state(
-            network, image.shape[1:], jax.random.key(seed), run, jnp.float64
-        )[1:3]
-        if network.use_bias:
-            rng = np.random.default_rng(seed)
-            params = {
-                name: {**layer, "bias": 0.1 * rng.standard_normal(layer["bias"].shape)}
-                if "kernel" in layer
-                else layer
-                for name, layer in params.items()
-            }
-
-        @jax.jit
-        def loss(a):
-            variables = {"params": _scaled(network, params, a), "batch_stats": batch_stats}
-            logits, _ = apply_fn(network)(variables, image, train=True)
-            return optax.softmax_cross_entropy_with_integer_labels(logits, examples.label).mean()
-
-        return np.array([loss(np.float64(a)) for a in scales])
 
 
 def _observe(layers: Sequence[str], params: Any, grads: Any, new_params: Any) -> Norms:
@@ -237,35 +120,106 @@ def _observe(layers: Sequence[str], params: Any, grads: Any, new_params: Any) ->
     return Norms(*(jnp.stack(column) for column in zip(*rows, strict=True)))
 
 
-def kernel_paths(network: Network) -> list[str]:
-    """Paths of the hidden kernels, first layer to last."""
-    return [f"['{layer}']['kernel']" for layer in hidden_layers(network.spec)]
+@per_structure
+def equilibrium_programs(run: Run, shape: tuple[int, ...], batch_size: int, steps: int) -> Programs:
+    """Training in float32; of each step the angles of the hidden kernels are observed."""
+    observe = functools.partial(angular_update, groups=kernel_paths(run.spec))
 
+    def init(key: Array, run: Run) -> Any:
+        return _variables(run, shape, jnp.float32, key)
 
-def check_network(network: Network, shape: Sequence[int]) -> None:
-    """ValueError unless it has a hidden layer and takes images of this shape."""
-    if not hidden_layers(network.spec):
-        raise ValueError(f"network {network.spec!r} has no hidden layer: give one before the head")
-    jax.eval_shape(
-        lambda key: _model(network).init(key, jnp.zeros((1, *shape)), train=False),
-        jax.random.key(0),
+    def advance(state: TrainState, run: Run, examples: Batch):
+        step = make_train_step(_apply_fn(run), _optimizer(run), observe=observe)
+        return run_steps(step, state, examples, batch_size=batch_size, num_steps=steps)
+
+    return Programs(  # at XLA's own level: the published records are of that, to the bit
+        creator(init, _optimizer, compiler_level=3),
+        sweep(advance, steps_per_dispatch=steps, compiler_level=3),
     )
 
 
-@functools.cache
-def equilibrium_programs(
-    network: Network, shape: tuple[int, ...], batch_size: int, steps: int, groups: tuple[str, ...]
-):
-    """(key, run) -> state before the first step, and (state, examples, run) -> steps later."""
+def kernel_paths(spec: str) -> list[str]:
+    """Paths of the hidden kernels, first layer to last."""
+    return [f"['{layer}']['kernel']" for layer in hidden_layers(spec)]
 
-    @jax.jit
-    def create(key, run):
-        return create_state(network, shape, key, run, jnp.float32)
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def advance(state, examples, run):
-        observe = functools.partial(angular_update, groups=groups)
-        step = make_train_step(apply_fn(network), optimizer(network, run), observe=observe)
-        return run_steps(step, state, examples, batch_size=batch_size, num_steps=steps)
+def losses(
+    run: Run, examples: Batch, scales: Sequence[float], seed: int
+) -> Float[np.ndarray, "scales"]:
+    """Training loss at initialization with all hidden kernels times each scale, float64.
 
-    return create, advance
+    Biases, if there are any, are random, and not scaled.
+    """
+    with jax.enable_x64(True):
+        image = jnp.asarray(examples.image, jnp.float64)
+        init = functools.partial(_variables, run, image.shape[1:], jnp.float64)
+        state = create_train_state(init, _optimizer(run), jax.random.key(seed))
+        params, rng = state.params, np.random.default_rng(seed)
+        for layer in params.values():
+            if {"kernel", "bias"} <= layer.keys():
+                layer["bias"] = 0.1 * rng.standard_normal(layer["bias"].shape)
+
+        @jax.jit
+        def loss(a):
+            variables = {"params": _scaled(run, params, a), "batch_stats": state.batch_stats}
+            logits, _ = _apply_fn(run)(variables, image, train=True)
+            return optax.softmax_cross_entropy_with_integer_labels(logits, examples.label).mean()
+
+        return np.array([loss(np.float64(a)) for a in scales])
+
+
+def _variables(run: Run, shape: Sequence[int], dtype: Any, key: Array) -> dict[str, Any]:
+    """Variables before the first step, everything of dtype."""
+    variables = _model(run).init(key, jnp.zeros((1, *shape)), train=False)
+    variables = jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+    return {**variables, "params": _scaled(run, variables["params"], run.factor)}
+
+
+def _optimizer(run: Run) -> optax.GradientTransformation:
+    """Momentum SGD; rates of their own and L2 decay for the hidden kernels."""
+
+    def rate(count):
+        return jnp.take(run.rates, count, mode="clip")
+
+    hidden = optax.chain(
+        optax.add_decayed_weights(run.decay), optax.sgd(rate, momentum=run.momentum)
+    )
+    other = optax.sgd(run.other_rate, momentum=run.momentum)
+    return optax.partition({"hidden": hidden, "other": other}, functools.partial(_labels, run))
+
+
+def _apply_fn(run: Run) -> Callable[..., tuple[Array, Any]]:
+    model = _model(run)
+
+    def apply(variables, image, *, train):
+        logits, new = model.apply(variables, image, train=True, mutable=["batch_stats"])
+        return logits, new.get("batch_stats", {})
+
+    return apply
+
+
+def _model(run: Run) -> CNN:
+    return CNN(
+        run.spec,
+        functools.partial(BatchNorm, epsilon=run.epsilon),
+        run.placement,
+        use_bias=run.use_bias,
+        kernel_init=nn.initializers.he_normal(),
+    )
+
+
+def _labels(run: Run, params: Any) -> Any:
+    """Which parameters are hidden kernels; a pytree like params."""
+    paths = kernel_paths(run.spec)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "hidden" if jax.tree_util.keystr(path) in paths else "other", params
+    )
+
+
+def _scaled(run: Run, params: Any, factor: Array | float) -> Any:
+    """The params, with all hidden kernels times a factor."""
+    return jax.tree.map(
+        lambda label, leaf: factor * leaf if label == "hidden" else leaf,
+        _labels(run, params),
+        params,
+    )

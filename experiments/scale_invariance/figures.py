@@ -6,7 +6,21 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.figures import PALETTE, Figure, band, new_figure, save_figure, shared_legend
+from bn_research.claims.figures import (
+    GREY,
+    PALETTE,
+    Figure,
+    band,
+    new_figure,
+    save_all,
+    shared_legend,
+)
+from bn_research.claims.judging import Record, by_seed, numbers
+from bn_research.claims.plots import bands, over_seeds, reference
+from experiments.scale_invariance import Config
+
+Records = Mapping[str, Sequence[Record]]  # by kind
+Drawn = tuple[Any, dict[str, Any]]  # a figure, and its words
 
 _FLOOR = 1e-17  # where a deviation of zero is drawn
 _NETWORKS = {
@@ -15,94 +29,57 @@ _NETWORKS = {
     "BN, bias inside": PALETTE.purple,
     "no BN": PALETTE.vermillion,
 }
-_GREY = "#777777"
 
 
-def draw(config: Any, records: Mapping[str, Sequence[Mapping[str, Any]]], folder: Path):
-    """All figures, in the order of the report.
-
-    Args:
-      config: of the run.
-      records: by kind: backprop, losses, tangent, effective, exponential, equilibrium.
-      folder: where the PNG files go.
-    """
-    return [
-        _draw_identities(config, records["backprop"], folder / "identities.png"),
-        _draw_losses(config, records["losses"], folder / "loss_against_scale.png"),
-        _draw_growth(config, records["tangent"], folder / "norm_growth.png"),
-        _draw_effective(config, records["effective"], folder / "effective_rate.png"),
-        _draw_exponential(config, records["exponential"], folder / "exponential_rate.png"),
-        _draw_angles(config, records["equilibrium"], folder / "equilibrium_angle.png"),
-        _draw_approach(config, records["equilibrium"], folder / "approach.png"),
-    ]
-
-
-def _draw_losses(config, records, path) -> Figure:
-    fig, axis = new_figure(height=3.8)
-    names = [name for name in _NETWORKS if name in records[0]]
-    for name in names:
-        curves = np.array([record[name] for record in records], dtype=float)
-        line = band(axis, config.scales, curves, label=name, color=_NETWORKS[name])
-        line.set(linewidth=3.2 if name == "BN, ε > 0" else 1.8)
-        if name == "BN":
-            line.set(linestyle="--", color=PALETTE.black, zorder=4)
-    axis.axhline(np.log(10), color=_GREY, linestyle=":", linewidth=1.2)
-    axis.set_xscale("log")
-    steady = np.array([[record[name] for name in names[:3]] for record in records], dtype=float)
-    axis.set_ylim(np.log(10) - 0.5, steady.max() + 1)  # without BN it grows as a³ and more
-    axis.set_xlabel("a, factor of all hidden kernels")
-    axis.set_ylabel("training loss at initialization")
-    shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="With BN the loss does not see the scale of the weights",
-        alt="Loss against the factor of the weights, logarithmic: flat with BN and epsilon 0; with "
-        "epsilon 1e-5 flat but for the smallest factors; without BN it leaves the figure, and with "
-        "a bias inside it is not flat.",
-        caption="Kernels of all layers but the head times a; BN with ε = 0, and with "
-        f"ε = {config.epsilon:g}. Bias inside: BN on the last layer "
-        "alone, and biases below it, which are not scaled. Dotted: ln 10. Line: mean of "
-        f"{config.seeds} seeds; band: lowest to highest.",
-        claims=("scale-invariant-backprop",),
+def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
+    """All figures, in the order of the report."""
+    figures = (
+        _identities,
+        _loss_against_scale,
+        _norm_growth,
+        _effective_rate,
+        _exponential_rate,
+        _equilibrium_angle,
+        _approach,
     )
+    return save_all(figures, folder, config, records)
 
 
-def _draw_identities(config, records, path) -> Figure:
+def _limit(axis: Any, y: float) -> None:
+    reference(axis, y=y, linestyle=":", linewidth=1.5)
+
+
+def _drawn(deviations: Any) -> np.ndarray:
+    """Deviations as a logarithmic axis can show them."""
+    return np.maximum(np.array(deviations, dtype=float), _FLOOR)
+
+
+def _identities(config: Config, records: Records) -> Drawn:
+    """The identities hold to the last digits of float64, and only with BN."""
+    found = records["backprop"]
     fig, axes = new_figure(rows=2, width=5.4, height=6.4)
-    colors = dict(
-        zip(("value", "input gradient", "weight gradient", "exact form"), PALETTE, strict=False)
-    )
-    for name, color in colors.items():
+    kinds = ("value", "input gradient", "weight gradient", "exact form")
+    for name, color in zip(kinds, PALETTE, strict=False):
         curves = [
-            record[interface][name] for record in records for interface in ("functions", "linen")
+            record[interface][name] for record in found for interface in ("functions", "linen")
         ]
-        worst = np.maximum(np.max(curves, axis=0), _FLOOR)
+        worst = _drawn(np.max(curves, axis=0))
         axes[0].plot(config.scales, worst, "o-", color=color, markersize=4, label=name)
-    axes[0].axhline(1e-12, color=_GREY, linestyle=":")
-    axes[0].set_ylabel("largest deviation")
-    shown = {
-        "no BN": (lambda record: record["no BN"], PALETTE.vermillion),
-        "bias inside": (lambda record: record["bias inside"], PALETTE.purple),
-        f"ε = {config.epsilon:g} ignored": (
-            lambda record: record["functions"]["ε ignored"],
-            PALETTE.sky,
-        ),
-        "bias right before BN": (lambda record: record["bias before BN"], PALETTE.black),
-    }
-    for label, (pick, color) in shown.items():
-        worst = np.maximum(np.max([pick(record) for record in records], axis=0), _FLOOR)
+    _limit(axes[0], 1e-12)
+    ignored = [{"ε ignored": record["functions"]["ε ignored"]} for record in found]
+    for label, controls, name, color in (
+        ("no BN", found, "no BN", PALETTE.vermillion),
+        ("bias inside", found, "bias inside", PALETTE.purple),
+        (f"ε = {config.epsilon:g} ignored", ignored, "ε ignored", PALETTE.sky),
+        ("bias right before BN", found, "bias before BN", PALETTE.black),
+    ):
+        worst = _drawn(numbers(controls, name).max(axis=0))
         axes[1].plot(config.scales, worst, "s-", color=color, markersize=4, label=label)
-    axes[1].set_ylabel("largest deviation, controls")
-    for axis in axes:
-        axis.set_xscale("log")
-        axis.set_yscale("log")
+    for axis, words in zip(axes, ("largest deviation", "largest deviation, controls"), strict=True):
+        axis.set(ylabel=words, xscale="log", yscale="log")
     axes[1].set_xlabel("a, factor of the weights")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="The identities hold to the last digits of float64, and only with BN",
+    return fig, dict(
         alt="Deviations against the factor of the weights, logarithmic: about 1e-15 for all four "
         "identities; of order one without BN and with a bias inside.",
         caption="Largest over seeds, dense and conv layers, pure functions and linen; relative to "
@@ -114,44 +91,58 @@ def _draw_identities(config, records, path) -> Figure:
     )
 
 
-def _draw_growth(config, records, path) -> Figure:
+def _loss_against_scale(config: Config, records: Records) -> Drawn:
+    """With BN the loss does not see the scale of the weights."""
+    fig, axis = new_figure(height=3.8)
+    curves = {name: numbers(records["losses"], name) for name in _NETWORKS}
+    for name, rows in curves.items():
+        width = 3.2 if name == "BN, ε > 0" else 1.8
+        line = band(axis, config.scales, rows, label=name, color=_NETWORKS[name], linewidth=width)
+        if name == "BN":
+            line.set(linestyle="--", color=PALETTE.black, zorder=4)
+    reference(axis, y=np.log(10), linestyle=":")
+    steady = max(rows.max() for name, rows in curves.items() if name != "no BN")
+    axis.set(
+        xscale="log",
+        ylim=(np.log(10) - 0.5, steady + 1),  # without BN it grows as a³ and more
+        xlabel="a, factor of all hidden kernels",
+        ylabel="training loss at initialization",
+    )
+    shared_legend(fig, columns=2)
+    return fig, dict(
+        alt="Loss against the factor of the weights, logarithmic: flat with BN and epsilon 0; with "
+        "epsilon 1e-5 flat but for the smallest factors; without BN it leaves the figure, and with "
+        "a bias inside it is not flat.",
+        caption="Kernels of all layers but the head times a; BN with ε = 0, and with "
+        f"ε = {config.epsilon:g}. Bias inside: BN on the last layer "
+        f"alone, and biases below it, which are not scaled. Dotted: ln 10. "
+        f"{over_seeds(config.seeds)}.",
+        claims=("scale-invariant-backprop",),
+    )
+
+
+def _norm_growth(config: Config, records: Records) -> Drawn:
+    """The gradient is a tangent, so the weights grow as by Pythagoras."""
+    found = records["tangent"]
     fig, axes = new_figure(rows=2, width=5.4, height=6.4)
-    first = next(record for record in records if record["network"] == "BN")
-    squared, predicted = (np.array(first[key], dtype=float) for key in ("squared", "predicted"))
-    for layer, color in zip(range(squared.shape[1]), PALETTE, strict=False):
-        label = f"hidden layer {layer + 1}"
-        axes[0].plot(first["steps"], squared[:, layer], color=color, linewidth=3.2, alpha=0.5)
-        axes[0].plot(first["steps"], predicted[:, layer], "--", color=color, label=label)
-    control = next(record for record in records if record["network"] == "no BN")
-    axes[0].plot(
-        control["steps"],
-        np.array(control["squared"], dtype=float)[:, -1],
-        color=_GREY,
-        linewidth=3.2,
-        alpha=0.5,
-    )
-    axes[0].plot(
-        control["steps"],
-        np.array(control["predicted"], dtype=float)[:, -1],
-        "--",
-        color=_GREY,
-        label="no BN, last hidden",
-    )
+    first, control = (by_seed(found, network=name)[0] for name in ("BN", "no BN"))
+    steps, hidden = first["steps"], range(len(first["squared"][0]))[: len(PALETTE)]
+    shown = [(first, layer, PALETTE[layer], f"hidden layer {layer + 1}") for layer in hidden]
+    for record, layer, color, label in (*shown, (control, -1, GREY, "no BN, last hidden")):
+        squared, predicted = numbers([record], "squared")[0], numbers([record], "predicted")[0]
+        axes[0].plot(steps, squared[:, layer], color=color, linewidth=3.2, alpha=0.5)
+        axes[0].plot(steps, predicted[:, layer], "--", color=color, label=label)
     axes[0].set_ylabel("‖w‖², over that at the start")
     axes[0].legend(frameon=False, fontsize=9)
-    for name in dict.fromkeys(record["network"] for record in records):
-        curves = np.array([r["shares"] for r in records if r["network"] == name], dtype=float)
-        curves = np.maximum(curves, _FLOOR)
-        band(axes[1], first["steps"], curves, label=name, color=_NETWORKS[name])
-    axes[1].axhline(1e-12, color=_GREY, linestyle=":")
-    axes[1].set_yscale("log")
-    axes[1].set_ylabel("largest |⟨w, ∇L⟩|/(‖w‖‖∇L‖)")
-    axes[1].set_xlabel("step of plain SGD")
+    shares = {
+        name: _drawn(numbers(by_seed(found, network=name), "shares"))
+        for name in dict.fromkeys(record["network"] for record in found)
+    }
+    bands(axes[1], steps, shares, _NETWORKS)
+    _limit(axes[1], 1e-12)
+    axes[1].set(yscale="log", ylabel="largest |⟨w, ∇L⟩|/(‖w‖‖∇L‖)", xlabel="step of plain SGD")
     axes[1].legend(frameon=False, fontsize=9, loc="center right")
-    return save_figure(
-        fig,
-        path,
-        title="The gradient is a tangent, so the weights grow as by Pythagoras",
+    return fig, dict(
         alt="Above, squared norms of three hidden layers grow along the dashed theory, and without "
         "BN leave it; below, the radial share of the gradient is 1e-16 with BN and 0.01 to 1 "
         "without.",
@@ -162,35 +153,21 @@ def _draw_growth(config, records, path) -> Figure:
     )
 
 
-def _draw_effective(config, records, path) -> Figure:
+def _effective_rate(config: Config, records: Records) -> Drawn:
+    """Only η/‖w‖² counts."""
     fig, axes = new_figure(rows=2, width=5.4, height=5.6)
-    for record in records:
-        axes[0].plot(
-            record["steps"],
-            record["loss"],
-            color=PALETTE.blue if record["momentum"] else PALETTE.vermillion,
-            linewidth=1,
-            alpha=0.7,
-            label=f"momentum {record['momentum']:g}",
-        )
+    for record in records["effective"]:
+        steps, momentum = record["steps"], record["momentum"]
+        color = PALETTE.blue if momentum else PALETTE.vermillion
+        look = dict(color=color, linewidth=1, alpha=0.7, label=f"momentum {momentum:g}")
+        axes[0].plot(steps, record["loss"], **look)
         for (c, values), color in zip(record["differences"].items(), PALETTE[2:], strict=False):
-            axes[1].plot(
-                record["steps"],
-                np.maximum(np.array(values, dtype=float), _FLOOR),
-                color=color,
-                linewidth=1,
-                label=f"c = {c}",
-            )
+            axes[1].plot(steps, _drawn(values), color=color, linewidth=1, label=f"c = {c}")
     axes[0].set_ylabel("training loss")
-    axes[1].axhline(1e-10, color=_GREY, linestyle=":")
-    axes[1].set_yscale("log")
-    axes[1].set_ylabel("|difference|")
-    axes[1].set_xlabel("step")
+    _limit(axes[1], 1e-10)
+    axes[1].set(yscale="log", ylabel="|difference|", xlabel="step")
     shared_legend(fig, columns=3)
-    return save_figure(
-        fig,
-        path,
-        title="Only η/‖w‖² counts",
+    return fig, dict(
         alt="Above, losses of training; below, differences between losses of equivalent settings, "
         "far below the dotted line at 1e-10.",
         caption="Above: loss of each batch with η, λ and w₀, each seed. Below: its difference from "
@@ -199,81 +176,71 @@ def _draw_effective(config, records, path) -> Figure:
     )
 
 
-def _draw_exponential(config, records, path) -> Figure:
+def _exponential_rate(config: Config, records: Records) -> Drawn:
+    """Weight decay is an exponentially growing rate."""
+    found = records["exponential"]
     fig, axes = new_figure(rows=3, width=5.4, height=7.6)
-    first = records[0]
-    axes[0].plot(first["steps"], first["constant"], color=PALETTE.orange, linewidth=1,
-                 label="constant rate, no decay")  # fmt: skip
-    axes[0].plot(first["steps"], first["decay"], color=PALETTE.sky, linewidth=3.2,
-                 label="constant rate, weight decay")  # fmt: skip
-    axes[0].plot(first["steps"], first["exponential"], "--", color=PALETTE.black, linewidth=1,
-                 label="growing rate, no decay")  # fmt: skip
-    axes[0].set_ylabel("training loss")
-    axes[0].set_yscale("log")
-    for record in records:
-        axes[1].plot(record["steps"], record["rates"], color=PALETTE.black, linewidth=1.4)
-        difference = np.maximum(np.array(record["differences"], dtype=float), _FLOOR)
-        axes[2].plot(record["steps"], difference, color=PALETTE.blue, linewidth=1, alpha=0.7)
-    axes[1].set_yscale("log")
-    axes[1].set_ylabel("rate without decay")
-    axes[2].axhline(1e-10, color=_GREY, linestyle=":")
-    axes[2].set_yscale("log")
-    axes[2].set_ylabel("|difference of losses|")
-    axes[2].set_xlabel("step of momentum SGD")
+    for key, label, style, color, width in (
+        ("constant", "constant rate, no decay", "-", PALETTE.orange, 1),
+        ("decay", "constant rate, weight decay", "-", PALETTE.sky, 3.2),
+        ("exponential", "growing rate, no decay", "--", PALETTE.black, 1),
+    ):
+        look = dict(color=color, linewidth=width, label=label)
+        axes[0].plot(found[0]["steps"], found[0][key], style, **look)
+    for record in found:
+        steps, difference = record["steps"], _drawn(record["differences"])
+        axes[1].plot(steps, record["rates"], color=PALETTE.black, linewidth=1.4)
+        axes[2].plot(steps, difference, color=PALETTE.blue, linewidth=1, alpha=0.7)
+    _limit(axes[2], 1e-10)
+    axes[0].set(yscale="log", ylabel="training loss")
+    axes[1].set(yscale="log", ylabel="rate without decay")
+    axes[2].set(yscale="log", ylabel="|difference of losses|", xlabel="step of momentum SGD")
     shared_legend(fig, columns=1)
-    return save_figure(
-        fig,
-        path,
-        title="Weight decay is an exponentially growing rate",
+    return fig, dict(
         alt="Above, the losses with decay and with a growing rate lie on each other, that of a "
         "constant rate without decay does not; the rate grows exponentially; the difference of the "
         "losses stays below 1e-10.",
         caption="Above: loss of each batch, seed 0. Middle: the rate that stands for the decay. "
-        f"Below: difference of the two losses, each of {len(records)} seeds; zero is drawn at "
+        f"Below: difference of the two losses, each of {config.seeds} seeds; zero is drawn at "
         "1e-17. Rounding errors grow with the steps as training amplifies them. Dotted: 1e-10.",
         claims=("exponential-rate-equals-weight-decay",),
     )
 
 
-def _draw_angles(config, records, path) -> Figure:
+def _equilibrium_angle(config: Config, records: Records) -> Drawn:
+    """In equilibrium decay and rate set the angle per step."""
+    judged = [record for record in records["equilibrium"] if record["network"] == config.network]
     fig, axes = new_figure(rows=2, width=5.4, height=6.6)
-    judged = [record for record in records if record["network"] == config.network]
-    theory = np.array([min(r["predicted"] for r in judged), max(r["predicted"] for r in judged)])
-    theory *= (0.8, 1.25)
-    axes[0].plot(theory, theory, color=_GREY, linewidth=1.2)
-    axes[0].fill_between(theory, 0.95 * theory, 1.05 * theory, color=_GREY, alpha=0.25, linewidth=0)
-    axes[1].axhspan(0.95, 1.05, color=_GREY, alpha=0.25, linewidth=0)
-    axes[1].axhline(1, color=_GREY, linewidth=1.2)
-    layers = judged[0]["layers"]
-    for index, color in zip(range(len(layers)), PALETTE, strict=False):
-        for momentum, marker in zip(
-            dict.fromkeys(r["momentum"] for r in judged), "os", strict=False
-        ):
+    ticks = sorted({record["predicted"] for record in judged})
+    theory = np.array([ticks[0], ticks[-1]]) * (0.8, 1.25)
+    axes[0].plot(theory, theory, color=GREY, linewidth=1.2)
+    axes[0].fill_between(theory, 0.95 * theory, 1.05 * theory, color=GREY, alpha=0.25, linewidth=0)
+    axes[1].axhspan(0.95, 1.05, color=GREY, alpha=0.25, linewidth=0)
+    reference(axes[1], y=1, linestyle="-")
+    momenta = tuple(dict.fromkeys(record["momentum"] for record in judged))
+    for index, color in zip(range(len(judged[0]["layers"])), PALETTE, strict=False):
+        shift = 1 + 0.02 * (index - 1)  # side by side
+        for momentum, marker in zip(momenta, "os", strict=False):
             chosen = [record for record in judged if record["momentum"] == momentum]
-            x = np.array([record["predicted"] for record in chosen])
-            y = np.array([record["rms"][index] for record in chosen])
+            x, y = numbers(chosen, "predicted"), numbers(chosen, "rms")[:, index]
             label = f"layer {index + 1}, momentum {momentum:g}"
             look = dict(color=color, markersize=5, fillstyle="none", alpha=0.7)
-            shift = 1 + 0.02 * (index - 1)  # side by side
             axes[0].plot(x * shift, y, marker, label=label, **look)
             axes[1].plot(x * shift, y / x, marker, **look)
-    ratios = np.array([np.array(record["rms"]) / record["predicted"] for record in judged])
-    ticks = sorted({record["predicted"] for record in judged})
+    ratios = numbers(judged, "rms") / numbers(judged, "predicted")[:, None]
     for axis in axes:
         axis.set_xscale("log")
         axis.set_xticks(ticks, [f"{tick:.2g}" for tick in ticks])
         axis.xaxis.set_minor_formatter("")
-    axes[0].set_yscale("log")
-    axes[0].set_ylabel("angle per step, rms, radians")
+    axes[0].set(yscale="log", ylabel="angle per step, rms, radians")
     low, high = axes[1].get_ylim()
-    axes[1].set_ylim(min(low, 0.9), max(high, 1.1))
-    axes[1].set_ylabel("measured over theory")
-    axes[1].set_xlabel("√(2ηλ/(1 + α)), radians")
+    axes[1].set(
+        ylim=(min(low, 0.9), max(high, 1.1)),
+        ylabel="measured over theory",
+        xlabel="√(2ηλ/(1 + α)), radians",
+    )
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="In equilibrium decay and rate set the angle per step",
+    return fig, dict(
         alt="Measured angle per step against theory on logarithmic axes, around the diagonal; "
         f"below, their ratio, from {ratios.min():.3g} to {ratios.max():.3g}.",
         caption="Each point: a hidden layer, a seed and a setting of (η, λ, α); root mean square "
@@ -282,26 +249,24 @@ def _draw_angles(config, records, path) -> Figure:
     )
 
 
-def _draw_approach(config, records, path) -> Figure:
+def _approach(config: Config, records: Records) -> Drawn:
+    """The way to equilibrium."""
+    found = records["equilibrium"]
     fig, axes = new_figure(rows=2, width=5.4, height=6.2)
-    judged = next(r for r in records if r["momentum"] == config.momentum)
-    wide = next(r for r in records if r["network"] != config.network)
+    judged = next(r for r in found if r["momentum"] == config.momentum)
+    wide = next(r for r in found if r["network"] != config.network)
     for record, axis in zip((judged, wide), axes, strict=True):
-        angles = np.array(record["angles"], dtype=float)
-        for index, color in zip(range(angles.shape[1]), PALETTE, strict=False):
-            axis.plot(record["steps"], np.maximum(angles[:, index], 1e-9), color=color, linewidth=1,
-                      label=f"hidden layer {index + 1}")  # fmt: skip
-        axis.axhline(record["predicted"], color=PALETTE.black, linestyle="--", linewidth=1.4)
-        axis.set_yscale("log")
-        axis.set_ylabel("angle of a step, radians")
+        angles = np.maximum(np.array(record["angles"], dtype=float), 1e-9)
+        for index, (curve, color) in enumerate(zip(angles.T, PALETTE, strict=False)):
+            label = f"hidden layer {index + 1}"
+            axis.plot(record["steps"], curve, color=color, linewidth=1, label=label)
+        reference(axis, y=record["predicted"], color=PALETTE.black, linewidth=1.4)
+        axis.set(yscale="log", ylabel="angle of a step, radians")
         title = f"{record['network']}, momentum {record['momentum']:g}, loss {record['loss']:.2g}"
         axis.set_title(title, fontsize=10)
     axes[-1].set_xlabel("step")
     shared_legend(fig, columns=3)
-    return save_figure(
-        fig,
-        path,
-        title="The way to equilibrium",
+    return fig, dict(
         alt="Angle of single steps against time, in the judged network and in the wide one, around "
         "the dashed value that theory predicts for their root mean square.",
         caption="Dashed: √(2ηλ/(1 + α)). Single steps, thinned out for the figure; the loss is the "

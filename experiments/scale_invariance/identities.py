@@ -1,14 +1,12 @@
 """The identities of `experiments.scale_invariance`: one layer under scaled weights, float64."""
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array
 
 from bn_research.layers.conv import Conv, conv2d
 from bn_research.layers.linen import BatchNorm
@@ -17,12 +15,13 @@ from bn_research.normalization import batch_norm
 LAYERS = ("dense", "conv")
 INTERFACES = ("functions", "linen")
 CONTROLS = ("no BN", "bias inside", "bias before BN")
-_UNITS = 32
-_CHANNELS = 8
 _BATCH = 64
+_KERNELS = {"dense": ((), 32), "conv": ((3, 3), 8)}  # size, and features
 
 
-def measure(images: np.ndarray, layer: str, scales: tuple[float, ...], epsilon: float, seed: int):
+def measure(
+    images: np.ndarray, layer: str, scales: tuple[float, ...], epsilon: float, seed: int
+) -> dict[str, Any]:
     """Record of one layer and one seed: deviations at each scale a, relative to the largest value.
 
     "value", "input gradient" and "weight gradient" compare BN(aWu), ∂/∂u and a·∂/∂(aW) with those
@@ -38,97 +37,69 @@ def measure(images: np.ndarray, layer: str, scales: tuple[float, ...], epsilon: 
     """
     rng = np.random.default_rng([seed, LAYERS.index(layer)])
     u = images[rng.choice(len(images), _BATCH, replace=False)].astype(np.float64)
-    features = _UNITS if layer == "dense" else _CHANNELS
-    if layer == "dense":
-        u = u.reshape(_BATCH, -1)
-        shape: tuple[int, ...] = (u.shape[1], features)
-    else:
-        shape = (3, 3, u.shape[3], features)
+    u = u.reshape(_BATCH, -1) if layer == "dense" else u
+    size, features = _KERNELS[layer]
+    shape = (*size, u.shape[-1], features)
     w = rng.standard_normal(shape) / np.sqrt(np.prod(shape[:-1]))
     scale, bias, b = 1 + 0.5 * rng.random(features), *rng.standard_normal((2, features))
     c = rng.standard_normal((*u.shape[:-1], features))
+
+    def at(kind: str, a: float = 1.0, epsilon: float = 0.0) -> tuple[np.ndarray, ...]:
+        """Value, input gradient, and weight gradient times a."""
+        y, by_input, by_weight = jax.device_get(
+            _value_and_gradients(layer, kind, u, a * w, b, scale, bias, c, np.float64(epsilon))
+        )
+        return y, by_input, a * by_weight
+
     record: dict[str, Any] = {"layer": layer, "seed": seed}
     with jax.enable_x64(True):
         for interface in INTERFACES:
-
-            def scaled_by(a, e, interface=interface):
-                found = _value_and_gradients(
-                    layer, interface, "BN", u, a * w, b, scale, bias, c, np.float64(e)
-                )
-                return jax.device_get(found)
-
-            plain, with_epsilon = scaled_by(1.0, 0.0), scaled_by(1.0, epsilon)
-            rows = []
+            plain, with_epsilon, rows = at(interface), at(interface, epsilon=epsilon), []
             for a in scales:
-                scaled = scaled_by(a, epsilon)
-                exact = _compare(scaled, scaled_by(1.0, epsilon / a**2), a)
-                rows.append(
-                    _compare(scaled_by(a, 0.0), plain, a)
-                    | {
-                        "exact form": max(exact.values()),
-                        "ε ignored": _relative(scaled[0], with_epsilon[0]),
-                    }
-                )
+                value, input_gradient, weight_gradient = _deviations(at(interface, a), plain)
+                scaled = at(interface, a, epsilon)
+                row = {
+                    "value": value,
+                    "input gradient": input_gradient,
+                    "weight gradient": weight_gradient,
+                    "exact form": max(_deviations(scaled, at(interface, epsilon=epsilon / a**2))),
+                    "ε ignored": _deviations(scaled, with_epsilon)[0],
+                }
+                rows.append(row)
             record[interface] = {key: [row[key] for row in rows] for key in rows[0]}
         for control in CONTROLS:
-            program = functools.partial(_value_and_gradients, layer, "functions", control)
-            at = {
-                a: jax.device_get(program(u, a * w, b, scale, bias, c, np.float64(0)))
-                for a in (1.0, *scales)
-            }
-            record[control] = [max(_compare(at[a], at[1.0], a).values()) for a in scales]
+            plain = at(control)
+            record[control] = [max(_deviations(at(control, a), plain)) for a in scales]
     return record
 
 
-def _compare(found: Any, expected: Any, a: float) -> dict[str, float]:
-    y, by_input, by_weight = found
-    return {
-        "value": _relative(y, expected[0]),
-        "input gradient": _relative(by_input, expected[1]),
-        "weight gradient": _relative(a * by_weight, expected[2]),
-    }
+def _deviations(found: tuple[np.ndarray, ...], expected: tuple[np.ndarray, ...]) -> list[float]:
+    return [
+        float(np.max(np.abs(x - y)) / np.max(np.abs(y)))
+        for x, y in zip(found, expected, strict=True)
+    ]
 
 
-def _relative(found: np.ndarray, expected: np.ndarray) -> float:
-    return float(np.max(np.abs(found - expected)) / np.max(np.abs(expected)))
+@functools.partial(jax.jit, static_argnames=("layer", "kind"))
+def _value_and_gradients(layer, kind, u, w, b, scale, bias, c, epsilon):
+    """y, ∂⟨C, y⟩/∂u and ∂⟨C, y⟩/∂w; the kind is an interface of BN, or a control."""
 
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _value_and_gradients(layer, interface, kind, u, w, b, scale, bias, c, epsilon):
-    """y, ∂⟨C, y⟩/∂u and ∂⟨C, y⟩/∂w."""
-    apply = _layers(layer, interface, kind)
-    y, pull = jax.vjp(lambda u, w: apply(u, w, b, scale, bias, epsilon), u, w)
-    return y, *pull(c)
-
-
-def _layers(layer: str, interface: str, kind: str) -> Callable[..., Array]:
-    """(u, w, b, scale, bias, epsilon) -> y."""
-    if interface == "linen":
-        return functools.partial(_linen, layer)
-    product = jnp.matmul if layer == "dense" else conv2d
-
-    def functions(u, w, b, scale, bias, epsilon):
-        x = product(u, w)
-        if kind != "BN":
-            x = x + (b if "bias" in kind else 0)
-        if kind == "bias inside":
-            x = jax.nn.relu(x)
+    def functions(u, w):
+        x = u @ w if layer == "dense" else conv2d(u, w)
+        x = x + b if "bias" in kind else x
+        x = jax.nn.relu(x) if kind == "bias inside" else x
         return x if kind == "no BN" else batch_norm(x, scale, bias, epsilon=epsilon)[0]
 
-    return functions
+    def linen(u, w):
+        module = nn.Dense if layer == "dense" else Conv
+        x = module(w.shape[-1], use_bias=False).apply({"params": {"kernel": w}}, u)
+        zeros = jnp.zeros_like(scale)
+        variables = {
+            "params": {"scale": scale, "bias": bias},
+            "batch_stats": {"mean": zeros, "var": zeros + 1},
+        }
+        norm = BatchNorm(use_running_average=False, epsilon=epsilon)
+        return norm.apply(variables, x, mutable=["batch_stats"])[0]
 
-
-def _linen(layer, u, w, b, scale, bias, epsilon):
-    module = (
-        nn.Dense(w.shape[-1], use_bias=False)
-        if layer == "dense"
-        else Conv(w.shape[-1], use_bias=False)
-    )
-    x = module.apply({"params": {"kernel": w}}, u)
-    norm = BatchNorm(use_running_average=False, epsilon=epsilon)
-    zeros = jnp.zeros_like(scale)
-    variables = {
-        "params": {"scale": scale, "bias": bias},
-        "batch_stats": {"mean": zeros, "var": zeros + 1},
-    }
-    return norm.apply(variables, x, mutable=["batch_stats"])[0]
+    y, pull = jax.vjp(linen if kind == "linen" else functions, u, w)
+    return y, *pull(c)

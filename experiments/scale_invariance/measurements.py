@@ -1,6 +1,8 @@
-"""The measurements of `experiments.scale_invariance`: each gives a record of the ledger."""
+"""What `experiments.scale_invariance` measures; each measurement is a record of the ledger."""
 
+import itertools
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,43 +10,114 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bn_research.probes.angular_updates import ScaleLog, equilibrium_angle
-from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.loop import every, train
-from bn_research.training.preemption import Preemption
+from bn_research.claims.judging import Record
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import check_network, images_of
+from bn_research.lab.runner import Runner
+from bn_research.lab.settings import Training, train
+from bn_research.lab.workdir import Ledger
+from bn_research.models.cnn import hidden_layers
+from bn_research.probes.angular_updates import equilibrium_angle
+from bn_research.training.loop import History
+from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
-from experiments.scale_invariance import dynamics
-from experiments.scale_invariance.dynamics import Network, exponential_rates, setting, trajectory
+from experiments.scale_invariance import Config, dynamics, identities
+from experiments.scale_invariance.dynamics import Norms, Run, exponential_rates
 
 _POINTS = 200  # of a trajectory that are kept for the figures
-_SECONDS_BETWEEN_CHECKPOINTS = 10.0
 
 
-def networks(config: Any) -> dict[str, Network]:
+def prepare(config: Config) -> Batch:
+    """The training images, from 0 to 1."""
+    exponential_rates([config.learning_rate], config.weight_decay, config.momentum)
+    images = images_of(config, scale="unit")
+    at_most(config, len(images.train.label), "the training set", "batch_size")
+    for network in (config.network, config.wide_network):
+        if not hidden_layers(network):
+            raise ValueError(f"network {network!r} has no hidden layer: give one before the head")
+        check_network(network, images, config.dataset)
+    return Batch(np.asarray(images.train.image), np.asarray(images.train.label))  # type: ignore[arg-type]
+
+
+def measure(config: Config, examples: Batch, path: Path) -> dict[str, Sequence[Record]]:
+    """Records by kind: backprop, losses, tangent, effective, exponential, equilibrium."""
+    momenta = tuple(dict.fromkeys((0.0, config.momentum)))
+    trainings = _to_equilibrium(config, momenta)
+    ledger, steps = Ledger(path / "metrics.jsonl"), len(trainings) * config.equilibrium_steps
+    with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
+
+        def each(name: str, measurement: Callable[..., Record], *choices: Any) -> list[Record]:
+            """Records for all choices and seeds, which the name in the ledger tells."""
+            return [
+                runner.get(name.format(*given), measurement, config, examples, *given)
+                for given in itertools.product(*choices, range(config.seeds))
+            ]
+
+        return {
+            "backprop": each("identities {} seed={}", _measure_identities, identities.LAYERS),
+            "losses": each("loss seed={}", measure_losses),
+            "tangent": each("tangent {} seed={}", measure_tangent, networks(config)),
+            "effective": each(
+                "effective rate momentum={:g} seed={}", _measure_effective_rate, momenta
+            ),
+            "exponential": each("exponential rate seed={}", _measure_exponential),
+            "equilibrium": train(
+                runner,
+                trainings,
+                lambda run: dynamics.equilibrium_programs(
+                    run, examples.image.shape[1:], config.batch_size, config.steps_per_dispatch
+                ),
+                Batch(jnp.asarray(examples.image), jnp.asarray(examples.label)),
+                record=_equilibrium_record,
+                name=_name,
+                describe=lambda training: f"equilibrium {training.setting.spec}",
+            ),
+        }
+
+
+def networks(config: Config) -> dict[str, Run]:
     """The network with BN, and the controls."""
     return {
-        "BN": Network(config.network, "hidden"),
-        "no BN": Network(config.network, "none"),
-        "BN, bias inside": Network(config.network, "last", use_bias=True),
+        "BN": Run(config.network, "hidden"),
+        "no BN": Run(config.network, "none"),
+        "BN, bias inside": Run(config.network, "last", use_bias=True),
     }
 
 
-def measure_losses(config: Any, examples: Batch, seed: int) -> dict[str, Any]:
+def _kept(steps: int) -> np.ndarray:
+    """Steps of a trajectory that a figure shows."""
+    return np.unique(np.linspace(0, steps - 1, _POINTS).astype(int))
+
+
+def _trajectory(
+    config: Config,
+    examples: Batch,
+    name: str,
+    seed: int,
+    rates: float | np.ndarray,
+    **options: float,
+) -> tuple[np.ndarray, Norms]:
+    """Losses and norms of one of the networks; a rate alone is that of every step."""
+    rates = np.array(np.broadcast_to(np.asarray(rates, np.float64), (config.num_steps,)))
+    run = networks(config)[name].replace(rates=rates, other_rate=config.other_rate, **options)
+    return dynamics.trajectory(run, examples, seed, batch_size=config.batch_size)
+
+
+def _measure_identities(config: Config, examples: Batch, layer: str, seed: int) -> Record:
+    images = np.asarray(examples.image)
+    return identities.measure(images, layer, config.scales, config.epsilon, seed)
+
+
+def measure_losses(config: Config, examples: Batch, seed: int) -> Record:
     """Network -> loss at initialization at each scale of its hidden kernels."""
-    nets = networks(config)
-    with_epsilon = {"BN, ε > 0": nets["BN"]._replace(epsilon=config.epsilon)}
-    return {
-        name: dynamics.losses(network, examples, config.scales, seed)
-        for name, network in (nets | with_epsilon).items()
-    }
+    first, nets = jax.tree.map(lambda leaf: leaf[:256], examples), networks(config)
+    nets["BN, ε > 0"] = nets["BN"].replace(epsilon=config.epsilon)
+    return {name: dynamics.losses(run, first, config.scales, seed) for name, run in nets.items()}
 
 
-def measure_tangent(config: Any, examples: Batch, name: str, seed: int) -> dict[str, Any]:
+def measure_tangent(config: Config, examples: Batch, name: str, seed: int) -> Record:
     """Orthogonality and Pythagoras over a run of plain SGD, [steps, kernels] at their worst."""
-    run = setting(config.learning_rate, steps=config.num_steps, other_rate=config.other_rate)
-    loss, norms = trajectory(
-        networks(config)[name], examples, seed, run, batch_size=config.batch_size
-    )
+    loss, norms = _trajectory(config, examples, name, seed, config.learning_rate)
     size = np.sqrt(norms.squared * norms.gradient_squared)
     share = np.abs(norms.radial) / np.where(size > 0, size, 1)  # a dead network has no gradient
     growth = config.learning_rate**2 * norms.gradient_squared
@@ -64,20 +137,17 @@ def measure_tangent(config: Any, examples: Batch, name: str, seed: int) -> dict[
     }
 
 
-def measure_effective_rate(config: Any, examples: Batch, momentum: float, seed: int):
+def _measure_effective_rate(config: Config, examples: Batch, momentum: float, seed: int) -> Record:
     """Losses of (η, λ, w₀) and of (c²η, λ/c², c·w₀), largest difference over all steps."""
-    nets, rate, decay = networks(config), config.learning_rate, config.weight_decay
-    options: dict[str, Any] = dict(
-        steps=config.num_steps, momentum=momentum, other_rate=config.other_rate
-    )
 
-    def losses(network, c, factor):
-        run = setting(c**2 * rate, decay / c**2, factor=factor, **options)
-        return trajectory(network, examples, seed, run, batch_size=config.batch_size)[0]
+    def losses(name: str, c: float, factor: float) -> np.ndarray:
+        rate, decay = c**2 * config.learning_rate, config.weight_decay / c**2
+        options = dict(momentum=momentum, factor=factor)
+        return _trajectory(config, examples, name, seed, rate, decay=decay, **options)[0]
 
-    base = losses(nets["BN"], 1.0, 1.0)
-    plain = losses(nets["no BN"], 1.0, 1.0)
-    difference = {c: np.abs(losses(nets["BN"], c, c) - base) for c in config.factors}
+    base = losses("BN", 1.0, 1.0)
+    plain = losses("no BN", 1.0, 1.0)
+    difference = {c: np.abs(losses("BN", c, c) - base) for c in config.factors}
     # Of the controls the factor nearest to 1: the larger ones may diverge.
     c = min(config.factors, key=lambda c: abs(math.log(c)))
     kept = _kept(config.num_steps)
@@ -86,8 +156,8 @@ def measure_effective_rate(config: Any, examples: Batch, momentum: float, seed: 
         "seed": seed,
         "difference": {f"{c:g}": values.max() for c, values in difference.items()},
         "control": {
-            "no BN": np.abs(losses(nets["no BN"], c, c) - plain).max(),
-            "w₀ for c·w₀": np.abs(losses(nets["BN"], c, 1.0) - base).max(),
+            "no BN": np.abs(losses("no BN", c, c) - plain).max(),
+            "w₀ for c·w₀": np.abs(losses("BN", c, 1.0) - base).max(),
         },
         "steps": kept + 1,
         "loss": base[kept],
@@ -95,41 +165,27 @@ def measure_effective_rate(config: Any, examples: Batch, momentum: float, seed: 
     }
 
 
-def measure_exponential(config: Any, examples: Batch, seed: int) -> dict[str, Any]:
+def _measure_exponential(config: Config, examples: Batch, seed: int) -> Record:
     """Losses with decay, and without it at the rate that grows instead."""
-    nets, rate = networks(config), config.learning_rate
-    options: dict[str, Any] = dict(
-        steps=config.num_steps, momentum=config.momentum, other_rate=config.other_rate
-    )
-    growing = exponential_rates(
-        np.full(config.num_steps, rate), config.weight_decay, config.momentum
-    )
+    rate, decay, momentum = config.learning_rate, config.weight_decay, config.momentum
+    growing = exponential_rates(np.full(config.num_steps, rate), decay, momentum)
 
-    def losses(network, rates, decay=0.0):
-        run = setting(rates, decay, **options)
-        return trajectory(network, examples, seed, run, batch_size=config.batch_size)[0]
+    def losses(name: str, rates: float | np.ndarray, decay: float = 0.0) -> np.ndarray:
+        return _trajectory(config, examples, name, seed, rates, decay=decay, momentum=momentum)[0]
 
-    decayed, exponential, constant = (
-        losses(nets["BN"], rate, config.weight_decay),
-        losses(nets["BN"], growing),
-        losses(nets["BN"], rate),
-    )
+    decayed = losses("BN", rate, decay)
+    exponential = losses("BN", growing)
+    constant = losses("BN", rate)
     # Without BN the loss may blow up at a growing rate: its first steps will do.
     few = min(config.num_steps, 50)
-    plain = [
-        losses(nets["no BN"], rates, decay)[:few]
-        for rates, decay in (
-            (rate, config.weight_decay),
-            (np.minimum(growing, growing[few - 1]), 0.0),
-        )
-    ]
+    plain = losses("no BN", rate, decay) - losses("no BN", np.minimum(growing, growing[few - 1]))
     difference, kept = np.abs(exponential - decayed), _kept(config.num_steps)
     return {
         "seed": seed,
         "difference": difference.max(),
         "growth": growing[-1] / growing[0],
         "control": {
-            "no BN": np.abs(plain[1] - plain[0]).max(),
+            "no BN": np.abs(plain[:few]).max(),
             "constant rate": np.abs(constant - decayed).max(),
         },
         "steps": kept + 1,
@@ -141,83 +197,51 @@ def measure_exponential(config: Any, examples: Batch, seed: int) -> dict[str, An
     }
 
 
-def _kept(steps: int) -> np.ndarray:
-    """Steps of a trajectory that a figure shows."""
-    return np.unique(np.linspace(0, steps - 1, _POINTS).astype(int))
-
-
-class Equilibrium:
-    """Trains to equilibrium, each setting once in the life of a workdir, with a `ScaleLog`."""
-
-    def __init__(self, config: Any, examples: Batch, path: Path, preemption: Preemption):
-        """Opens the checkpoints; raises CheckpointError when all of them are damaged."""
-        self._config, self._path, self._preemption = config, path, preemption
-        self._examples = Batch(jnp.asarray(examples.image), jnp.asarray(examples.label))
-        self._saver = Checkpointer(path / "checkpoints")
-        self._checkpoint_is_due = every(_SECONDS_BETWEEN_CHECKPOINTS)
-
-    def close(self) -> None:
-        """Waits for what is being saved."""
-        self._saver.close()
-
-    def measure(self, network: Network, rate: float, decay: float, momentum: float, seed: int):
-        """Record of a run in float32: angles per step over its second half, by hidden kernel."""
-        config, steps = self._config, self._config.equilibrium_steps
-        shape = self._examples.image.shape[1:]
-        groups = tuple(dynamics.kernel_paths(network))
-        create, advance = dynamics.equilibrium_programs(
-            network, shape, config.batch_size, config.steps_per_dispatch, groups
-        )
-        run = setting(rate, decay, steps=1, momentum=momentum, other_rate=config.other_rate)
-        name = f"{network.spec} eta={rate:g} lambda={decay:g} momentum={momentum:g} seed={seed}"
-        log = ScaleLog(
-            groups,
-            learning_rate=rate,
-            weight_decay=decay,
-            momentum=momentum,
-            path=self._path / "scale_log.jsonl",
-        )
-        _, history = train(
-            lambda state: advance(state, self._examples, run),
-            lambda: create(jax.random.key(seed), run),
-            name=name,
-            num_steps=steps,
-            steps_per_dispatch=config.steps_per_dispatch,
-            saver=self._saver,
-            save_when=self._checkpoint_is_due,
-            on_metrics=log,
-            preempted=self._preemption.requested,
-        )
-        half, kept = steps // 2, _kept(steps)
-        angle, norm = log["angle"], log["norm"]
-        predicted = equilibrium_angle(rate, decay, momentum)
-        return {
-            "network": network.spec,
-            "rate": rate,
-            "decay": decay,
-            "momentum": momentum,
-            "seed": seed,
-            "predicted": predicted,
-            "layers": list(groups),
-            "rms": np.sqrt(np.mean(np.square(angle[half:]), axis=0)),
-            "mean": np.mean(angle[half:], axis=0),
-            "norm_drift": norm[-1] / norm[half],
-            "loss": np.mean(history.loss[half:]),
-            "diverged": history.diverged,
-            "steps": kept + 1,
-            "angles": angle[kept],
-            "norms": norm[kept],
-        }
-
-
-def equilibrium_settings(config: Any) -> list[tuple[str, float, float, float]]:
-    """(network, η, λ, momentum) of every run to equilibrium; the last is the wide control."""
-    network = config.network
-    settings = [
-        (network, rate, product / rate, momentum)
-        for momentum in dict.fromkeys((0.0, config.momentum))
+def _to_equilibrium(config: Config, momenta: Sequence[float]) -> list[Training]:
+    """Every run to equilibrium; those of the wide network, a control, come last."""
+    run = Run(config.network, "hidden", epsilon=config.epsilon, other_rate=config.other_rate)
+    runs = [
+        run.replace(rates=np.array([rate]), decay=product / rate, momentum=momentum)
+        for momentum in momenta
         for rate in config.equilibrium_rates
         for product in config.equilibrium_products
     ]
-    rate, product = config.equilibrium_rates[-1], config.equilibrium_products[-1]
-    return [*settings, (config.wide_network, rate, product / rate, 0.0)]
+    runs.append(runs[-1].replace(spec=config.wide_network, momentum=0.0))
+    seeds, steps = range(config.seeds), config.equilibrium_steps
+    return [Training(run, seed, steps) for run in runs for seed in seeds]
+
+
+def _name(training: Training) -> str:
+    run = training.setting
+    return (
+        f"equilibrium {run.spec} eta={run.rates[0]:g} lambda={run.decay:g} "
+        f"momentum={run.momentum:g} seed={training.seed}"
+    )
+
+
+def _equilibrium_record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+    """Angles per step over the second half, by hidden kernel."""
+    run, steps = training.setting, training.num_steps
+    rate, layers = float(run.rates[0]), dynamics.kernel_paths(run.spec)
+    half, kept = steps // 2, _kept(steps)
+    angle, norm = (
+        np.asarray(values, np.float64).reshape(-1, len(layers))
+        for values in (history.observed.angle, history.observed.norm)
+    )
+    return {
+        "network": run.spec,
+        "rate": rate,
+        "decay": run.decay,
+        "momentum": run.momentum,
+        "seed": training.seed,
+        "predicted": equilibrium_angle(rate, run.decay, run.momentum),
+        "layers": layers,
+        "rms": np.sqrt(np.mean(np.square(angle[half:]), axis=0)),
+        "mean": np.mean(angle[half:], axis=0),
+        "norm_drift": norm[-1] / norm[half],
+        "loss": np.mean(history.loss[half:]),
+        "diverged": history.diverged,
+        "steps": kept + 1,
+        "angles": angle[kept],
+        "norms": norm[kept],
+    }

@@ -1,28 +1,20 @@
-"""The claims of `experiments.scale_invariance`, and how records of measurements decide them."""
+"""The claims of `experiments.scale_invariance`, and how its records decide them."""
 
-import math
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import estimate
-from bn_research.claims.finding import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Finding,
-    conjunction,
-)
-from experiments.scale_invariance import identities
+from bn_research.claims.finding import INCONCLUSIVE, REPRODUCED, Finding, conjunction, verdict_of
+from bn_research.claims.judging import Record, by_seed, numbers
+from experiments.scale_invariance import Config, identities
 from experiments.scale_invariance.dynamics import largest_product
 
-EXACT = 1e-12  # identities hold to this in float64, in units of what they compare
-VIOLATED = 1e-9
-SAME = 1e-10  # trajectories agree to this, in nats
-DIFFERENT = 1e-6
-SEEN = 1e-4  # a control must deviate by more than this
+# Limits of the largest deviation: reproduced up to the first, not reproduced above the second.
+IDENTITIES = (1e-12, 1e-9)  # in float64, in units of what they compare
+TRAJECTORIES = (1e-10, 1e-6)  # of losses, in nats
+_SEEN = 1e-4  # a control must deviate by more than this
 _NARROW, _WIDE = 0.05, 0.15  # of the angle
 _STILL = 0.1  # drift of a norm in equilibrium
 _GROWTH = 10.0  # of the rate that stands for decay
@@ -81,56 +73,68 @@ CLAIMS = (
 )
 
 
-def exactly(worst: float, *, reproduced: float, refuted: float) -> str:
-    """Verdict of a largest deviation that two limits bound."""
-    if worst <= reproduced:
-        return REPRODUCED
-    return NOT_REPRODUCED if not worst <= refuted else INCONCLUSIVE
+def judge(config: Config, records: Mapping[str, Sequence[Record]]) -> list[Finding]:
+    """A finding for each claim, in their order."""
+    return [
+        _judge_backprop(config, records["backprop"]),
+        judge_tangent(records["tangent"]),
+        judge_effective_rate(records["effective"]),
+        judge_exponential(records["exponential"]),
+        judge_equilibrium(config, records["equilibrium"]),
+    ]
 
 
-def _seen(controls: Mapping[str, float]) -> str:
-    """Whether every control fails as it must."""
-    return REPRODUCED if min(controls.values()) > SEEN else INCONCLUSIVE
+def exactly(worst: float, limits: tuple[float, float]) -> str:
+    """Verdict of a largest deviation; NaN refutes."""
+    reproduced, refuted = limits
+    return verdict_of(reproduced=worst <= reproduced, refuted=not worst <= refuted)
 
 
-def judge_backprop(config: Any, records: list[dict]) -> Finding:
-    """scale-invariant-backprop."""
-    kinds = ("value", "input gradient", "weight gradient", "exact form")
+def _finding(
+    claim: Claim,
+    measured: Mapping[str, float],
+    worst: float,
+    limits: tuple[float, float],
+    controls: Mapping[str, float],
+    note: str,
+    *others: str,
+) -> Finding:
+    """Finding of a largest deviation, of controls that must all fail, and of other verdicts."""
+    seen = REPRODUCED if min(controls.values()) > _SEEN else INCONCLUSIVE
+    verdict = conjunction(exactly(worst, limits), seen, *others)
+    return Finding(claim, measured, (worst, worst), verdict, note)
+
+
+def _judge_backprop(config: Config, records: Sequence[Record]) -> Finding:
     worst = {
         kind: max(
             max(record[interface][kind])
             for record in records
             for interface in identities.INTERFACES
         )
-        for kind in kinds
+        for kind in ("value", "input gradient", "weight gradient", "exact form")
     }
+    farthest = int(np.argmax(np.abs(np.log(config.scales))))  # from 1
     controls = {
-        name: min(_off_one(config.scales, record[name]) for record in records)
-        for name in ("no BN", "bias inside")
+        name: min(record[name][farthest] for record in records) for name in ("no BN", "bias inside")
     }
-    absorbed = max(max(record["bias before BN"]) for record in records)
-    largest = max(worst.values())
-    return Finding(
+    return _finding(
         CLAIMS[0],
         {
             **{f"largest deviation, {kind}": value for kind, value in worst.items()},
             **{f"smallest deviation, {name}": value for name, value in controls.items()},
-            "bias right before BN": absorbed,
+            "bias right before BN": max(max(record["bias before BN"]) for record in records),
         },
-        (largest, largest),
-        conjunction(exactly(largest, reproduced=EXACT, refuted=VIOLATED), _seen(controls)),
-        note="interval: the largest deviation of all. Deviations are relative to the largest "
+        max(worst.values()),
+        IDENTITIES,
+        controls,
+        "interval: the largest deviation of all. Deviations are relative to the largest "
         "value. Of the controls the smallest over seeds and layers, at the scale farthest from 1. "
         "A bias right before BN does no harm: BN subtracts it",
     )
 
 
-def _off_one(scales: Sequence[float], deviations: Sequence[float]) -> float:
-    """Deviation at the scale farthest from 1."""
-    return deviations[int(np.argmax(np.abs(np.log(scales))))]
-
-
-def judge_tangent(records: list[dict]) -> Finding:
+def judge_tangent(records: Sequence[Record]) -> Finding:
     """gradient-is-tangent."""
     measured, controls = {}, {}
     for key in ("share", "pythagoras"):
@@ -139,135 +143,112 @@ def judge_tangent(records: list[dict]) -> Finding:
             measured[f"largest {key}, {name}"] = max(of_network)
             if name != "BN":
                 controls[f"{key}, {name}"] = min(of_network)
-    largest = max(measured["largest share, BN"], measured["largest pythagoras, BN"])
-    return Finding(
+    return _finding(
         CLAIMS[1],
         measured,
-        (largest, largest),
-        conjunction(exactly(largest, reproduced=EXACT, refuted=VIOLATED), _seen(controls)),
-        note="share: |⟨w, ∇L⟩|/(‖w‖‖∇L‖); pythagoras: |‖w⁺‖² − ‖w‖² − η²‖∇L‖²|/‖w‖². Largest of "
+        max(measured["largest share, BN"], measured["largest pythagoras, BN"]),
+        IDENTITIES,
+        controls,
+        "share: |⟨w, ∇L⟩|/(‖w‖‖∇L‖); pythagoras: |‖w⁺‖² − ‖w‖² − η²‖∇L‖²|/‖w‖². Largest of "
         "all seeds, steps and hidden layers",
     )
 
 
-def judge_effective_rate(records: list[dict]) -> Finding:
+def judge_effective_rate(records: Sequence[Record]) -> Finding:
     """effective-learning-rate."""
-    worst = {
-        f"largest difference, c = {c}, momentum {record['momentum']:g}": 0.0
-        for record in records
-        for c in record["difference"]
-    }
-    controls: dict[str, float] = {}
+    worst: dict[str, float] = {}
     for record in records:
         for c, value in record["difference"].items():
             key = f"largest difference, c = {c}, momentum {record['momentum']:g}"
-            worst[key] = max(worst[key], value)
-        for name, value in record["control"].items():
-            controls[name] = min(controls.get(name, math.inf), value)
-    largest = max(worst.values())
-    return Finding(
+            worst[key] = max(worst.get(key, 0.0), value)
+    controls = _smallest(records)
+    return _finding(
         CLAIMS[2],
-        {**worst, **{f"smallest difference, {name}": value for name, value in controls.items()}},
-        (largest, largest),
-        conjunction(exactly(largest, reproduced=SAME, refuted=DIFFERENT), _seen(controls)),
-        note="of the losses of all steps and seeds, in nats; controls are those of the c nearest 1",
+        {**worst, **controls},
+        max(worst.values()),
+        TRAJECTORIES,
+        controls,
+        "of the losses of all steps and seeds, in nats; controls are those of the c nearest 1",
     )
 
 
-def judge_exponential(records: list[dict]) -> Finding:
+def _smallest(records: Sequence[Record]) -> dict[str, float]:
+    """Control -> the smallest difference that it makes."""
+    names = records[0]["control"]
+    return {f"smallest difference, {n}": min(r["control"][n] for r in records) for n in names}
+
+
+def judge_exponential(records: Sequence[Record]) -> Finding:
     """exponential-rate-equals-weight-decay."""
     largest = max(record["difference"] for record in records)
     growth = min(record["growth"] for record in records)
-    controls = {
-        name: min(record["control"][name] for record in records) for name in records[0]["control"]
-    }
-    return Finding(
+    controls = _smallest(records)
+    return _finding(
         CLAIMS[3],
-        {
-            "largest difference of losses": largest,
-            "growth of the rate": growth,
-            **{f"smallest difference, {name}": value for name, value in controls.items()},
-        },
-        (largest, largest),
-        conjunction(
-            exactly(largest, reproduced=SAME, refuted=DIFFERENT),
-            REPRODUCED if growth >= _GROWTH else INCONCLUSIVE,
-            _seen(controls),
-        ),
-        note="of the losses of all steps and seeds, in nats; the control without BN is over its "
+        {"largest difference of losses": largest, "growth of the rate": growth, **controls},
+        largest,
+        TRAJECTORIES,
+        controls,
+        "of the losses of all steps and seeds, in nats; the control without BN is over its "
         "first 50 steps",
+        REPRODUCED if growth >= _GROWTH else INCONCLUSIVE,
     )
 
 
-def judge_equilibrium(config: Any, records: list[dict]) -> Finding:
+def judge_equilibrium(config: Config, records: Sequence[Record]) -> Finding:
     """equilibrium-angle."""
     judged = [record for record in records if record["network"] == config.network]
     wide = [record for record in records if record["network"] != config.network]
-    diverged = sum(record["diverged"] for record in judged)
 
-    def ratios(chosen: list[dict], key: str) -> np.ndarray:
-        return np.array([np.array(record[key]) / record["predicted"] for record in chosen])
+    def ratios(chosen: Sequence[Record], key: str = "rms") -> np.ndarray:
+        return numbers(chosen, key) / numbers(chosen, "predicted")[:, None]
 
-    worst = [
-        float(np.max(np.abs(ratios([r for r in judged if r["seed"] == seed], "rms") - 1)))
-        for seed in range(config.seeds)
-    ]
-    off = estimate(worst)
+    def off(chosen: Sequence[Record]) -> float:
+        return np.abs(ratios(chosen) - 1).max()
+
+    worst = estimate([off(by_seed(judged, seed=seed)) for seed in range(config.seeds)])
     drift = max(_drift(config, record) for record in judged)
-    verdict = INCONCLUSIVE
-    if drift <= _STILL and off.high <= _NARROW:
-        verdict = REPRODUCED
-    elif drift <= _STILL and off.low > _WIDE:
-        verdict = NOT_REPRODUCED
-    measured = {
-        "largest |rms angle/theory − 1|": off.mean,
-        "largest, over seeds": max(worst),
-        "lowest ratio": float(ratios(judged, "rms").min()),
-        "highest ratio": float(ratios(judged, "rms").max()),
-        "largest drift of a norm, over that by decay alone": drift,
-    }
+    still = drift <= _STILL
     overdamped = [r for r in judged if r["rate"] * r["decay"] <= largest_product(r["momentum"])]
-    measured["largest, where ηλ ≤ (1 − √α)²"] = float(np.max(np.abs(ratios(overdamped, "rms") - 1)))
+    measured = {
+        "largest |rms angle/theory − 1|": worst.mean,
+        "largest, over seeds": off(judged),
+        "lowest ratio": ratios(judged).min(),
+        "highest ratio": ratios(judged).max(),
+        "largest drift of a norm, over that by decay alone": drift,
+        "largest, where ηλ ≤ (1 − √α)²": off(overdamped),
+    }
     for momentum in dict.fromkeys(record["momentum"] for record in judged):
         chosen = [record for record in judged if record["momentum"] == momentum]
-        measured[f"ratio, momentum {momentum:g}"] = float(ratios(chosen, "rms").mean())
-        measured[f"ratio of the mean angle, momentum {momentum:g}"] = float(
-            ratios(chosen, "mean").mean()
-        )
-    measured["loss, largest"] = max(record["loss"] for record in judged)
-    measured["loss, wide network"] = float(np.mean([record["loss"] for record in wide]))
-    measured["ratio, wide network"] = float(ratios(wide, "rms").mean())
-    measured["ratio of the mean angle, wide network"] = float(ratios(wide, "mean").mean())
-    index, layer = _worst(judged)
-    off_layer = judged[index]["layers"][layer]
+        measured[f"ratio, momentum {momentum:g}"] = ratios(chosen).mean()
+        measured[f"ratio of the mean angle, momentum {momentum:g}"] = ratios(chosen, "mean").mean()
+    measured |= {
+        "loss, largest": max(record["loss"] for record in judged),
+        "loss, wide network": numbers(wide, "loss").mean(),
+        "ratio, wide network": ratios(wide).mean(),
+        "ratio of the mean angle, wide network": ratios(wide, "mean").mean(),
+    }
+    farthest = np.abs(ratios(judged) - 1)
+    index, layer = np.unravel_index(np.argmax(farthest), farthest.shape)
+    found = judged[index]
+    norms = np.array(found["norms"], float)[len(found["norms"]) // 2 :, layer]
     note = (
         "interval: over seeds, of the largest deviation in a hidden layer and setting. The largest "
-        f"of all is that of {off_layer} at η = {judged[index]['rate']:g}, "
-        f"λ = {judged[index]['decay']:g}, momentum {judged[index]['momentum']:g}, where ‖w‖ has a "
-        f"standard deviation of {_variation(judged[index])[layer]:.0%} of its mean. Wide network: "
+        f"of all is that of {found['layers'][layer]} at η = {found['rate']:g}, "
+        f"λ = {found['decay']:g}, momentum {found['momentum']:g}, where ‖w‖ has a "
+        f"standard deviation of {norms.std() / norms.mean():.0%} of its mean. Wide network: "
         f"{config.wide_network}, without momentum. Where gradients come in bursts, the mean of the "
         "angle falls below its root mean square, which the law is about"
     )
-    if diverged:
+    if diverged := sum(record["diverged"] for record in judged):
         note += f"; {diverged} steps were not finite and not taken"
-    return Finding(CLAIMS[4], measured, off.interval, verdict, note)
+    verdict = verdict_of(
+        reproduced=still and worst.high <= _NARROW, refuted=still and worst.low > _WIDE
+    )
+    return Finding(CLAIMS[4], measured, worst.interval, verdict, note)
 
 
-def _worst(records: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
-    """Numbers of the record and of the layer whose angle is farthest from theory."""
-    off = [np.abs(np.array(record["rms"]) / record["predicted"] - 1) for record in records]
-    index, layer = np.unravel_index(np.argmax(off), np.shape(off))
-    return int(index), int(layer)
-
-
-def _variation(record: Mapping[str, Any]) -> np.ndarray:
-    """Standard deviation of ‖w‖ over its mean, second half, by layer; of the steps kept."""
-    norms = np.array(record["norms"], float)
-    norms = norms[len(norms) // 2 :]
-    return norms.std(axis=0) / norms.mean(axis=0)
-
-
-def _drift(config: Any, record: Mapping[str, Any]) -> float:
+def _drift(config: Config, record: Record) -> float:
     """Drift of log ‖w‖ over the second half, over what decay alone would do; largest layer."""
     steps = config.equilibrium_steps - config.equilibrium_steps // 2
     decayed = steps * record["rate"] * record["decay"] / (1 - record["momentum"])

@@ -5,16 +5,26 @@ grow with the depth.
 """
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bn_research.claims.judging import Record
 from bn_research.lab.compiler import compiler_options
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, images_of
+from bn_research.lab.runner import Runner
+from bn_research.lab.workdir import Ledger
 from bn_research.normalization import batch_norm
+from bn_research.training.cores import use_cpu_cores
+from experiments.signal_propagation import Config
+from experiments.signal_propagation.networks import train_by_depth
 from experiments.signal_propagation.theory import growth
 
 ACTIVATIONS = {"relu": 0.0, "linear": 1.0}  # their slope below 0
@@ -23,6 +33,57 @@ JACOBIAN_WIDTH, JACOBIAN_BATCH = 32, 16  # small enough for all singular values
 _JACOBIAN_DEPTH = 20  # layers below it, after which the batch has forgotten the input
 _QUANTILES = 101  # of the singular values that are kept
 _POINTS = 120  # depths of a soft rank that are kept
+_MOST_DOUBLINGS = 100  # of a squared norm; float32 ends at 2^128
+
+
+def prepare(config: Config) -> Images:
+    """The images; each core becomes a device, for the sweeps."""
+    least = min(config.batch_sizes)
+    deepest = int(_MOST_DOUBLINGS / math.log2(growth("relu", least)))
+    at_most(
+        config, deepest, f"or gradients leave float32's range at batch {least}", "gradient_depth"
+    )
+    use_cpu_cores()
+    images = images_of(config, scale="standardized")
+    at_most(config, len(images.train.label), "the training set", "batch_size")
+    return images
+
+
+class Records(NamedTuple):
+    """What verdicts and figures are made of."""
+
+    gradients: Sequence[Record]
+    jacobians: Sequence[Record]
+    residuals: Sequence[Record]
+    ranks: Sequence[Record]
+    trained: Sequence[Record]
+    num_classes: int  # of the data set
+
+
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """Measurements before training, and the networks that are trained."""
+    seeds = range(config.seeds)
+    runs = 2 * len(config.train_depths) * (len(config.learning_rates) + config.seeds)
+    ledger, steps = Ledger(path / "metrics.jsonl"), runs * config.num_steps
+    with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
+        get = runner.get
+        return Records(
+            [get(f"gradients seed={seed}", _measure_gradients, config, seed) for seed in seeds],
+            [get(f"Jacobian seed={seed}", _measure_jacobian, seed) for seed in seeds],
+            [get(f"residual stream seed={seed}", measure_residual, config, seed) for seed in seeds],
+            [
+                get(f"rank d={d} seed={seed}", measure_ranks, config, d, seed)
+                for d in config.rank_widths
+                for seed in seeds
+            ],
+            train_by_depth(config, images, runner),
+            images.num_classes,
+        )
+
+
+def _compiled(level: int, *static: str) -> Callable[[Any], Any]:
+    options = compiler_options(level)
+    return functools.partial(jax.jit, static_argnames=static, compiler_options=options)
 
 
 def _layer(h: Array, weight: Array, norm: bool, slope: Array | float = 0.0) -> Array:
@@ -37,7 +98,7 @@ def _layer(h: Array, weight: Array, norm: bool, slope: Array | float = 0.0) -> A
 # --- gradients of a plain network ---
 
 
-@functools.partial(jax.jit, static_argnames=("norm",), compiler_options=compiler_options(1))
+@_compiled(1, "norm")
 def squared_gradients(
     key: Array,
     h: Float[Array, "batch width"],
@@ -47,15 +108,10 @@ def squared_gradients(
     *,
     norm: bool,
 ) -> Float[Array, "depth"]:
-    """Squared norms of ∂L/∂h_l for L = ⟨g, h_depth⟩ with Gaussian g.
+    """Squared norms of ∂L/∂h_l for L = ⟨g, h_depth⟩ with Gaussian g, drawn by the key.
 
-    Args:
-      key: draws g.
-      h: h_0, the lowest pre-activations.
-      weights: of every layer.
-      slope: of φ below 0: 0 is ReLU, 1 is a linear network.
-      factor: times all weights.
-      norm: normalize the pre-activations.
+    h is h_0, the lowest pre-activations; slope is that of φ below 0, as in `_layer`. All weights
+    are taken times the factor, and pre-activations are normalized or not.
     """
 
     def top(shifts):
@@ -70,17 +126,13 @@ def squared_gradients(
     return jnp.sum(jnp.square(gradients), axis=(1, 2))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("depth", "width"), compiler_options=compiler_options(1)
-)
+@_compiled(1, "depth", "width")
 def _weights(key, *, depth, width):
     """Gaussian of variance 1/width."""
     return jax.random.normal(key, (depth, width, width)) * width**-0.5
 
 
-@functools.partial(
-    jax.jit, static_argnames=("batch", "width"), compiler_options=compiler_options(0)
-)
+@_compiled(0, "batch", "width")
 def _input(key, *, batch, width):
     return jax.random.normal(key, (batch, width))
 
@@ -91,46 +143,39 @@ def middle(depth: int) -> tuple[int, int]:
 
 
 def rate(squared: Sequence[float] | np.ndarray) -> float:
-    """Mean growth per layer of the squared gradient norm from the last middle layer to the first.
-
-    Args:
-      squared: norms of each layer, the lowest first.
-    """
+    """Mean growth per layer of squared norms, lowest first, from the last middle layer down."""
     first, last = middle(len(squared))
     return float((squared[first] / squared[last]) ** (1 / (last - first)))
 
 
-def measure_gradients(config: Any, seed: int) -> dict[str, Any]:
+def _measure_gradients(config: Config, seed: int) -> Record:
     """Squared gradient norms by layer, of all batch sizes and activations with the same weights."""
     depth, width = config.gradient_depth, config.gradient_width
     keys = jax.random.split(jax.random.key(seed), 3)
     weights = _weights(keys[0], depth=depth, width=width)
-    settings = []
-    for activation, slope in ACTIVATIONS.items():
-        for batch in config.batch_sizes:
-            h = _input(jax.random.fold_in(keys[1], batch), batch=batch, width=width)
-            squared = squared_gradients(keys[2], h, weights, slope, norm=True)
-            settings.append(_gradient_record(activation, batch, squared))
-    squared = squared_gradients(keys[2], h, weights, ACTIVATIONS["relu"], 2**0.5, norm=False)
-    control = _gradient_record("relu", batch, squared)
+
+    def found(activation: str, batch: int, factor: float = 1.0, norm: bool = True) -> Record:
+        h = _input(jax.random.fold_in(keys[1], batch), batch=batch, width=width)
+        slope = ACTIVATIONS[activation]
+        squared = squared_gradients(keys[2], h, weights, slope, factor, norm=norm)
+        norms = np.asarray(squared, np.float64)
+        return {
+            "activation": activation,
+            "batch_size": batch,
+            "rate": rate(norms),
+            "theory": growth(activation, batch),
+            "squared": norms / norms[-1],
+        }
+
+    settings = [found(a, batch) for a in ACTIVATIONS for batch in config.batch_sizes]
+    control = found("relu", config.batch_sizes[-1], 2**0.5, norm=False)
     return {"seed": seed, "settings": settings, "control": control}
-
-
-def _gradient_record(activation: str, batch: int, squared: Array) -> dict[str, Any]:
-    norms = np.asarray(squared, np.float64)
-    return {
-        "activation": activation,
-        "batch_size": batch,
-        "rate": rate(norms),
-        "theory": growth(activation, batch),
-        "squared": norms / norms[-1],
-    }
 
 
 # --- singular values of a layer's Jacobian ---
 
 
-@functools.partial(jax.jit, static_argnames=("norm",), compiler_options=compiler_options(0))
+@_compiled(0, "norm")
 def layer_jacobian(
     h: Float[Array, "batch width"], weights: Float[Array, "layers width width"], *, norm: bool
 ) -> Float[Array, "outputs inputs"]:
@@ -144,7 +189,7 @@ def layer_jacobian(
     return jacobian.reshape(h.size, h.size)
 
 
-def measure_jacobian(seed: int) -> dict[str, Any]:
+def _measure_jacobian(seed: int) -> Record:
     """Singular values of a layer's Jacobian, with BN and without (He)."""
     keys = jax.random.split(jax.random.key(seed), 2)
     h = _input(keys[0], batch=JACOBIAN_BATCH, width=JACOBIAN_WIDTH)
@@ -166,9 +211,7 @@ def measure_jacobian(seed: int) -> dict[str, Any]:
 # --- the variance of a residual stream ---
 
 
-@functools.partial(
-    jax.jit, static_argnames=("depth", "width", "batch"), compiler_options=compiler_options(1)
-)
+@_compiled(1, "depth", "width", "batch")
 def _streams(keys, *, depth, width, batch):
     """Means over networks, one for each key: [depth + 1] numbers for the input and each layer."""
 
@@ -188,12 +231,8 @@ def _streams(keys, *, depth, width, batch):
         def top(shifts):
             def step(streams, layer):
                 weight, shift = layer
-                normalized, plain = streams[0] + shift, streams[1]
-                above = (
-                    normalized + _layer(normalized, weight, True),
-                    plain + _layer(plain, weight, False),
-                )
-                return above, measures(streams)
+                below = zip((streams[0] + shift, streams[1]), (True, False), strict=True)
+                return tuple(x + _layer(x, weight, norm) for x, norm in below), measures(streams)
 
             last, below = jax.lax.scan(step, (x, x), (weights, shifts))
             return last[0], jax.tree.map(jnp.append, below, measures(last))
@@ -206,7 +245,7 @@ def _streams(keys, *, depth, width, batch):
     return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), jax.lax.map(network, keys))
 
 
-def measure_residual(config: Any, seed: int) -> dict[str, Any]:
+def measure_residual(config: Config, seed: int) -> Record:
     """A residual stream of ReLU layers with and without BN: means over networks, by layer.
 
     "BN" and "none" are the mean square over units, examples and networks; "within" is the variance
@@ -237,9 +276,7 @@ def thresholded_rank(eigenvalues: np.ndarray, threshold: float = THRESHOLD) -> i
     return int(np.sum(eigenvalues >= threshold * np.mean(eigenvalues)))
 
 
-@functools.partial(
-    jax.jit, static_argnames=("width", "depth"), compiler_options=compiler_options(1)
-)
+@_compiled(1, "width", "depth")
 def _ranks(key, *, width, depth):
     """Soft rank after each layer of a linear network, with BN and without; the last HᵀH/d too.
 
@@ -263,7 +300,7 @@ def _ranks(key, *, width, depth):
     return ranks, jax.tree.map(gram, last)
 
 
-def measure_ranks(config: Any, width: int, seed: int) -> dict[str, Any]:
+def measure_ranks(config: Config, width: int, seed: int) -> Record:
     """Soft ranks of a linear network of d units on d examples, with BN and without."""
     depth = config.rank_depth
     ranks, grams = _ranks(jax.random.key(seed), width=width, depth=depth)

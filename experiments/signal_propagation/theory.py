@@ -47,22 +47,13 @@ def relu_covariance(rho: float) -> float:
 
 
 def spread(activation: str, batch_size: int) -> float:
-    """s: how the pre-activations of weights of variance 1/n vary over a batch, of a population.
-
-    Args:
-      activation: "relu" or "linear".
-      batch_size: B, at least 4.
-    """
+    """s: how the pre-activations of weights of variance 1/n vary over a batch, of a population."""
     rho = -1 / (batch_size - 1)
     return 1 - rho if activation == "linear" else 0.5 - relu_covariance(rho)
 
 
 def growth(activation: str, batch_size: int) -> float:
     """Growth of the squared gradient norm with respect to the pre-activations, per layer.
-
-    Args:
-      activation: "relu" or "linear".
-      batch_size: B, at least 4.
 
     Raises:
       ValueError: a smaller batch, whose E[1/σ²] is infinite, or another activation.

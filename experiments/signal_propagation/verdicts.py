@@ -1,29 +1,24 @@
-"""The claims of `experiments.signal_propagation`, and how records of measurements decide them."""
+"""The claims of `experiments.signal_propagation`, and how its records decide them."""
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import estimate, paired_difference, slope
-from bn_research.claims.finding import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Finding,
-    conjunction,
-    decide,
-)
+from bn_research.claims.finding import Finding, conjunction, decide, verdict_of
+from bn_research.claims.judging import Record, at_end, by_seed, listed, lost, numbers
+from experiments.signal_propagation import Config
 from experiments.signal_propagation.measurements import (
     JACOBIAN_BATCH,
     JACOBIAN_WIDTH,
     THRESHOLD,
+    Records,
 )
 from experiments.signal_propagation.theory import LIMIT, residual_gradient, residual_variances
 
-WIDE = 1000  # units from which the mean-field theory is held to its 3 %
+_WIDE = 1000  # units from which the mean-field theory is held to its 3 %
 _RATE, _VARIANCE = 0.03, 0.05  # relative deviations from theory
 _ABOUT_ONE = (1 + LIMIT) / 2  # a ReLU rate below it is nearer to 1 than to π/(π − 1)
 _COLLAPSED, _EXPONENT = 1.5, 0.5
@@ -79,91 +74,96 @@ CLAIMS = (
 )
 
 
-def judge_gradients(config: Any, records: Sequence[dict], jacobians: Sequence[dict]) -> Finding:
+def judge(config: Config, records: Records) -> list[Finding]:
+    """A finding for each claim, in their order."""
+    return [
+        judge_gradients(config, records.gradients, records.jacobians),
+        judge_residual(config, records.residuals),
+        judge_ranks(config, records.ranks),
+        judge_training(config, records.trained),
+    ]
+
+
+def judge_gradients(
+    config: Config, records: Sequence[Record], jacobians: Sequence[Record]
+) -> Finding:
     """gradient-explosion."""
 
-    def deviation(setting: dict) -> float:
-        return setting["rate"] / setting["theory"] - 1
+    def named(setting: Record) -> str:
+        activation = {"relu": "ReLU", "linear": "linear"}[setting["activation"]]
+        return f"{activation}, batch {setting['batch_size']}"
 
-    settings = [setting for record in records for setting in record["settings"]]
-    off = estimate([max(abs(deviation(s)) for s in r["settings"]) for r in records])
-    lowest = estimate(
-        [min(s["rate"] for s in r["settings"] if s["activation"] == "relu") for r in records]
-    )
-    worst = max(settings, key=lambda setting: abs(deviation(setting)))
-    verdict = REPRODUCED if decide(off, at_most=_RATE) == REPRODUCED else INCONCLUSIVE
-    note = (
-        "interval: over seeds, of the largest deviation of all batch sizes and activations. The "
-        f"largest of all is {_named(worst)}: {deviation(worst):+.1%}. Jacobians: of a ReLU layer "
-        f"of {JACOBIAN_WIDTH} units over a batch of {JACOBIAN_BATCH}, all "
-        "singular values; zero are those of directions that ReLU, or BN's two projections, take "
-        "away"
-    )
-    if config.gradient_width < WIDE:
-        verdict = INCONCLUSIVE
-        note += f". Width {config.gradient_width} is below {WIDE}, which the criterion is about"
-    if lowest.high < _ABOUT_ONE:
-        verdict = NOT_REPRODUCED
+    names = [named(setting) for setting in records[0]["settings"]]
+    theory = [setting["theory"] for setting in records[0]["settings"]]
+    rates = numbers(records, lambda record: [s["rate"] for s in record["settings"]])
+    relu = [name.startswith("ReLU") for name in names]
+    deviations = rates / theory - 1
+    off = estimate(np.abs(deviations).max(axis=1))
+    lowest = estimate(rates[:, relu].min(axis=1))
+    seed, worst = np.unravel_index(np.argmax(np.abs(deviations)), deviations.shape)
     measured = {
         "largest |measured/theory − 1|": off.mean,
-        "largest, over seeds": abs(deviation(worst)),
+        "largest, over seeds": abs(deviations[seed, worst]),
         "lowest rate, ReLU": lowest.mean,
     }
-    for setting in records[0]["settings"]:
-        rates = [s["rate"] for s in settings if _named(s) == _named(setting)]
-        measured[f"rate, {_named(setting)}"] = float(np.mean(rates))
-        measured[f"theory, {_named(setting)}"] = setting["theory"]
-    measured["rate, ReLU without BN"] = float(np.mean([r["control"]["rate"] for r in records]))
-    for name, shown in (("BN", "BN"), ("none", "no BN")):
+    for name, column, expected in zip(names, rates.T, theory, strict=True):
+        measured |= {f"rate, {name}": column.mean(), f"theory, {name}": expected}
+    measured["rate, ReLU without BN"] = numbers(records, lambda r: r["control"]["rate"]).mean()
+    for arm, shown in (("BN", "BN"), ("none", "no BN")):
         for key, words in (
             ("largest", "largest singular value"),
             ("rms", "rms singular value"),
             ("near_one", "share from 0.5 to 2"),
             ("zero", "share of zeros"),
         ):
-            values = [jacobian[name][key] for jacobian in jacobians]
-            measured[f"Jacobian, {shown}: {words}"] = float(np.mean(values))
+            values = [jacobian[arm][key] for jacobian in jacobians]
+            measured[f"Jacobian, {shown}: {words}"] = np.mean(values)
+    note = (
+        "interval: over seeds, of the largest deviation of all batch sizes and activations. The "
+        f"largest of all is {names[worst]}: {deviations[seed, worst]:+.1%}. Jacobians: of a ReLU "
+        f"layer of {JACOBIAN_WIDTH} units over a batch of {JACOBIAN_BATCH}, all "
+        "singular values; zero are those of directions that ReLU, or BN's two projections, take "
+        "away"
+    )
+    wide = config.gradient_width >= _WIDE
+    if not wide:
+        note += f". Width {config.gradient_width} is below {_WIDE}, which the criterion is about"
+    verdict = verdict_of(reproduced=wide and off.high <= _RATE, refuted=lowest.high < _ABOUT_ONE)
     return Finding(CLAIMS[0], measured, off.interval, verdict, note)
 
 
-def _named(setting: dict) -> str:
-    activation = {"relu": "ReLU", "linear": "linear"}[setting["activation"]]
-    return f"{activation}, batch {setting['batch_size']}"
-
-
-def judge_residual(config: Any, records: Sequence[dict]) -> Finding:
+def judge_residual(config: Config, records: Sequence[Record]) -> Finding:
     """residual-variance."""
     theory = residual_variances(config.residual_depth)
     deviations = {
-        name: [float(np.max(np.abs(np.array(r[name]) / expected - 1))) for r in records]
+        name: np.abs(numbers(records, name) / expected - 1).max(axis=1)
         for name, expected in theory.items()
     }
-    off = estimate(np.max(list(deviations.values()), axis=0))
-    contrast = estimate([math.log2(r["none"][-1] / r["BN"][-1]) for r in records])
+    off = estimate(np.maximum(*deviations.values()))
+    bn, none, within, gradient = (
+        numbers(records, name) for name in ("BN", "none", "within", "gradient")
+    )
+    contrast = estimate([math.log2(a / b) for a, b in zip(none[:, -1], bn[:, -1], strict=True)])
     expected_contrast = math.log2(theory["none"][-1] / theory["BN"][-1])
-    verdict = REPRODUCED if decide(off, at_most=_VARIANCE) == REPRODUCED else INCONCLUSIVE
-    if contrast.high < expected_contrast / 2:
-        verdict = NOT_REPRODUCED
-    gradient = np.mean([r["gradient"] for r in records], axis=0)
-    within = np.mean([r["within"] for r in records], axis=0)
+    spread = within.mean(axis=0)
     measured = {
         "largest relative deviation": off.mean,
-        "largest, BN": max(deviations["BN"]),
-        "largest, no BN": max(deviations["none"]),
-        "mean square at the last layer, BN": float(np.mean([r["BN"][-1] for r in records])),
-        "theory, BN": float(theory["BN"][-1]),
-        "mean square at the last layer, no BN": float(np.mean([r["none"][-1] for r in records])),
-        "theory, no BN": float(theory["none"][-1]),
-        "variance over the batch per layer, BN": (within[-1] - within[0]) / config.residual_depth,
+        "largest, BN": deviations["BN"].max(),
+        "largest, no BN": deviations["none"].max(),
+        "mean square at the last layer, BN": bn[:, -1].mean(),
+        "theory, BN": theory["BN"][-1],
+        "mean square at the last layer, no BN": none[:, -1].mean(),
+        "theory, no BN": theory["none"][-1],
+        "variance over the batch per layer, BN": (spread[-1] - spread[0]) / config.residual_depth,
         "1 − 1/π": 1 / LIMIT,
-        "squared gradient, bottom over top, BN": gradient[0],
+        "squared gradient, bottom over top, BN": gradient.mean(axis=0)[0],
         "theory for a large batch": residual_gradient(config.residual_depth)[0],
     }
     return Finding(
         CLAIMS[1],
         measured,
         off.interval,
-        verdict,
+        verdict_of(reproduced=off.high <= _VARIANCE, refuted=contrast.high < expected_contrast / 2),
         note="interval: over seeds, of the largest deviation of all layers, with and without BN; a "
         f"seed is the mean of {config.residual_networks} networks of {config.residual_width} "
         "units. The law is about the mean square; of it, a part is common to all examples, and "
@@ -171,33 +171,31 @@ def judge_residual(config: Any, records: Sequence[dict]) -> Finding:
     )
 
 
-def judge_ranks(config: Any, records: Sequence[dict]) -> Finding:
+def judge_ranks(config: Config, records: Sequence[Record]) -> Finding:
     """rank-collapse."""
-    widths, seeds = config.rank_widths, range(config.seeds)
-    by_key = {(r["width"], r["seed"]): r for r in records}
+    widths = config.rank_widths
 
-    def values(name: str, key: str) -> np.ndarray:
-        return np.array([[by_key[d, s][name][key] for d in widths] for s in seeds], float)
+    def values(name: str, key: str) -> np.ndarray:  # [seeds, widths]
+        return np.transpose(
+            [numbers(by_seed(records, width=d), lambda r: r[name][key]) for d in widths]
+        )
 
     largest = estimate(values("none", "last").max(axis=1))
-    kept = values("BN", "mean")
+    kept, above = values("BN", "mean"), values("BN", "thresholded")
     exponent = estimate([slope(np.log(widths), np.log(row)).mean for row in kept])
     bound = (1 - THRESHOLD) ** 2 * values("BN", "last")
     measured = {
         "exponent of the soft rank in d, BN": exponent.mean,
-        "smallest soft rank/√d, BN": float((kept / np.sqrt(widths)).min()),
+        "smallest soft rank/√d, BN": (kept / np.sqrt(widths)).min(),
         "largest soft rank at the last layer, no BN": largest.mean,
-        "largest, over seeds, no BN": float(values("none", "last").max()),
-        "smallest rank_τ/((1 − τ)²·r), BN": float((values("BN", "thresholded") / bound).min()),
+        "largest, over seeds, no BN": values("none", "last").max(),
+        "smallest rank_τ/((1 − τ)²·r), BN": (above / bound).min(),
     }
     for index, d in enumerate(widths):
-        measured[f"soft rank, d = {d}, BN"] = float(kept[:, index].mean())
-        measured[f"rank_τ, τ = {THRESHOLD:g}, d = {d}, BN"] = float(
-            values("BN", "thresholded")[:, index].mean()
-        )
-        measured[f"rank_τ, τ = {THRESHOLD:g}, d = {d}, no BN"] = float(
-            values("none", "thresholded")[:, index].mean()
-        )
+        rank = f"rank_τ, τ = {THRESHOLD:g}, d = {d}"
+        measured[f"soft rank, d = {d}, BN"] = kept[:, index].mean()
+        measured[f"{rank}, BN"] = above[:, index].mean()
+        measured[f"{rank}, no BN"] = values("none", "thresholded")[:, index].mean()
     return Finding(
         CLAIMS[2],
         measured,
@@ -211,54 +209,35 @@ def judge_ranks(config: Any, records: Sequence[dict]) -> Finding:
     )
 
 
-def judge_training(config: Any, records: Sequence[dict]) -> Finding:
+def judge_training(config: Config, records: Sequence[Record]) -> Finding:
     """deep-bn-untrainable."""
-    depths = config.train_depths
-    by_key = {(r["residual"], r["depth"], r["seed"]): r for r in records}
+    depths = sorted(config.train_depths)
 
-    def of(residual: bool, depth: int, key: str) -> list[float]:
-        return [by_key[residual, depth, seed][key] for seed in range(config.seeds)]
+    def of(residual: bool, depth: int, key: str = "accuracy") -> np.ndarray:
+        return numbers(by_seed(records, residual=residual, depth=depth), key)
 
-    gaps = {
-        depth: paired_difference(of(True, depth, "accuracy"), of(False, depth, "accuracy"))
-        for depth in depths
-    }
-    deep, shallow = gaps[max(depths)], gaps[min(depths)]
+    shallow, deep = (paired_difference(of(True, d), of(False, d)) for d in (depths[0], depths[-1]))
     measured = {
-        f"residual − plain, depth {max(depths)}": deep.mean,
-        f"residual − plain, depth {min(depths)}": shallow.mean,
+        f"residual − plain, depth {depths[-1]}": deep.mean,
+        f"residual − plain, depth {depths[0]}": shallow.mean,
     }
-    diverged = sum(record["diverged"] > 0 for record in records)
-    for depth in sorted(depths):
+    for depth in depths:
         for residual, arm in ((False, "plain"), (True, "residual")):
-            accuracy = of(residual, depth, "accuracy")
-            measured[f"test accuracy, {arm}, depth {depth}"] = float(np.mean(accuracy))
-            measured[f"training loss at the end, {arm}, depth {depth}"] = float(
-                np.mean([math.nan if x is None else x for x in of(residual, depth, "loss")])
-            )
-            measured[f"rate, {arm}, depth {depth}"] = by_key[residual, depth, 0]["rate"]
+            at = f"{arm}, depth {depth}"
+            measured[f"test accuracy, {at}"] = of(residual, depth).mean()
+            measured[f"training loss at the end, {at}"] = of(residual, depth, "loss").mean()
+            measured[f"rate, {at}"] = of(residual, depth, "rate")[0]
+    ends = {r["rate"] for r in records if at_end(r["rate"], config.learning_rates)}
     note = (
-        f"interval: over seeds, of residual − plain at depth {max(depths)}; at depth {min(depths)} "
+        f"interval: over seeds, of residual − plain at depth {depths[-1]}; at depth {depths[0]} "
         f"it is {shallow.low:.3f} to {shallow.high:.3f}. {config.num_steps} steps of momentum SGD; "
         "each arm and depth at the rate that gave the lowest training loss on a seed apart. Test "
         "accuracy by population statistics, training loss by those of the batch, over the last "
         "tenth of the steps"
+        + listed("Chosen at an end of the grid", [f"{rate:g}" for rate in sorted(ends)])
+        + lost(records)
     )
-    ends = [rate for rate in {r["rate"] for r in records} if rate in _ends(config.learning_rates)]
-    if ends:
-        note += f". Chosen at an end of the grid: {', '.join(f'{r:g}' for r in sorted(ends))}"
-    if diverged:
-        note += f". Of {len(records)} runs {diverged} had steps that were not finite and not taken"
-    return Finding(
-        CLAIMS[3],
-        measured,
-        deep.interval,
-        conjunction(
-            decide(deep, at_least=_DEEP), decide(shallow, at_least=-_SHALLOW, at_most=_SHALLOW)
-        ),
-        note,
+    verdict = conjunction(
+        decide(deep, at_least=_DEEP), decide(shallow, at_least=-_SHALLOW, at_most=_SHALLOW)
     )
-
-
-def _ends(values: Sequence[float]) -> tuple[float, float]:
-    return min(values), max(values)
+    return Finding(CLAIMS[3], measured, deep.interval, verdict, note)

@@ -5,6 +5,7 @@ import functools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -12,17 +13,113 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from bn_research.lab.compiler import compiler_options
-from bn_research.lab.images import Images
+from bn_research.claims.judging import choose, final
+from bn_research.lab import Ledger
+from bn_research.lab.fields import at_most
+from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
+from bn_research.lab.settings import Programs, Training, creator, per_structure, sweep, train
+from bn_research.training.cores import use_cpu_cores
 from bn_research.training.distortion import distort, draw_factors
-from bn_research.training.loop import epoch_order_of_groups, run_steps
-from bn_research.training.state import TrainState, create_train_state
-from bn_research.training.step import Batch, make_eval_step, make_train_step
+from bn_research.training.lanes import CreateFn
+from bn_research.training.loop import History, epoch_order_of_groups, run_steps
+from bn_research.training.state import TrainState
+from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
 from bn_research.training.sweep import Member, Sweep
-from experiments.training_steps.arms import Hyper, Network, Setting, hyper, make_model, optimizer
+from experiments.training_steps import Config
+from experiments.training_steps.networks import (
+    BASELINE,
+    PLAIN,
+    TUNED,
+    TUNED_BN,
+    TUNING_SEED,
+    X5,
+    Network,
+    Task,
+    ladder,
+    make_model,
+    optimizer,
+    plan,
+)
+from experiments.training_steps.verdicts import Records
 
 _EVAL_BATCH = 125
+
+
+def prepare(config: Config) -> Images:
+    """The images, which the networks can take; each core becomes a device, for the sweeps."""
+    use_cpu_cores()
+    images = images_of(config, scale="unit")
+    at_most(config, len(images.train.label), f"all of {config.dataset}", "train_examples")
+    at_most(config, len(images.test.label), f"all of {config.dataset}", "eval_examples")
+    images = images._replace(
+        train=jax.tree.map(lambda leaf: leaf[: config.train_examples], images.train)
+    )
+    task = task_of(config, images)
+    model = make_model(ladder(config)[PLAIN], task)
+    sample = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
+    # Modules that are unknown, and images too small for them, are refused here.
+    jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), sample)
+    return images
+
+
+def task_of(config: Config, images: Images) -> Task:
+    """The task that a config sets with these images."""
+    return Task(config, images.num_classes, images.train.image.shape[1:])
+
+
+def measure(config: Config, images: Images, path: Path) -> Records:
+    """Every network trained with every seed, the tuned ones at rates that are chosen first."""
+    networks, task = plan(config), task_of(config, images)
+    data = place(images, config.eval_examples)
+    total = 2 * len(config.learning_rates) + (len(networks) + 2) * config.seeds
+    total_steps, ledger = total * config.num_steps, Ledger(path / "metrics.jsonl")
+    with Runner(path, ledger, total_steps=total_steps, strategy="devices") as runner:
+        timed = {name: networks[name] for name in (PLAIN, BASELINE, X5)}
+        seconds = runner.get("seconds per step", time_steps, timed, task, data)
+
+        def records_of(runs: Sequence[tuple[str, Network, int]]) -> list[dict[str, Any]]:
+            return train(
+                runner,
+                [Training(network, seed, config.num_steps, arm) for arm, network, seed in runs],
+                lambda network: programs(network, task),
+                data,
+                record=functools.partial(record, config),
+            )
+
+        for name, given in ((TUNED, PLAIN), (TUNED_BN, BASELINE)):
+            grid = [networks[given].replace(rate=rate) for rate in config.learning_rates]
+            trials = records_of([("tuning", network, TUNING_SEED) for network in grid])
+            networks[name] = networks[given].replace(rate=choose_rate(trials))
+        seeds = range(config.seeds)
+        trained = records_of([(n, network, s) for n, network in networks.items() for s in seeds])
+    by_arm = {name: [r for r in trained if r["arm"] == name] for name in networks}
+    return Records(by_arm, seconds, images.num_classes)
+
+
+def record(
+    config: Config, training: Training, state: TrainState, history: History
+) -> dict[str, Any]:
+    """What the ledger keeps of a training: a number for each time the test set was seen.
+
+    These are the steps until then, the accuracy by running statistics, and the mean training loss
+    since the last time; and of the whole the number of steps that were not finite and not taken.
+    """
+    every = config.steps_per_dispatch
+    return {
+        **training.setting.as_record(),
+        "seed": training.seed,
+        "steps": [every * (i + 1) for i in range(len(history.observed))],
+        "accuracy": history.observed,
+        "loss": history.loss.reshape(-1, every).mean(axis=1),
+        "diverged": history.diverged,
+    }
+
+
+def choose_rate(trials: Sequence[Mapping[str, Any]]) -> float:
+    """The rate of the lowest training loss at the end; where all runs were lost, the lowest."""
+    by_rate = sorted(trials, key=lambda trial: trial["rate"])
+    return choose(by_rate, lambda trial: final(trial["loss"]))["rate"]
 
 
 class Data(NamedTuple):
@@ -37,8 +134,8 @@ class Data(NamedTuple):
 def place(images: Images, eval_examples: int) -> Data:
     """The data as the programs take them, with the first eval_examples of the test set."""
     pixels = np.asarray(images.train.image, np.float64)
-
-    size = _eval_batch(eval_examples)
+    # The largest divisor: no example is padded or left.
+    size = max(size for size in range(1, _EVAL_BATCH + 1) if eval_examples % size == 0)
 
     def cut(leaf: Any) -> Array:
         return jnp.reshape(leaf[:eval_examples], (-1, size, *leaf.shape[1:]))
@@ -51,192 +148,104 @@ def place(images: Images, eval_examples: int) -> Data:
     )
 
 
-def _eval_batch(count: int) -> int:
-    """The largest divisor of count that is at most _EVAL_BATCH: no example is padded or left."""
-    return max(size for size in range(1, _EVAL_BATCH + 1) if count % size == 0)
-
-
-def apply_fn(network: Network, static: tuple[Any, ...], hyper: Hyper, data: Data):
+def apply_fn(network: Network, task: Task, data: Data):
     """What the steps apply: distortion (in training), standardization, the network."""
-    model = make_model(network, static)
+    apply_model = apply_fn_of(make_model(network, task))
 
-    def apply(variables, image, *, train, keys=None):
-        if not train:
-            logits = model.apply(variables, (image - data.mean) / data.std, train=False)
-            return logits, variables["batch_stats"]
-        distortion_keys, dropout_keys = (
-            jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in (0, 1)
-        )
-        factors = draw_factors(distortion_keys, strength=hyper.distortion)
-        image = (distort(image, factors) - data.mean) / data.std
-        logits, new = model.apply(
-            variables, image, train=True, keys=dropout_keys, mutable=["batch_stats"]
-        )
-        return logits, new.get("batch_stats", {})
+    def apply(variables: Any, image: Array, *, train: bool, keys: Any = None):
+        options = {}
+        if train:
+            distortion_keys, options["keys"] = (
+                jax.vmap(jax.random.fold_in, (0, None))(keys, purpose) for purpose in (0, 1)
+            )
+            image = distort(image, draw_factors(distortion_keys, strength=network.distortion))
+        return apply_model(variables, (image - data.mean) / data.std, train=train, **options)
 
     return apply
 
 
-def create_program(network: Network, setting: Setting):
-    """(key, hyper) -> state before the first step: the same whatever has no parameters."""
-    plain = setting._replace(activation="relu", dropout=0.0, local_response_norm=False)
-    return _create_program(network, plain.static)
+def programs(network: Network, task: Task) -> Programs:
+    """Those of a network, whose start is that of all networks with its parameters."""
+
+    def bare(network: Network) -> Network:
+        return network.replace(activation="relu", dropout=0.0, local_response_norm=False)
+
+    create = _creator(bare(network), task)
+    return Programs(lambda key, network: create(key, bare(network)), _sweep(network, task))
 
 
-@functools.cache
-def _create_program(network: Network, static: tuple[Any, ...]):
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key, hyper):
-        model, image = make_model(network, static), jnp.zeros((1, *network.image_shape))
-        return create_train_state(
-            lambda key: model.init(key, image, train=False), optimizer(hyper), key
-        )
+@per_structure
+def _creator(_: Network, task: Task) -> CreateFn:
+    def init(key: Array, network: Network) -> Any:
+        image = jnp.zeros((1, *task.image_shape))
+        return make_model(network, task).init(key, image, train=False)
 
-    return create
+    return creator(init, optimizer)
 
 
-def advance_fn(network: Network, static: tuple[Any, ...]):
-    """(state, hyper, data) -> state after a dispatch, and metrics that hold the test accuracy."""
+@per_structure
+def _sweep(_: Network, task: Task) -> Sweep:
+    batch_size, every = task.config.batch_size, task.config.steps_per_dispatch
 
-    def advance(state: TrainState, hyper: Hyper, data: Data):
-        apply = apply_fn(network, static, hyper, data)
-        step = make_train_step(apply, optimizer(hyper), stochastic=True)
+    def advance(state: TrainState, network: Network, data: Data):
+        """A dispatch, and the test accuracy after it."""
+        apply = apply_fn(network, task, data)
+        step = make_train_step(apply, optimizer(network), stochastic=True)
         state, metrics = run_steps(
             step,
             state,
             data.train,
-            batch_size=network.batch_size,
-            num_steps=network.steps_per_dispatch,
+            batch_size=batch_size,
+            num_steps=every,
             order_of_epoch=functools.partial(
-                epoch_order_of_groups, group_size=network.batch_size, regrouped=hyper.shuffled
+                epoch_order_of_groups, group_size=batch_size, regrouped=network.shuffled
             ),
         )
         sums = jax.lax.map(lambda batch: make_eval_step(apply)(state, batch), data.test)
         return state, metrics._replace(observed=jnp.sum(sums.correct) / jnp.sum(sums.count))
 
-    return advance
-
-
-def _devices(network: Network) -> list[jax.Device]:
-    return jax.local_devices()[: network.lanes]
-
-
-@functools.cache
-def _sweep(network: Network, static: tuple[Any, ...]) -> Sweep:
-    # Fixed, so that it need not be measured: its numbers are those of single runs everywhere.
-    return Sweep(
-        advance_fn(network, static),
-        steps_per_dispatch=network.steps_per_dispatch,
-        strategy="devices",
-        devices=_devices(network),
-        compiler_options=compiler_options(network.compiler_level),
+    return sweep(
+        advance,
+        steps_per_dispatch=every,
+        devices=_devices(task),
+        compiler_level=task.config.compiler_level,
     )
 
 
-class Run(NamedTuple):
-    """One training."""
-
-    arm: str
-    setting: Setting
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """Identifies it in the ledger: what it is, not what it is for."""
-        fields = " ".join(f"{field}={value}" for field, value in self.setting._asdict().items())
-        return f"{fields} seed={self.seed}"
+def _devices(task: Task) -> list[jax.Device]:
+    # Each arm has so many members or more: one program for all its sweeps.
+    return jax.local_devices()[: task.config.seeds]
 
 
-class Trainer(NamedTuple):
-    """What the trainings of a run share."""
+def time_steps(networks: Mapping[str, Network], task: Task, data: Data) -> dict[str, float]:
+    """Seconds per training step, its share of the evaluations included, by name.
 
-    runner: Runner
-    network: Network
-    data: Data
-    num_steps: int
-
-    def train(self, runs: Sequence[Run]) -> list[dict[str, Any]]:
-        """Records of the runs, in their order.
-
-        Each holds the steps after which the test set was seen, its accuracy then by running
-        statistics, the mean training loss since the last time, and the number of steps that were
-        not finite and so not taken. Runs of equal settings and seed are one training.
-        """
-        sweeps: dict[tuple, dict[str, Run]] = {}
-        for run in runs:
-            sweeps.setdefault(run.setting.static, {}).setdefault(run.name, run)
-        records: dict[str, dict[str, Any]] = {}
-        for static, group in sweeps.items():
-            first = next(iter(group.values()))
-            self.runner.describe(first.arm)
-            found = self.runner.train(
-                create_program(self.network, first.setting),
-                _sweep(self.network, static),
-                [Member(r.name, r.seed, hyper(r.setting), self.num_steps) for r in group.values()],
-                self.data,
-                record=functools.partial(self._record, group),
+    Measured as the run spends them, with every device at work on its own member. The programs take
+    turns, and the median of the rounds counts.
+    """
+    every = task.config.steps_per_dispatch
+    times: dict[str, list[float]] = {name: [] for name in networks}
+    for _ in range(1 + task.config.timing_rounds):
+        for name, network in networks.items():
+            # One dispatch to load the lanes, and in the first round to compile, and one timed.
+            members = [
+                Member(f"{name} {seed}", seed, network.traced, 2 * every)
+                for seed in range(len(_devices(task)))
+            ]
+            clock: list[float] = []
+            create, program = programs(network, task)
+            trained = program.run(
+                create,
+                members,
+                data,
+                on_choice=lambda choice: None,
+                on_steps=functools.partial(_note_time, clock),
             )
-            records.update(zip(group, found, strict=True))
-        return [{**records[run.name], "arm": run.arm} for run in runs]
-
-    def _record(self, group: Mapping[str, Run], member, state, history) -> dict[str, Any]:
-        every, run = self.network.steps_per_dispatch, group[member.name]
-        return {
-            **run.setting._asdict(),
-            "seed": run.seed,
-            "steps": [every * (i + 1) for i in range(len(history.observed))],
-            "accuracy": history.observed,
-            "loss": history.loss.reshape(-1, every).mean(axis=1),
-            "diverged": history.diverged,
-        }
-
-    def time_steps(self, settings: Mapping[str, Setting], rounds: int) -> dict[str, float]:
-        """Seconds per training step, its share of the evaluations included, by name.
-
-        Measured as the run spends them, with every device at work on its own member. The programs
-        take turns, and the median of the rounds counts.
-        """
-        every = self.network.steps_per_dispatch
-        times: dict[str, list[float]] = {name: [] for name in settings}
-        for _ in range(1 + rounds):
-            for name, setting in settings.items():
-                # One dispatch to load the lanes, and in the first round to compile, and one timed.
-                members = [
-                    Member(f"{name} {seed}", seed, hyper(setting), 2 * every)
-                    for seed in range(len(_devices(self.network)))
-                ]
-                clock: list[float] = []
-                create = create_program(self.network, setting)
-                trained = _sweep(self.network, setting.static).run(
-                    create,
-                    members,
-                    self.data,
-                    on_choice=lambda choice: None,
-                    on_steps=functools.partial(_note_time, clock),
-                )
-                collections.deque(trained, maxlen=0)
-                # Told of each member: of its start, and after each dispatch.
-                first, second = clock[2 * len(members) - 1], clock[-1]
-                times[name].append((second - first) / every)
-        return {name: statistics.median(values[1:]) for name, values in times.items()}
+            collections.deque(trained, maxlen=0)
+            # Told of each member: of its start, and after each dispatch.
+            times[name].append((clock[-1] - clock[2 * len(members) - 1]) / every)
+    return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
 def _note_time(clock: list[float], steps: int) -> None:
     clock.append(time.perf_counter())
-
-
-def choose_rate(records: Sequence[Mapping[str, Any]]) -> float:
-    """The rate whose run has the lowest training loss at the end; of runs lost, the lowest rate.
-
-    Args:
-      records: of one network, one for each rate.
-    """
-    sound = [r for r in records if not r["diverged"] and None not in r["loss"]]
-    if not sound:
-        return min(record["rate"] for record in records)
-    return min(sound, key=lambda record: final(record["loss"]))["rate"]
-
-
-def final(values: Sequence[float]) -> float:
-    """Mean over the last tenth."""
-    return float(np.mean(values[-max(1, len(values) // 10) :]))

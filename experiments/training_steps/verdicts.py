@@ -1,21 +1,17 @@
 """The claims of `experiments.training_steps`, and how records of trainings decide them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from bn_research.claims import Claim, Finding, paired_difference
 from bn_research.claims.bounded import Bounded, Ratio, first_reaching, ratio
-from bn_research.claims.claim import Claim
-from bn_research.claims.estimate import Estimate, paired_difference
-from bn_research.claims.finding import (
-    INCONCLUSIVE,
-    NOT_REPRODUCED,
-    REPRODUCED,
-    Finding,
-    conjunction,
-)
-from experiments.training_steps.arms import (
+from bn_research.claims.estimate import Estimate
+from bn_research.claims.finding import INCONCLUSIVE, conjunction, verdict_of
+from bn_research.claims.judging import at_end, final, listed, numbers, with_intervals
+from experiments.training_steps import Config
+from experiments.training_steps.networks import (
     BASELINE,
     LADDER,
     PLAIN,
@@ -26,7 +22,6 @@ from experiments.training_steps.arms import (
     X30,
     switched,
 )
-from experiments.training_steps.training import final
 
 _SAME_RATE, _CHANGED = 1.5, 3.0  # times fewer steps
 _LEARNED = 3  # times the accuracy of chance
@@ -75,33 +70,34 @@ CLAIMS = (
 )
 
 Record = Mapping[str, Any]
-Records = Mapping[str, Sequence[Record]]  # by arm, a record for each seed
+Arms = Mapping[str, Sequence[Record]]  # by name of the network, a record for each seed
 
 
-def accuracies(record: Record) -> np.ndarray:
-    """Test accuracy at each of the record's steps; NaN where it was not finite."""
-    return np.array([np.nan if x is None else x for x in record["accuracy"]], np.float64)
+class Records(NamedTuple):
+    """What a run has measured."""
+
+    by_arm: Arms  # of the ladder, the tuned networks and every switch
+    seconds: Mapping[str, float]  # of a training step of PLAIN, BASELINE and X5
+    num_classes: int
 
 
 def best(record: Record) -> float:
     """The highest test accuracy of a run."""
-    return float(np.nanmax(accuracies(record), initial=0.0))
+    return float(np.nanmax(np.array(record["accuracy"], np.float64), initial=0.0))
 
 
 def steps_to(record: Record, target: float) -> Bounded:
     """Steps until the test accuracy is at least target."""
-    return first_reaching(record["steps"], accuracies(record), target)
+    return first_reaching(record["steps"], np.array(record["accuracy"], np.float64), target)
 
 
-def fewer(
-    baseline: Sequence[Record],
-    records: Sequence[Record],
-    targets: Sequence[float],
-) -> Ratio:
+def fewer(baseline: Sequence[Record], records: Sequence[Record], targets: Sequence[float]) -> Ratio:
     """How many times fewer steps records need than baseline, to the target of each seed."""
     return ratio(
-        [steps_to(r, target) for r, target in zip(baseline, targets, strict=True)],
-        [steps_to(r, target) for r, target in zip(records, targets, strict=True)],
+        *(
+            [steps_to(r, target) for r, target in zip(rs, targets, strict=True)]
+            for rs in (baseline, records)
+        )
     )
 
 
@@ -113,48 +109,54 @@ def against(baseline: Sequence[Record], records: Sequence[Record], share: float 
 def gain(records: Sequence[Record], baseline: Sequence[Record]) -> Estimate:
     """Final accuracy of records minus that of baseline, paired by seed."""
     # A run that was lost kept the weights of its last sound step, and counts with their accuracy.
-    return paired_difference(
-        *([final(list(accuracies(r))) for r in rs] for rs in (records, baseline))
-    )
+    return paired_difference(numbers(records, _final_accuracy), numbers(baseline, _final_accuracy))
 
 
-def judge(
-    config: Any, records: Records, seconds: Mapping[str, float], num_classes: int
-) -> list[Finding]:
-    """The findings of all claims.
+def _final_accuracy(record: Record) -> float:
+    return final(record["accuracy"])
 
-    Args:
-      config: of the run.
-      records: of the ladder, of `TUNED` and of every switch.
-      seconds: of a training step of `PLAIN`, `BASELINE` and `X5`.
-      num_classes: of the data set.
+
+def contributions(config: Config, arms: Arms) -> dict[str, tuple[Ratio, Estimate]]:
+    """For each change made alone to BN-Baseline: steps saved and accuracy gained by it.
+
+    The target is the plain network's best accuracy at the base rate, as in the claims.
     """
-    learned = np.mean([best(r) for r in records[PLAIN]]) >= _LEARNED / num_classes
-    note = _note(config, records)
+    baseline, targets = arms[BASELINE], [best(record) for record in arms[PLAIN]]
+    return {
+        name: (fewer(baseline, arms[name], targets), gain(arms[name], baseline))
+        for name in switched(config)
+        if name in arms
+    }
+
+
+def judge(config: Config, records: Records) -> list[Finding]:
+    """A finding for each claim, in their order."""
+    arms = records.by_arm
+    learned = numbers(arms[PLAIN], best).mean() >= _LEARNED / records.num_classes
+    higher = gain(arms[X30], arms[X5])
     findings = []
     for claim, arm in zip(CLAIMS, (BASELINE, X5, X30), strict=True):
-        base = against(records[PLAIN], records[arm])
-        tuned = against(records[TUNED], records[arm])
-        higher = gain(records[X30], records[X5])
-        verdicts = {
-            BASELINE: [_same_rate(base)],
-            X5: [_at_least(base, _CHANGED), _at_least(tuned, 1.0)],
-            X30: [_at_least(base, _CHANGED), _at_least(tuned, 1.0), _positive(higher)],
-        }[arm]
-        measured = _measured(records, seconds, arm)
+        base, tuned = (against(arms[baseline], arms[arm]) for baseline in (PLAIN, TUNED))
+        measured = _measured(records, arm)
+        verdicts = [_at_least(base, _CHANGED), _at_least(tuned, 1.0)]
         if arm == BASELINE:
-            both = against(records[TUNED], records[TUNED_BN])
-            measured = _ratio_numbers("steps, both at their own best rate", both) | measured
-            measured[f"rate, {TUNED_BN}"] = float(records[TUNED_BN][0]["rate"])
-            measured[f"best accuracy, {TUNED_BN}"] = float(
-                np.mean([best(r) for r in records[TUNED_BN]])
-            )
+            both = against(arms[TUNED], arms[TUNED_BN])
+            measured = {"steps, both at their own best rate": both} | measured
+            measured[f"rate, {TUNED_BN}"] = arms[TUNED_BN][0]["rate"]
+            measured[f"best accuracy, {TUNED_BN}"] = numbers(arms[TUNED_BN], best).mean()
+            refuted = _is_known(base) and base.low <= 1
+            verdicts = [verdict_of(reproduced=base.low >= _SAME_RATE, refuted=refuted)]
         if arm == X5:
-            measured |= _contributions(config, records) | _sigmoid(records)
+            for name, (steps, accuracy) in contributions(config, arms).items():
+                measured[f"steps, {BASELINE} over {name} alone"] = steps
+                measured[f"final accuracy, {name} alone − {BASELINE}"] = accuracy
+            measured[f"best accuracy, {SIGMOID}"] = numbers(arms[SIGMOID], best).mean()
         if arm == X30:
-            measured |= _numbers(f"final accuracy, {X30} − {X5}", higher.mean, *higher.interval)
+            measured[f"final accuracy, {X30} − {X5}"] = higher
+            verdicts.append(verdict_of(reproduced=higher.low > 0, refuted=higher.high <= 0))
         verdict = conjunction(*verdicts) if learned else INCONCLUSIVE
-        findings.append(Finding(claim, measured, base.interval, verdict, note[arm]))
+        note = _note(config, arms, arm)
+        findings.append(Finding(claim, with_intervals(measured), base.interval, verdict, note))
     return findings
 
 
@@ -163,113 +165,53 @@ def _is_known(found: Ratio) -> bool:
     return found.interval != (0.0, np.inf)
 
 
-def _same_rate(found: Ratio) -> str:
-    if _is_known(found) and found.low <= 1:
-        return NOT_REPRODUCED
-    return REPRODUCED if found.low >= _SAME_RATE else INCONCLUSIVE
-
-
 def _at_least(found: Ratio, threshold: float) -> str:
-    if _is_known(found) and found.high <= 1:
-        return NOT_REPRODUCED
-    return REPRODUCED if found.low >= threshold and found.low > 1 else INCONCLUSIVE
+    return verdict_of(
+        reproduced=found.low >= threshold and found.low > 1,
+        refuted=_is_known(found) and found.high <= 1,
+    )
 
 
-def _positive(found: Estimate) -> str:
-    if found.high <= 0:
-        return NOT_REPRODUCED
-    return REPRODUCED if found.low > 0 else INCONCLUSIVE
-
-
-def _numbers(name: str, mean: float, low: float, high: float) -> dict[str, float]:
-    return {name: mean, f"{name}, low": low, f"{name}, high": high}
-
-
-def _ratio_numbers(name: str, found: Ratio, factor: float = 1.0) -> dict[str, float]:
-    """A ratio with its interval; of one that is a bound only, the end that is known."""
-    return _numbers(name, *(factor * x for x in (found.known, *found.interval)))
-
-
-def _measured(records: Records, seconds: Mapping[str, float], arm: str) -> dict[str, float]:
-    measured: dict[str, float] = {}
+def _measured(records: Records, arm: str) -> dict[str, float | Ratio | Estimate]:
+    arms, seconds = records.by_arm, records.seconds
     program = X5 if arm == X30 else arm  # the two differ in the rate
+    faster = seconds[PLAIN] / seconds[program]
+    measured: dict[str, float | Ratio | Estimate] = {}
     for baseline, words in ((PLAIN, "base rate"), (TUNED, "its own best rate")):
         of = f"plain at {words} over {arm}"
-        found = against(records[baseline], records[arm])
-        measured |= _ratio_numbers(f"steps, {of}", found)
-        near = against(records[baseline], records[arm], _NEAR)
-        measured |= _ratio_numbers(f"steps to {_NEAR:.0%} of the target, {of}", near)
-        faster = seconds[PLAIN] / seconds[program]
-        measured |= _ratio_numbers(f"wall-clock time, {of}", found, faster)
+        found = against(arms[baseline], arms[arm])
+        near = against(arms[baseline], arms[arm], _NEAR)
+        known, low, high = (faster * x for x in (found.known, *found.interval))
+        measured[f"steps, {of}"] = found
+        measured[f"steps to {_NEAR:.0%} of the target, {of}"] = near
+        measured[f"wall-clock time, {of}"] = Estimate(known, low, high, found.pairs)
     for name in (PLAIN, TUNED, arm):
-        measured[f"best accuracy, {name}"] = float(np.mean([best(r) for r in records[name]]))
-        measured[f"final accuracy, {name}"] = float(
-            np.mean([final(list(accuracies(r))) for r in records[name]])
-        )
-        measured[f"rate, {name}"] = float(records[name][0]["rate"])
+        measured[f"best accuracy, {name}"] = numbers(arms[name], best).mean()
+        measured[f"final accuracy, {name}"] = numbers(arms[name], _final_accuracy).mean()
+        measured[f"rate, {name}"] = arms[name][0]["rate"]
     measured[f"ms per step, {PLAIN}"] = 1e3 * seconds[PLAIN]
     measured[f"ms per step, {arm}"] = 1e3 * seconds[program]
     return measured
 
 
-def _contributions(config: Any, records: Records) -> dict[str, float]:
-    """What each change does alone, made to BN-Baseline."""
-    measured: dict[str, float] = {}
-    for name, (found, accuracy) in contributions(config, records).items():
-        measured |= _ratio_numbers(f"steps, {BASELINE} over {name} alone", found)
-        measured |= _numbers(
-            f"final accuracy, {name} alone − {BASELINE}", accuracy.mean, *accuracy.interval
-        )
-    return measured
-
-
-def contributions(config: Any, records: Records) -> dict[str, tuple[Ratio, Estimate]]:
-    """For each change made alone to BN-Baseline: steps saved and accuracy gained by it.
-
-    The target is the plain network's best accuracy at the base rate, as in the claims.
-    """
-    targets = [best(record) for record in records[PLAIN]]
-    return {
-        name: (
-            fewer(records[BASELINE], records[name], targets),
-            gain(records[name], records[BASELINE]),
-        )
-        for name in switched(config)
-        if name in records
-    }
-
-
-def _sigmoid(records: Records) -> dict[str, float]:
-    return {f"best accuracy, {SIGMOID}": float(np.mean([best(r) for r in records[SIGMOID]]))}
-
-
-def _note(config: Any, records: Records) -> dict[str, str]:
-    """For the arm of each claim."""
-    shared = (
+def _note(config: Config, arms: Arms, arm: str) -> str:
+    note = (
         f"interval: of the ratio to plain at the base rate {config.base_rate:g}. Accuracy on "
         f"{config.eval_examples} test examples by running statistics, every "
         f"{config.steps_per_dispatch} of {config.num_steps} steps, which is the resolution of "
         f"every number of steps"
     )
     for name in (TUNED, TUNED_BN):
-        rate = records[name][0]["rate"]
-        at_end = rate in (min(config.learning_rates), max(config.learning_rates))
-        shared += f". {name}: rate {rate:g}{', an end of the grid' if at_end else ''}"
-    notes = {}
-    for arm in (BASELINE, X5, X30):
-        notes[arm] = shared
-        for baseline, words in ((PLAIN, "the base rate"), (TUNED, "its own best rate")):
-            censored = against(records[baseline], records[arm]).censored
-            if censored:
-                notes[arm] += (
-                    f". Of {len(records[arm])} seeds {censored} never reached the best accuracy of "
-                    f"plain at {words}: there the ratio is an upper bound"
-                )
-        lost = {
-            name: sum(r["diverged"] > 0 for r in records[name])
-            for name in (*LADDER, TUNED, TUNED_BN)
-        }
-        told = [f"{count} of {name}" for name, count in lost.items() if count]
-        if told:
-            notes[arm] += f". Runs with steps that were not finite and not taken: {', '.join(told)}"
-    return notes
+        rate = arms[name][0]["rate"]
+        end = ", an end of the grid" if at_end(rate, config.learning_rates) else ""
+        note += f". {name}: rate {rate:g}{end}"
+    for baseline, words in ((PLAIN, "the base rate"), (TUNED, "its own best rate")):
+        censored = against(arms[baseline], arms[arm]).censored
+        if censored:
+            note += (
+                f". Of {len(arms[arm])} seeds {censored} never reached the best accuracy of "
+                f"plain at {words}: there the ratio is an upper bound"
+            )
+    lost = {n: sum(r["diverged"] > 0 for r in arms[n]) for n in (*LADDER, TUNED, TUNED_BN)}
+    told = [f"{count} of {name}" for name, count in lost.items() if count]
+    return note + listed("Runs with steps that were not finite and not taken", told)

@@ -1,22 +1,26 @@
 """The figures of `experiments.transform`."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from bn_research.claims.alt_text import line_ends
+from bn_research.claims.alt_text import panel_ends
 from bn_research.claims.figures import (
+    GREY,
     PALETTE,
     Figure,
     band,
     end_labels,
     new_figure,
-    save_figure,
+    save_all,
     shared_legend,
 )
 from bn_research.claims.formatting import MINUS
+from bn_research.claims.judging import by_seed, numbers
+from bn_research.claims.plots import log_ticks, over_seeds
+from experiments.transform import Config
+from experiments.transform.measurements import PASSES, Records
+from experiments.transform.verdicts import exponent, transfer_slopes
 
 _COLORS = {
     "pixels": PALETTE.blue,
@@ -28,46 +32,20 @@ _COLORS = {
     "ZCA": PALETTE.vermillion,
     "Newton-Schulz": PALETTE.green,
 }
-
-
 _MARKERS = {"pixels": "o", "dense": "s", "conv": "D", "offset": "+", "heavy tails": "v"}
 _POWERS = {"BN": 1, "ZCA": 3}  # of d, in theory
 
 
-def draw(
-    config: Any,
-    records: Sequence[Mapping[str, Any]],
-    times: Sequence[Mapping[str, Any]],
-    slopes: Mapping[str, Any],
-    exponents: Mapping[tuple[str, str], Any],
-    clouds: Mapping[str, np.ndarray],
-    matrices: Mapping[str, np.ndarray],
-    folder: Path,
-) -> list[Figure]:
-    """All figures, in the order of the report.
-
-    Args:
-      config: of the run.
-      records: of each source and seed.
-      times: of each d.
-      slopes: source -> Estimate of the error's exponent in m, or None.
-      exponents: (arm, pass) -> Estimate of the time's exponent in d.
-      clouds: title -> points [examples, 2]: two features raw and transformed.
-      matrices: title -> correlation matrix [d, d].
-      folder: where the PNG files go.
-    """
-    return [
-        _draw_clouds(clouds, folder / "clouds.png"),
-        _draw_matrices(matrices, folder / "correlations.png"),
-        _draw_transfer(config, records, slopes, folder / "another_batch.png"),
-        _draw_cost(config, times, exponents, folder / "cost.png"),
-        _draw_rank(config, records, folder / "rank.png"),
-    ]
+def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
+    """All figures, in the order of the page."""
+    draws = (clouds, correlations, another_batch, cost, rank)
+    return save_all(draws, folder, config, records)
 
 
-def _draw_clouds(clouds, path):
+def clouds(config: Config, records: Records):
+    """BN stretches along the features, whitening along the principal axes."""
     fig, axes = new_figure(columns=2, rows=2, width=6.0, height=6.2)
-    for axis, (title, points) in zip(axes.flat, clouds.items(), strict=True):
+    for axis, (title, points) in zip(axes.flat, records.clouds.items(), strict=True):
         axis.scatter(*points.T, s=4, color=PALETTE.sky, alpha=0.5, linewidth=0)
         mean = points.mean(axis=0)
         values, vectors = np.linalg.eigh(np.cov(points.T, bias=True))
@@ -82,10 +60,7 @@ def _draw_clouds(clouds, path):
         rho = f"{np.corrcoef(points.T)[0, 1]:z.2f}".replace("-", MINUS)
         axis.set_title(f"{title}\ncorrelation {rho}", fontsize=10.5)
         axis.set_aspect("equal", adjustable="datalim")
-    return save_figure(
-        fig,
-        path,
-        title="BN stretches along the features, whitening along the principal axes",
+    return fig, dict(
         alt="Four scatter plots of two correlated features: raw, after BN still a slanted ellipse, "
         "after ZCA a circle, and with gamma and beta the raw cloud again.",
         caption=f"Two of the dense pre-activations of {len(points)} examples. Ellipses: one and "
@@ -96,22 +71,19 @@ def _draw_clouds(clouds, path):
     )
 
 
-def _draw_matrices(matrices, path):
+def correlations(config: Config, records: Records):
+    """BN leaves every correlation as it was."""
     fig, axes = new_figure(columns=3, width=6.8, height=2.5)
-    order = np.argsort(np.linalg.eigh(matrices["raw"])[1][:, -1])
-    for axis, (title, matrix) in zip(axes, matrices.items(), strict=True):
+    order = np.argsort(np.linalg.eigh(records.correlations["raw"])[1][:, -1])
+    for axis, (title, matrix) in zip(axes, records.correlations.items(), strict=True):
         image = axis.imshow(
             matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest"
         )
         axis.grid(visible=False)
-        axis.set_xticks([])
-        axis.set_yticks([])
+        axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=10.5)
     fig.colorbar(image, ax=list(axes), label="correlation", ticks=(-1, 0, 1), shrink=0.85)
-    return save_figure(
-        fig,
-        path,
-        title="BN leaves every correlation as it was",
+    return fig, dict(
         alt="Three correlation matrices: raw and after BN the same pattern of positive and "
         "negative correlations, after ZCA the identity.",
         caption=f"Correlations of {len(matrix)} dense pre-activations over all examples, seed 0, "
@@ -120,31 +92,29 @@ def _draw_matrices(matrices, path):
     )
 
 
-def _draw_transfer(config, records, slopes, path):
+def another_batch(config: Config, records: Records):
+    """γ and β undo the normalization of their own batch only."""
     fig, axis = new_figure(height=3.8)
-    for source, fitted in slopes.items():
-        rows = [record["transfer"] for record in records if record["source"] == source]
-        exponent = f"$m^{{{fitted.mean:.2f}}}$" if fitted else "no fit"
-        line = band(
+    for source, fitted in transfer_slopes(config, records.features).items():
+        law = f"$m^{{{fitted.mean:.2f}}}$" if fitted else "no fit"
+        band(
             axis,
             config.batch_sizes,
-            np.array(rows, dtype=float),
-            label=f"{source}: {exponent}",
+            numbers(by_seed(records.features, source=source), "transfer"),
+            label=f"{source}: {law}",
             color=_COLORS[source],
+            marker=_MARKERS[source],
+            markersize=6,
+            markerfacecolor="none",
         )
-        line.set(marker=_MARKERS[source], markersize=6, markerfacecolor="none")
-    sizes = np.array(config.batch_sizes, dtype=float)
-    axis.plot(
-        sizes, np.sqrt(3 / sizes), color="#777777", linestyle="--", label="Gaussian theory: √(3/m)"
-    )
-    _log_axes(axis, config.batch_sizes)
-    axis.set_xlabel("m, examples in a batch")
-    axis.set_ylabel("relative error on another batch")
+    theory = np.sqrt(3 / np.array(config.batch_sizes))
+    label = "Gaussian theory: √(3/m)"
+    axis.plot(config.batch_sizes, theory, color=GREY, linestyle="--", label=label)
+    axis.set_yscale("log")
+    log_ticks(axis, config.batch_sizes)
+    axis.set(xlabel="m, examples in a batch", ylabel="relative error on another batch")
     shared_legend(fig, columns=2)
-    return save_figure(
-        fig,
-        path,
-        title="γ and β undo the normalization of their own batch only",
+    return fig, dict(
         alt="Error of the recovered input against batch size, both logarithmic: falling lines of "
         "slope about minus one half, the heavy-tailed control above and flatter.",
         caption="γ and β that give batch A back exactly are used on a second batch B of the same "
@@ -156,29 +126,28 @@ def _draw_transfer(config, records, slopes, path):
     )
 
 
-def _draw_cost(config, times, exponents, path):
+def cost(config: Config, records: Records):
+    """What whitening costs."""
     fig, axes = new_figure(rows=2, width=5.4, height=6.4)
-    dims = [record["d"] for record in times]
-    for axis, kind in zip(axes, ("forward", "with gradient"), strict=True):
+    dims = np.array([record["d"] for record in records.times])
+    for axis, kind in zip(axes, PASSES, strict=True):
         for arm in ("ZCA", "Newton-Schulz", "BN"):
-            seconds = np.array([record["seconds"][f"{arm} {kind}"] for record in times])
+            seconds = np.array([record["seconds"][f"{arm} {kind}"] for record in records.times])
             low, middle, high = 1e3 * np.percentile(seconds, (25, 50, 75), axis=1)
             axis.fill_between(dims, low, high, color=_COLORS[arm], alpha=0.18, linewidth=0)
-            label = f"{arm}: $d^{{{exponents[arm, kind].mean:.2f}}}$"
+            label = f"{arm}: $d^{{{exponent(records.times, arm, kind).mean:.2f}}}$"
             axis.plot(dims, middle, "o-", color=_COLORS[arm], markersize=4, label=label)
             if arm in _POWERS:
-                law = middle[-1] * (np.array(dims) / dims[-1]) ** _POWERS[arm]
+                law = middle[-1] * (dims / dims[-1]) ** _POWERS[arm]
                 axis.plot(dims, law, color=_COLORS[arm], linestyle=":", linewidth=1.2)
-        _log_axes(axis, dims)
+        axis.set_yscale("log")
+        log_ticks(axis, list(dims))
         axis.set_ylabel(f"milliseconds, {kind}")
         end_labels(axis)
     axes[-1].set_xlabel("d, features")
-    return save_figure(
-        fig,
-        path,
-        title="What whitening costs",
+    return fig, dict(
         alt="Milliseconds of a call against the number of features, both logarithmic, from the "
-        f"fewest to the most. Forward: {line_ends(axes[0])}. With gradient: {line_ends(axes[1])}.",
+        f"fewest to the most. {panel_ends(dict(zip(PASSES, axes, strict=True)))}",
         caption=f"One call on {config.timed_batch} examples in float32. Line: median of "
         f"{config.repeats} repetitions, in turn with the other arms; band: their quartiles; "
         "exponents are least squares over all d. Dotted: theory for large d, d for BN and d³ for "
@@ -187,36 +156,30 @@ def _draw_cost(config, times, exponents, path):
     )
 
 
-def _draw_rank(config, records, path):
+def rank(config: Config, records: Records):
+    """A batch of m examples spans m − 1 directions."""
     fig, axis = new_figure(height=3.4)
     sizes = config.batch_sizes
     axis.plot(sizes, np.array(sizes) - 1, color="black", linestyle="--", label="m − 1", zorder=3)
     for source in ("pixels", "dense"):
-        rows = [record for record in records if record["source"] == source]
-        ranks = np.array([record["rank"] for record in rows], dtype=float)
-        label = f"{source}, {rows[0]['d']} features"
-        line = band(axis, sizes, ranks, label=label, color=_COLORS[source])
-        line.set(marker=_MARKERS[source], markersize=5)
-    _log_axes(axis, sizes)
-    axis.set_yscale("log", base=2)
-    axis.set_yticks(sizes, [str(size) for size in sizes])
-    axis.set_xlabel("m, examples in a batch")
-    axis.set_ylabel("rank of the covariance")
+        rows = by_seed(records.features, source=source)
+        band(
+            axis,
+            sizes,
+            numbers(rows, "rank"),
+            label=f"{source}, {rows[0]['d']} features",
+            color=_COLORS[source],
+            marker=_MARKERS[source],
+            markersize=5,
+        )
+    log_ticks(axis, sizes)
+    log_ticks(axis, sizes, side="y")
+    axis.set(xlabel="m, examples in a batch", ylabel="rank of the covariance")
     shared_legend(fig, columns=1)
-    return save_figure(
-        fig,
-        path,
-        title="A batch of m examples spans m − 1 directions",
+    return fig, dict(
         alt="Rank of the batch covariance against batch size: both kinds of features follow "
         "m minus 1 until the rank is near their number.",
         caption="Numerical rank, from singular values in float64. Where it is below the number of "
-        f"features the covariance has no inverse. Line: mean of {config.seeds} seeds; band: lowest "
-        "to highest.",
+        f"features the covariance has no inverse. {over_seeds(config.seeds)}.",
         claims=("whitening-cost",),
     )
-
-
-def _log_axes(axis, ticks):
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.set_xticks(ticks, [str(tick) for tick in ticks])

@@ -1,63 +1,42 @@
 """The figures of `experiments.whitening`."""
 
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bn_research.claims.alt_text import line_ends
-from bn_research.claims.figures import (
-    PALETTE,
-    Figure,
-    band,
-    new_figure,
-    save_figure,
-    shared_legend,
-)
-from experiments.whitening.inputs import TRANSFORMS
-from experiments.whitening.verdicts import kinds, smoothed, steps_ratio, steps_to_target
+from bn_research.claims.alt_text import line_ends, panel_ends
+from bn_research.claims.figures import PALETTE, Figure, new_figure, save_all, shared_legend
+from bn_research.claims.judging import by_seed
+from bn_research.claims.plots import bands, log_ticks, over_seeds, padded, reference
+from experiments.whitening import Config
+from experiments.whitening.regression import TRANSFORMS
+from experiments.whitening.verdicts import PLACES, Records, kinds, smoothed, steps_of, steps_ratio
 
-_COLORS = dict(
-    zip(
-        TRANSFORMS,
-        (PALETTE.vermillion, PALETTE.orange, PALETTE.purple, PALETTE.blue, PALETTE.green),
-        strict=True,
-    )
-)
+_COLORS = {
+    "raw": PALETTE.vermillion,
+    "centred": PALETTE.orange,
+    "scaled": PALETTE.purple,
+    "zca": PALETTE.blue,
+    "pca": PALETTE.green,
+}
 _MARKERS = dict(zip(TRANSFORMS, "osD^v", strict=True))
-_PLACES = {"none": "without BN", "hidden": "BN on hidden layers"}
 
 
-def draw(
-    config: Any,
-    regressions: Sequence[Mapping[str, Any]],
-    spectra: Mapping[str, Mapping[str, Any]],
-    trained: Sequence[Mapping[str, Any]],
-    folder: Path,
-) -> list[Figure]:
-    """All figures, in the order of the report."""
-    return [
-        _draw_steps(config, spectra, trained, folder / "steps.png"),
-        _draw_targets(config, trained, folder / "targets.png"),
-        _draw_losses(config, trained, folder / "losses.png"),
-        _draw_regression(regressions, folder / "regression.png"),
-    ]
+def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
+    """All figures, in the order of the page."""
+    return save_all((_steps, _targets, _losses, _regression), folder, config, records)
 
 
-def _draw_steps(config, spectra, trained, path) -> Figure:
+def _steps(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+    """Steps to a loss, by what was done to the inputs."""
     fig, axis = new_figure(width=6.2, height=3.8)
     names, told = kinds(config), []
-    places = np.arange(len(names))
     for shift, (placement, label), color in zip(
-        (-0.12, 0.12), _PLACES.items(), (PALETTE.vermillion, PALETTE.blue), strict=True
+        (-0.12, 0.12), PLACES.items(), (PALETTE.vermillion, PALETTE.blue), strict=True
     ):
-        for place, name in zip(places, names, strict=True):
-            found = [
-                steps_to_target(config, record)
-                for record in trained
-                if (record["placement"], record["inputs"]) == (placement, name)
-            ]
+        for place, name in enumerate(names):
+            found = steps_of(config, records, placement, name)
             shown = label if place == 0 else "_"
             ends = [f(steps.low for steps in found) for f in (min, max)]
             told.append(f"{name}, {label}: {ends[0]:g} to {ends[1]:g}")
@@ -79,18 +58,11 @@ def _draw_steps(config, spectra, trained, path) -> Figure:
     axis.yaxis.set_major_formatter(ScalarFormatter())
     axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(2, 1)))
     axis.set_ylabel(f"steps to a loss of {config.target_loss:g}")
-    axis.set_xticks(
-        places,
-        [
-            f"{name.replace(', ', chr(10))}\nκ {spectra[name]['condition_number']:.0e}"
-            for name in names
-        ],
-    )
+    kappas = [f"κ {records.spectra[name]['condition_number']:.0e}" for name in names]
+    rows = [name.replace(", ", "\n") for name in names]
+    axis.set_xticks(range(len(names)), list(map("{}\n{}".format, rows, kappas)))
     shared_legend(fig)
-    return save_figure(
-        fig,
-        path,
-        title="Steps to a loss, by what was done to the inputs",
+    return fig, dict(
         alt="Steps to the target loss on a log axis, one mark a seed, without BN and with it on "
         f"the hidden layers. Fewest and most: {'; '.join(told)}.",
         caption="Each arm at its own best rate; a mark is a seed, a triangle one that had not "
@@ -101,34 +73,27 @@ def _draw_steps(config, spectra, trained, path) -> Figure:
     )
 
 
-def _draw_targets(config, trained, path) -> Figure:
+def _targets(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+    """Ratios of steps, by the loss to reach."""
     fig, axis = new_figure(width=5.4, height=3.6)
     targets = sorted((config.target_loss, *config.other_targets))
-    for (a, b), color, marker in (
-        (("raw", "scaled"), PALETTE.purple, "D"),
-        (("raw", "zca"), PALETTE.blue, "^"),
-        (("scaled", "zca"), PALETTE.black, "o"),
+    for a, b, color, marker in (
+        ("raw", "scaled", PALETTE.purple, "D"),
+        ("raw", "zca", PALETTE.blue, "^"),
+        ("scaled", "zca", PALETTE.black, "o"),
     ):
-        found = [steps_ratio(config, trained, "none", a, b, target) for target in targets]
-        low, high = (
-            np.array([np.clip(getattr(r, end), 0.05, 20) for r in found]) for end in ("low", "high")
-        )
-        known = [r.mean.low if r.mean.low == r.mean.high else np.nan for r in found]
+        found = [steps_ratio(config, records, a, b, target) for target in targets]
+        low, high = np.clip(np.transpose([ratio.interval for ratio in found]), 0.05, 20)
+        known = [np.nan if ratio.mean.is_censored else ratio.mean.low for ratio in found]
         axis.fill_between(targets, low, high, color=color, alpha=0.15, linewidth=0)
         axis.plot(targets, known, marker=marker, markersize=5, color=color, label=f"{a}/{b}")
-    axis.axhline(1, color="black", linestyle=":", linewidth=1.2)
-    axis.set(xscale="log", yscale="log", ylim=(0.2, 20))
+    reference(axis, y=1, color="black", linestyle=":")
+    log_ticks(axis, targets, base=10)
+    log_ticks(axis, (0.2, 0.5, 1, 2, 5, 10, 20), base=10, side="y")
+    axis.set(ylim=(0.2, 20), xlabel="loss to reach, nats", ylabel="ratio of steps, without BN")
     axis.invert_xaxis()
-    axis.set_xticks(targets, [f"{target:g}" for target in targets])
-    axis.minorticks_off()
-    axis.set_yticks((0.2, 0.5, 1, 2, 5, 10, 20), ("0.2", "0.5", "1", "2", "5", "10", "20"))
-    axis.set_xlabel("loss to reach, nats")
-    axis.set_ylabel("ratio of steps, without BN")
     shared_legend(fig)
-    return save_figure(
-        fig,
-        path,
-        title="Ratios of steps, by the loss to reach",
+    return fig, dict(
         alt="Ratios of steps without BN, with bands, against the training loss to reach, from the "
         f"lowest to the highest: {line_ends(axis)}; a dotted line marks 1.",
         caption="Without BN, each arm at the rate that was best for the claim's target. Line: "
@@ -138,38 +103,34 @@ def _draw_targets(config, trained, path) -> Figure:
     )
 
 
-def _draw_losses(config, trained, path) -> Figure:
+def _losses(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+    """Training loss on raw, scaled and whitened images."""
     fig, axes = new_figure(rows=2, width=5.4, height=6.4)
-    for axis, (placement, label) in zip(axes, _PLACES.items(), strict=True):
+    steps = np.arange(config.window, config.num_steps + 1)
+    for axis, (placement, label) in zip(axes, PLACES.items(), strict=True):
+        curves = {}
         for name in TRANSFORMS:
-            curves = np.full((config.seeds, config.num_steps - config.window + 1), np.nan)
-            for record in trained:
-                if (record["placement"], record["inputs"]) == (placement, name):
-                    loss = smoothed(record, config.window)[1]
-                    curves[record["seed"], : len(loss)] = loss
-            steps = np.arange(config.window, config.num_steps + 1)
-            band(axis, steps, curves, label=name, color=_COLORS[name])
-        axis.axhline(config.target_loss, color="black", linestyle=":", linewidth=1.2)
-        axis.set_yscale("log")
-        axis.set_ylabel("training loss, nats")
+            runs = by_seed(records.trained, placement=placement, inputs=name)
+            curves[name] = padded([smoothed(r, config.window)[1] for r in runs], len(steps))
+        bands(axis, steps, curves, _COLORS)
+        reference(axis, y=config.target_loss, color="black", linestyle=":")
+        axis.set(yscale="log", ylabel="training loss, nats")
         axis.set_title(label, fontsize=10.5)
     axes[-1].set_xlabel("steps")
     shared_legend(fig)
-    return save_figure(
-        fig,
-        path,
-        title="Training loss on raw, scaled and whitened images",
+    return fig, dict(
         alt="Training loss against steps on a log axis, from first to last; a dotted line marks "
-        f"the target. Without BN: {line_ends(axes[0])}. With BN on the hidden layers: "
-        f"{line_ends(axes[1])}.",
-        caption=f"Mean over the last {config.window} steps. Line: mean of {config.seeds} seeds; "
-        "band: lowest to highest; cross: a seed lost. Dotted: the target loss.",
+        "the target. "
+        + panel_ends({"without BN": axes[0], "with BN on the hidden layers": axes[1]}),
+        caption=f"Mean over the last {config.window} steps. {over_seeds(config.seeds)}; cross: a "
+        "seed lost. Dotted: the target loss.",
     )
 
 
-def _draw_regression(regressions, path) -> Figure:
+def _regression(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
+    """Linear regression: theory and measurement."""
     fig, axes = new_figure(rows=2, width=5.4, height=6.6)
-    settings = [s for record in regressions for s in record["settings"]]
+    settings = [s for record in records.regressions for s in record["settings"]]
     for name in TRANSFORMS:
         points = [
             (s["predicted_steps"], s["measured_steps"])
@@ -185,43 +146,29 @@ def _draw_regression(regressions, path) -> Figure:
             linestyle="",
             label=name,
         )
-    ends = [
-        min(s["predicted_steps"] for s in settings),
-        max(s["predicted_steps"] for s in settings),
-    ]
+    ends = [end(s["predicted_steps"] for s in settings) for end in (min, max)]
     axes[0].plot(ends, ends, color="black", linestyle=":", linewidth=1.2, label="theory")
-    axes[0].set(xscale="log", yscale="log")
-    axes[0].set_xlabel("steps to 1e-6, predicted")
-    axes[0].set_ylabel("measured")
-    raw = [s for s in settings if s["name"] == "raw" and s["correlated"]]
-    kappas = sorted({s["kappa"] for s in raw})
-    for kappa, color in zip(kappas, PALETTE, strict=False):
-        norms = sorted({s["mean_norm"] for s in raw})
-        values = [
-            np.mean(
-                [s["top_eigenvalue"] for s in raw if (s["kappa"], s["mean_norm"]) == (kappa, n)]
-            )
-            for n in norms
-        ]
+    axes[0].set(xscale="log", yscale="log", xlabel="steps to 1e-6, predicted", ylabel="measured")
+    tops: dict[float, dict[float, list[float]]] = {}  # of raw inputs, by κ and norm of the mean
+    for s in settings:
+        if s["name"] == "raw" and s["correlated"]:
+            norms = tops.setdefault(s["kappa"], {})
+            norms.setdefault(s["mean_norm"], []).append(s["top_eigenvalue"])
+    for (kappa, norms), color in zip(sorted(tops.items()), PALETTE, strict=False):
         axes[1].plot(
-            norms,
-            values,
+            sorted(norms),
+            [np.mean(norms[norm]) for norm in sorted(norms)],
             marker="o",
             markersize=5,
             linestyle="",
             color=color,
             label=f"κ(Σ) = {kappa:g}",
         )
-    line = np.linspace(0, max(s["mean_norm"] for s in raw), 50)
+    line = np.linspace(0, max(config.mean_norms), 50)
     axes[1].plot(line, line**2 + 1, color="black", linestyle="--", linewidth=1.2, label="‖μ‖² + 1")
-    axes[1].set_yscale("log")
-    axes[1].set_xlabel("‖μ‖, norm of the inputs' mean")
-    axes[1].set_ylabel("λmax of E[x̃·x̃ᵀ]")
+    axes[1].set(yscale="log", xlabel="‖μ‖, norm of the inputs' mean", ylabel="λmax of E[x̃·x̃ᵀ]")
     shared_legend(fig, columns=3)
-    return save_figure(
-        fig,
-        path,
-        title="Linear regression: theory and measurement",
+    return fig, dict(
         alt="Above, measured against predicted steps of gradient descent, both logarithmic, along "
         "the diagonal. Below, the top eigenvalue against the norm of the mean, from the smallest "
         f"to the largest: {line_ends(axes[1])}.",

@@ -20,7 +20,6 @@ Source: Y. LeCun, L. Bottou, G. Orr & K.-R. Müller, "Efficient BackProp", 1998,
 """
 
 import math
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,8 +28,9 @@ import numpy as np
 from jaxtyping import Float
 
 from bn_research.normalization import batch_norm, whitening
+from experiments.whitening import Config
 
-VARIANTS = ("raw", "centred", "scaled", "zca", "pca")  # what is done to the inputs
+TRANSFORMS = ("raw", "centred", "scaled", "zca", "pca")  # of inputs
 TOLERANCE = 1e-6
 MAX_STEPS = 2_000_000
 
@@ -43,15 +43,7 @@ class Descent(NamedTuple):
 
 
 def spectrum(features: int, condition_number: float) -> Float[np.ndarray, "d"]:
-    """Eigenvalues from √κ down to 1/√κ, in equal ratios.
-
-    Raises:
-      ValueError: features < 2, or condition_number < 1.
-    """
-    if features < 2:
-        raise ValueError(f"features={features} is not allowed: at least 2 are needed")
-    if not 1 <= condition_number < math.inf:
-        raise ValueError(f"condition_number={condition_number} is not allowed: it must be ≥ 1")
+    """Eigenvalues from √κ down to 1/√κ, in equal ratios."""
     return condition_number ** np.linspace(0.5, -0.5, features)
 
 
@@ -64,15 +56,9 @@ def draw_inputs(
 ) -> Float[np.ndarray, "n d"]:
     """Inputs whose own mean and biased covariance are those given, to rounding.
 
-    x = √n·Q·Σ^(1/2) + μ; Q has orthonormal columns, orthogonal to 1, of uniform direction.
-
-    Raises:
-      ValueError: examples ≤ features, too few for a covariance of full rank.
+    x = √n·Q·Σ^(1/2) + μ; Q has orthonormal columns, orthogonal to 1, of uniform direction. That
+    takes more examples than features.
     """
-    if examples <= len(mean):
-        raise ValueError(
-            f"examples={examples} is not allowed: more than the {len(mean)} features are needed"
-        )
     deviations = rng.standard_normal((examples, len(mean)))
     columns = np.linalg.qr(deviations - deviations.mean(axis=0)).Q
     values, vectors = np.linalg.eigh(covariance)
@@ -80,15 +66,12 @@ def draw_inputs(
 
 
 def transform(x: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarray, "n d"]:
-    """Inputs as a variant has them, by their own statistics, in float64.
+    """Inputs transformed by their own statistics, in float64.
 
     "raw" is x, "centred" x − μ, "scaled" the batch normalization of x, "zca" Σ^(−1/2)(x − μ) and
     "pca" Λ^(−1/2)·Vᵀ(x − μ), components by falling variance; ε = 0.
-
-    Raises:
-      ValueError: the name is none of `VARIANTS`.
     """
-    _check_variant(name)
+    check_name(name)
     with jax.enable_x64(True):
         if name == "scaled":
             return np.asarray(batch_norm(jnp.asarray(x), epsilon=0.0)[0])
@@ -104,8 +87,8 @@ def transform(x: Float[np.ndarray, "n d"], name: str) -> Float[np.ndarray, "n d"
 def predicted_moments(
     covariance: Float[np.ndarray, "d d"], mean: Float[np.ndarray, "d"], name: str
 ) -> tuple[Float[np.ndarray, "d d"], Float[np.ndarray, "d"]]:
-    """Covariance and mean of a variant's inputs, from those of x; ValueError as in `transform`."""
-    _check_variant(name)
+    """Covariance and mean of transformed inputs, from those of x."""
+    check_name(name)
     if name == "raw":
         return covariance, mean
     if name == "scaled":
@@ -161,18 +144,10 @@ def descend(
 ) -> Descent:
     """Gradient descent on ½·mean (x̃·w − y)², in float64, until the relative error is small.
 
-    The error is ‖w − w*‖ over ‖w₀ − w*‖, with ‖e‖² = eᵀ·metric·e. The rate is taken over the tail,
-    from √tolerance to the tolerance, or over the whole run where one step crosses both.
-
-    Args:
-      inputs: x̃, with its constant feature.
-      targets: y.
-      start: w₀.
-      solution: w*, the minimizer.
-      rate: η.
-      tolerance: of the relative error.
-      metric: None is the identity; with H the error is the root of the excess loss.
-      max_steps: after which to give up.
+    Inputs are x̃ with its constant feature, targets y, the start w₀, the solution the minimizer w*,
+    and the rate η. The error is ‖w − w*‖ over ‖w₀ − w*‖, with ‖e‖² = eᵀ·metric·e, by default the
+    identity; with H it is the root of the excess loss. The rate of a `Descent` is taken over the
+    tail, from √tolerance to the tolerance, or over the whole run where one step crosses both.
     """
     with jax.enable_x64(True):
         metric = np.eye(len(start)) if metric is None else metric
@@ -209,48 +184,30 @@ def _descend(inputs, targets, start, solution, rate, tolerance, metric, max_step
     return step, *rest
 
 
-def measure_regression(
-    seed: int,
-    *,
-    features: int,
-    condition_numbers: Sequence[float],
-    mean_norms: Sequence[float],
-    examples: int,
-) -> dict[str, Any]:
-    """Every variant on inputs of every condition number and mean, against theory.
+def measure_regression(seed: int, config: Config) -> dict[str, Any]:
+    """Every transform of inputs of every condition number and mean, against theory.
 
     With the covariance in a random orthogonal basis ("correlated") the inputs take every mean norm,
     in one random direction; along the axes, where scaling alone whitens, they have mean 0.
 
-    Args:
-      seed: of the basis, the direction of the mean, the examples and the targets.
-      features: d, without the constant one.
-      condition_numbers: κ of the covariance, each ≥ 1.
-      mean_norms: ‖μ‖, each ≥ 0.
-      examples: n, above `features`.
-
     Returns:
-      "seed", "features", "examples" and "settings", one dict for each input and variant: what was
+      "seed", "features", "examples" and "settings", one dict for each input and transform: what was
       drawn ("name", "correlated", "kappa" of Σ, "mean_norm"); the theory ("predicted_kappa" of H,
       "predicted_rate", "predicted_steps", "predicted_top_eigenvalue", "mean_eigenvalue"); what was
       measured at the best rate from a start on both extreme eigenvectors ("measured_kappa",
       "top_eigenvalue", "measured_rate", "measured_steps": ‖w − w*‖ down to 1e-6 of its start); and
-      "task_steps" from w = 0 to 1e-6 of the first loss, for the same targets in all variants,
+      "task_steps" from w = 0 to 1e-6 of the first loss, for the same targets after all transforms,
       y = v·x with v normal, which is kind to raw inputs: y varies most where they do.
-
-    Raises:
-      ValueError: features < 2, a condition number < 1, a mean norm < 0, or too few examples.
     """
-    if not all(0 <= norm < math.inf for norm in mean_norms):
-        raise ValueError(f"mean_norms={tuple(mean_norms)} is not allowed: each must be ≥ 0")
-    rng = np.random.default_rng(seed)
     from scipy import stats
 
+    rng, features = np.random.default_rng(seed), config.features
+    condition_numbers, examples = config.condition_numbers, config.regression_examples
     basis = stats.ortho_group.rvs(features, random_state=rng)
     direction = rng.standard_normal(features)
     direction /= np.linalg.norm(direction)
     target = rng.standard_normal(features)
-    grid = [(True, kappa, norm) for kappa in condition_numbers for norm in mean_norms]
+    grid = [(True, kappa, norm) for kappa in condition_numbers for norm in config.mean_norms]
     grid += [(False, kappa, 0.0) for kappa in condition_numbers]
     settings = []
     for correlated, kappa, norm in grid:
@@ -258,7 +215,7 @@ def measure_regression(
         sigma = (vectors * spectrum(features, kappa)) @ vectors.T
         x = draw_inputs(rng, sigma, norm * direction, examples=examples)
         drawn = {"correlated": correlated, "kappa": float(kappa), "mean_norm": float(norm)}
-        for name in VARIANTS:
+        for name in TRANSFORMS:
             theory = _predict(*predicted_moments(sigma, norm * direction, name))
             measured = _measure(transform(x, name), x @ target)
             settings.append({"name": name} | drawn | theory | measured)
@@ -295,6 +252,7 @@ def _measure(z: np.ndarray, y: np.ndarray) -> dict[str, Any]:
     }
 
 
-def _check_variant(name: str) -> None:
-    if name not in VARIANTS:
-        raise ValueError(f"name={name!r} is unknown: allowed are {', '.join(VARIANTS)}")
+def check_name(name: str) -> None:
+    """ValueError unless a transform has this name."""
+    if name not in TRANSFORMS:
+        raise ValueError(f"name={name!r} is unknown: allowed are {', '.join(TRANSFORMS)}")

@@ -1,7 +1,9 @@
 """The claim of `experiments.whitening`, and how records decide it."""
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -10,8 +12,11 @@ from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import estimate, paired_difference
 from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide
 from bn_research.claims.formatting import format_interval, format_number
-from experiments.whitening.inputs import TRANSFORMS
+from bn_research.claims.judging import Record, at_end, by_seed, listed, numbers, with_intervals
+from experiments.whitening import Config
+from experiments.whitening.regression import TRANSFORMS
 
+PLACES: dict[Any, str] = {"none": "without BN", "hidden": "BN on hidden layers"}  # of BN
 _DEVIATION = 0.02  # of steps and eigenvalues from theory
 _DOMINATES = 10.0  # ‖μ‖² over the largest variance, from which the first order is held to that
 _COMPARED = (("raw", "scaled"), ("raw", "zca"), ("scaled", "zca"), ("zca", "pca"))
@@ -32,9 +37,17 @@ CLAIMS = (
 )
 
 
-def smoothed(record: Mapping[str, Any], window: int) -> tuple[np.ndarray, np.ndarray]:
+class Records(NamedTuple):
+    """Of a run."""
+
+    regressions: Sequence[Record]  # by seed
+    spectra: Mapping[str, Record]  # of E[x̃·x̃ᵀ], by kind of inputs
+    trained: Sequence[Record]  # with their `placement` and `inputs`
+
+
+def smoothed(record: Record, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the mean training loss of the last `window` of them; NaN where one was lost."""
-    loss = np.array([np.nan if x is None else x for x in record["loss"]], np.float64)
+    loss = np.array(record["loss"], np.float64)
     steps = np.arange(window, max(len(loss), window) + 1)
     if len(loss) < window:
         return steps, np.full(1, np.nan)
@@ -46,190 +59,138 @@ def other(epsilon: float) -> str:
     return f"zca, ε {epsilon:g}"
 
 
-def kinds(config: Any) -> tuple[str, ...]:
+def kinds(config: Config) -> tuple[str, ...]:
     """Names of all inputs, in the order of the figures."""
     return *TRANSFORMS, *map(other, config.other_epsilons)
 
 
-def steps_to_target(config: Any, record: Mapping[str, Any], target: float | None = None) -> Bounded:
+def steps_to_target(config: Config, record: Record, target: float | None = None) -> Bounded:
     """Steps until the averaged loss is at most the target; a bound where it never is.
 
     A run that was lost ends early, but would not have got there later either: its bound is that of
     the others, num_steps.
     """
-    target = config.target_loss if target is None else target
-    found = first_reaching(*_negated(smoothed(record, config.window)), -target)
+    steps, loss = smoothed(record, config.window)
+    found = first_reaching(steps, -loss, -(config.target_loss if target is None else target))
     return found._replace(low=float(config.num_steps)) if found.is_censored else found
 
 
-def _negated(curve: tuple[np.ndarray, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    return curve[0], -curve[1]
+def steps_of(
+    config: Config, records: Records, placement: str, name: str, target: float | None = None
+) -> list[Bounded]:
+    """Steps to a target of each seed on one kind of inputs."""
+    runs = by_seed(records.trained, placement=placement, inputs=name)
+    return [steps_to_target(config, record, target) for record in runs]
 
 
-def choose(config: Any, records: Sequence[Mapping[str, Any]]) -> float:
+def steps_ratio(
+    config: Config, records: Records, a: str, b: str, target: float | None = None, on: str = "none"
+) -> Ratio:
+    """Steps to a target on inputs a over those on inputs b, with BN placed on these layers."""
+    return ratio(*(steps_of(config, records, on, name, target) for name in (a, b)))
+
+
+def choose(config: Config, records: Sequence[Record]) -> float:
     """The rate that reached the target in the fewest steps, else the one with the lowest loss."""
 
-    def cost(record):
+    def cost(record: Record) -> tuple[bool, float, float]:
         steps = steps_to_target(config, record)
         last = smoothed(record, config.window)[1][-1]
-        last = last if np.isfinite(last) and not record["diverged"] else np.inf
-        return steps.is_censored, steps.low, last
+        lost = record["diverged"] or not np.isfinite(last)
+        return steps.is_censored, steps.low, math.inf if lost else last
 
     return min(records, key=cost)["learning_rate"]
 
 
-def judge(
-    config: Any,
-    regressions: Sequence[Mapping[str, Any]],
-    spectra: Mapping[str, Mapping[str, Any]],
-    trained: Sequence[Mapping[str, Any]],
-) -> Finding:
+def judge(config: Config, records: Records) -> list[Finding]:
     """whitened-inputs-converge-faster."""
-    settings = [setting for record in regressions for setting in record["settings"]]
+    settings = [setting for record in records.regressions for setting in record["settings"]]
     worst_steps = max(map(_steps_deviation, settings))
     dominated = [s for s in settings if _is_dominated(s)]
-    worst_eigenvalue = max(map(_eigenvalue_deviation, dominated), default=np.nan)
+    off = [abs(s["top_eigenvalue"] / s["mean_eigenvalue"] - 1) for s in dominated]
+    worst_eigenvalue = max(off, default=math.nan)
     theory = decide((worst_steps, worst_steps), at_most=_DEVIATION)
-    if dominated:
-        theory = conjunction(
-            theory, decide((worst_eigenvalue, worst_eigenvalue), at_most=_DEVIATION)
-        )
-    else:
-        theory = conjunction(theory, INCONCLUSIVE)
+    bent = (worst_eigenvalue, worst_eigenvalue)
+    first_order = decide(bent, at_most=_DEVIATION) if dominated else INCONCLUSIVE
     ratios = {
-        (placement, a, b): steps_ratio(config, trained, placement, a, b)
-        for placement in ("none", "hidden")
+        _where(placement, f"{a}/{b}"): steps_ratio(config, records, a, b, on=placement)
+        for placement in PLACES
         for a, b in _COMPARED
     }
-    order = [ratios["none", a, b] for a, b in _COMPARED[:3]]
-    verdict = conjunction(theory, *(decide(found.interval, at_least=1) for found in order))
-    headline = ratios["none", "raw", "zca"]
-    named = {
-        f"steps {a}/{b}" + (", BN" if placement == "hidden" else ""): found
-        for (placement, a, b), found in ratios.items()
-    }
-    named["steps raw/raw with BN"] = ratio(
-        *(
-            [steps_to_target(config, record) for record in _group(trained, placement, "raw")]
-            for placement in ("none", "hidden")
-        )
-    )
+    order = [decide(ratios[f"{a}/{b}"].interval, at_least=1) for a, b in _COMPARED[:3]]
+    named = {f"steps {name}": found for name, found in ratios.items()}
+    raw = (steps_of(config, records, placement, "raw") for placement in PLACES)
+    named["steps raw/raw with BN"] = ratio(*raw)
     first = ("steps raw/zca", "steps raw/scaled", "steps scaled/zca", "steps raw/raw with BN")
     measured = {name: named[name].known for name in first}
     measured["largest deviation of steps from theory"] = worst_steps
     measured["largest deviation of the mean's eigenvalue"] = worst_eigenvalue
-    for epsilon in config.other_epsilons:
+    for kind in map(other, config.other_epsilons):
         for a in ("raw", "scaled"):
-            named[f"steps {a}/{other(epsilon)}"] = steps_ratio(
-                config, trained, "none", a, other(epsilon)
-            )
+            named[f"steps {a}/{kind}"] = steps_ratio(config, records, a, kind)
     for target in config.other_targets:
         for a, b in _COMPARED[:3]:
-            named[f"steps {a}/{b} to a loss of {target:g}"] = steps_ratio(
-                config, trained, "none", a, b, target
-            )
-    for name, found in named.items():
-        measured[name] = found.known
-        measured[f"{name}, low"], measured[f"{name}, high"] = found.interval
-    for placement in ("none", "hidden"):
-        for name in kinds(config):
-            group = _group(trained, placement, name)
-            where = f"{name}, BN" if placement == "hidden" else name
-            measured[f"best rate, {where}"] = group[0]["learning_rate"]
-            measured[f"test accuracy, {where}"] = float(
-                np.mean([record["accuracy"] for record in group])
-            )
-    for name, spectrum in spectra.items():
+            found = steps_ratio(config, records, a, b, target)
+            named[f"steps {a}/{b} to a loss of {target:g}"] = found
+    measured |= with_intervals(named)
+    steps, ends = [], []  # for the note
+    for placement, name in itertools.product(PLACES, kinds(config)):
+        runs = by_seed(records.trained, placement=placement, inputs=name)
+        where = _where(placement, name)
+        measured[f"best rate, {where}"] = runs[0]["learning_rate"]
+        measured[f"test accuracy, {where}"] = float(numbers(runs, "accuracy").mean())
+        steps.append(f"{where} {_in_words(steps_of(config, records, placement, name))}")
+        if at_end(runs[0]["learning_rate"], config.rates):
+            ends.append(where)
+    for name, spectrum in records.spectra.items():
         measured[f"condition number, {name}"] = spectrum["condition_number"]
-    return Finding(
-        CLAIMS[0],
-        measured,
-        headline.interval,
-        verdict,
-        _note(config, trained, ratios, len(settings)),
-    )
-
-
-def _note(config, trained, ratios, count: int) -> str:
-    groups = [(p, n) for p in ("none", "hidden") for n in kinds(config)]
-    lost = sum(record["diverged"] > 0 for record in trained)
-    missed = sum(steps_to_target(config, record).is_censored for record in trained)
-    ends = [
-        f"{name}{', BN' if placement == 'hidden' else ''}"
-        for placement, name in groups
-        if _group(trained, placement, name)[0]["learning_rate"]
-        in (min(config.rates), max(config.rates))
-    ]
-    better = {
-        name: paired_difference(
-            [record["accuracy"] for record in _group(trained, "none", name)],
-            [record["accuracy"] for record in _group(trained, "none", "raw")],
-        )
-        for name in ("scaled", "zca")
+    accuracy = {
+        name: numbers(by_seed(records.trained, placement="none", inputs=name), "accuracy")
+        for name in ("raw", "scaled", "zca")
     }
-    steps = "; ".join(_steps(config, trained, *group) for group in groups)
-    return (
-        f"interval: over seeds, of steps raw/zca to a loss of {config.target_loss:g}. Regression: "
-        f"{count} settings. Steps, mean [range]: {steps}. "
-        f"Ratios: {'; '.join(_words(*item) for item in ratios.items())}. "
-        "Test accuracy less that on raw: "
-        + "; ".join(
-            f"{name} {format_number(found.mean)} {format_interval(found.interval)}"
-            for name, found in better.items()
-        )
-        + f". {lost} runs had a step that was not finite, {missed} did not reach the target"
-        + (f". Best rate at an end of the grid: {', '.join(ends)}" if ends else "")
-    )
-
-
-def _steps(config, trained, placement: str, name: str) -> str:
-    found = [steps_to_target(config, record) for record in _group(trained, placement, name)]
-    where = f"{name}, BN" if placement == "hidden" else name
-    if any(steps.is_censored for steps in found):
-        return f"{where} {', '.join(map(str, found))}"
-    mean = estimate([steps.low for steps in found]).mean
-    low, high = min(s.low for s in found), max(s.low for s in found)
-    return f"{where} {format_number(round(mean))} {format_interval((low, high))}"
-
-
-def _words(pair: tuple[str, str, str], found: Ratio) -> str:
-    placement, a, b = pair
-    where = ", BN" if placement == "hidden" else ""
-    return f"{a}/{b}{where} {found.mean} {format_interval(found.interval)}"
-
-
-def steps_ratio(
-    config: Any,
-    trained: Sequence[Mapping[str, Any]],
-    placement: str,
-    a: str,
-    b: str,
-    target: float | None = None,
-) -> Ratio:
-    """Steps to a target on inputs a over those on inputs b."""
-    sides = [
-        [steps_to_target(config, record, target) for record in _group(trained, placement, name)]
-        for name in (a, b)
+    better = [
+        f"{name} {paired_difference(accuracy[name], accuracy['raw'])}" for name in ("scaled", "zca")
     ]
-    return ratio(*sides)
+    lost = sum(record["diverged"] > 0 for record in records.trained)
+    missed = sum(steps_to_target(config, record).is_censored for record in records.trained)
+    note = (
+        f"interval: over seeds, of steps raw/zca to a loss of {config.target_loss:g}. Regression: "
+        f"{len(settings)} settings. Steps, mean [range]: {'; '.join(steps)}. "
+        f"Ratios: {'; '.join(f'{name} {found}' for name, found in ratios.items())}. "
+        f"Test accuracy less that on raw: {'; '.join(better)}. "
+        f"{lost} runs had a step that was not finite, {missed} did not reach the target"
+    )
+    return [
+        Finding(
+            CLAIMS[0],
+            measured,
+            ratios["raw/zca"].interval,
+            conjunction(theory, first_order, *order),
+            note + listed("Best rate at an end of the grid", ends),
+        )
+    ]
 
 
-def _group(trained, placement: str, name: str) -> list[Mapping[str, Any]]:
-    return [r for r in trained if (r["placement"], r["inputs"]) == (placement, name)]
+def _in_words(found: Sequence[Bounded]) -> str:
+    if any(steps.is_censored for steps in found):
+        return ", ".join(map(str, found))
+    lows = [steps.low for steps in found]
+    ends = format_interval((min(lows), max(lows)))
+    return f"{format_number(round(estimate(lows).mean))} {ends}"
 
 
-def _steps_deviation(setting: Mapping[str, Any]) -> float:
+def _where(placement: str, name: str) -> str:
+    return f"{name}, BN" if placement == "hidden" else name
+
+
+def _steps_deviation(setting: Record) -> float:
     """Relative deviation beyond the one step that rounding may cost; inf where it never ended."""
     if setting["measured_steps"] is None:
-        return np.inf
+        return math.inf
     off = abs(setting["measured_steps"] - setting["predicted_steps"])
     return 0.0 if off <= 1 else off / setting["predicted_steps"]
 
 
-def _is_dominated(setting: Mapping[str, Any]) -> bool:
-    largest = np.sqrt(setting["kappa"])
+def _is_dominated(setting: Record) -> bool:
+    largest = math.sqrt(setting["kappa"])
     return setting["name"] == "raw" and setting["mean_norm"] ** 2 >= _DOMINATES * largest
-
-
-def _eigenvalue_deviation(setting: Mapping[str, Any]) -> float:
-    return abs(setting["top_eigenvalue"] / setting["mean_eigenvalue"] - 1)

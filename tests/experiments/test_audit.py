@@ -1,4 +1,4 @@
-"""Tests of experiments.audit: what it says of each parameter, its verdict, and a whole run."""
+"""Tests of experiments.audit: what it says of each parameter, and its verdict."""
 
 import dataclasses
 import json
@@ -9,52 +9,26 @@ import jax.numpy as jnp
 import pytest
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.launch import main
 from bn_research.probes.scale_invariance import Audit, Row
-from experiments import audit as experiment
-from experiments.audit import (
-    ARMS,
-    EXPERIMENT,
-    MODELS,
-    PRESETS,
-    Config,
-    create_model,
-    explained,
-    judge,
-    leaves_seen_by,
-    why,
-)
+from experiments.audit import MODELS, PRESETS, Config
+from experiments.audit.measurements import create_model, leaves_seen_by, prepare
+from experiments.audit.verdicts import ARMS, WHY, explained, judge, restored, why
 
 
-def launch(workdir, *flags):
-    return main(EXPERIMENT, ["audit", "--preset=smoke", f"--workdir={workdir}", *flags])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert launch(workdir) == 0
-    return workdir
-
-
-# --- the whole run ---
-
-
-def test_a_run_leaves_what_it_should(finished):
-    (claim,) = json.loads((finished / "results.json").read_text())["claims"]
+def test_it_counts_every_parameter(smoke_run):
+    (claim,) = json.loads((smoke_run("audit") / "results.json").read_text())["claims"]
     assert claim["verdict"] == REPRODUCED
     measured = claim["measured"]
     assert measured["kernels with BN after them"] == measured["of them, invariant alone"] == 4
     assert measured["parameters without BN after them"] == 2 * 4
     assert measured["parameters without any BN"] == 2 * 6
-    assert {path.stem for path in (finished / "figures").iterdir()} == {"audit_bn", "audit_no_bn"}
-    assert (finished / "report.html").stat().st_size > 30_000
 
 
-def test_it_says_why(finished):
+def test_it_says_why(smoke_run):
     """The answer of every parameter of dense, BN, ReLU, dense, BN, ReLU, head."""
-    record = json.loads((finished / "metrics.jsonl").read_text().splitlines()[0])
-    found = experiment.restored(PRESETS["smoke"], record)
+    path = smoke_run("audit")
+    record = json.loads((path / "metrics.jsonl").read_text().splitlines()[0])
+    found = restored(PRESETS["smoke"], record)
     reasons = {path: why(found, record["normalized"], path) for path in found}
     assert reasons == {
         "['dense1']['kernel']": "invariant",
@@ -68,44 +42,23 @@ def test_it_says_why(finished):
         "['dense3']['kernel']": "kernel",
         "['dense3']['bias']": "bias",
     }
-    text = (finished / "audit.txt").read_text()
+    text = (path / "audit.txt").read_text()
     assert "1 not invariant: no BN comes after it, and it scales the logits:" in text
     assert "6 not invariant: there is no BN:" in text
 
 
-def test_started_again_it_audits_nothing_anew(finished, monkeypatch, capsys):
-    def anew(*_):
-        raise AssertionError
-
-    monkeypatch.setattr(experiment, "measure", anew)
-    before = (finished / "audit.txt").read_bytes()
-    assert launch(finished) == 0
-    assert (finished / "audit.txt").read_bytes() == before
-    assert before.decode().split("mlp, no BN")[0].strip() in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
-    ("flag", "message"),
+    ("changes", "message"),
     [
-        ("--config.model=vgg", "model='vgg' is unknown: allowed are cnn, mlp, resnet"),
-        ("--config.model=resnet", "network='f8 f8 f10' is the spec of cnn and mlp"),
-        ("--config.network=c4 f10", "more than dense layers"),
-        ("--config.network=f8 f9", "9 logits"),
-        ("--config.seeds=0", "seeds=0"),
-        ("--config.batch_size=1", "batch_size=1"),
-        ("--config.batch_size=5000", "batch_size=5000"),
-        ("--config.tolerance=1.0", "tolerance=1.0"),
-        ("--config.epsilon=-1.0", "epsilon=-1.0"),
-        ("--config.width=0.0", "width=0.0"),
+        ({"model": "resnet"}, "network='f8 f8 f10' is the spec of cnn and mlp"),
+        ({"network": "c4 f10"}, "more than dense layers"),
+        ({"network": "f8 f9"}, "9 logits"),
+        ({"batch_size": 5000}, "batch_size=5000"),
     ],
 )
-def test_bad_config(tmp_path, capsys, flag, message):
-    assert launch(tmp_path / "run", flag) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error and error.startswith("audit: ")
-
-
-# --- its parts ---
+def test_bad_settings_are_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        prepare(dataclasses.replace(PRESETS["smoke"], **changes))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -172,7 +125,7 @@ def test_reasons(kind, path, normalized, groups, reason):
     kinds = dict.fromkeys((KERNEL, BIAS, SCALE, SHIFT), "none") | {path: kind}
     found = audit_of(kinds, groups)
     assert why(found, normalized, path) == reason
-    assert experiment.WHY[reason] in explained(found, normalized)
+    assert WHY[reason] in explained(found, normalized)
 
 
 def test_a_long_list_is_cut():
@@ -208,4 +161,5 @@ def test_verdict(kinds, groups, plain, verdict):
         "BN": [record(kinds, groups, [KERNEL, SCALE])],
         "no BN": [record(dict.fromkeys(kinds, plain), (), [])],
     }
-    assert judge(config, records).verdict == verdict
+    (found,) = judge(config, records)
+    assert found.verdict == verdict

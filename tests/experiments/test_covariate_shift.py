@@ -1,10 +1,8 @@
-"""Tests of experiments.covariate_shift: measurements, verdicts, runs at smoke size."""
+"""Tests of experiments.covariate_shift: what is observed, verdicts, and the smoke run's ledger."""
 
 import dataclasses
 import json
 import math
-import os
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +13,17 @@ from scipy import stats
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
-from bn_research.training.lanes import Lanes
 from bn_research.training.loop import History, batch_at, run_steps
-from bn_research.training.step import Batch, make_train_step
-from bn_research.training.sweep import Sweep
-from experiments.covariate_shift import EXPERIMENT, PRESETS, measurements, trials
-from experiments.covariate_shift.training import Hyper, Setting, _create_program, choose
+from bn_research.training.step import Batch, apply_fn_of, make_train_step
+from experiments.covariate_shift import EXPERIMENT, PRESETS, shifts
+from experiments.covariate_shift.training import (
+    Network,
+    choose_arms,
+    comparisons,
+    make_model,
+    programs,
+    trials,
+)
 from experiments.covariate_shift.verdicts import (
     OWN,
     PLAIN,
@@ -31,25 +34,18 @@ from experiments.covariate_shift.verdicts import (
     plateau_end,
 )
 
-CLAIM_IDS = ["distribution-drift-reduced", "gradient-shift-not-reduced"]
-FIGURES = {"figure_1", "figure_1_small", "drift_by_unit", "gradient_shift", "ratios"}
 NETWORK = "f5 f4 f3"
 CONFIG = dataclasses.replace(PRESETS["quick"], network="f5 f4 f10", momenta=(0.9,))
-
-
-def launch(workdir, *flags):
-    argv = ["covariate_shift", "--preset=smoke", f"--workdir={workdir}", *flags]
-    return main(EXPERIMENT, argv)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert launch(workdir) == 0
+    assert main(EXPERIMENT, ["covariate_shift", "--preset=smoke", f"--workdir={workdir}"]) == 0
     return workdir
 
 
-# --- measurements ---
+# --- what is observed ---
 
 
 def examples(count, seed=0):
@@ -61,17 +57,18 @@ def examples(count, seed=0):
 @pytest.fixture(scope="module", params=[False, True], ids=["plain", "BN"])
 def measured(request):
     """A network after three steps of momentum SGD, what is measured of it, and its next step."""
-    static = ("sigmoid", request.param)
-    hyper = Hyper(*map(jnp.float32, (0.7, 0.9, 0.8, 1e-3)))
-    state = _create_program(NETWORK, static, (1, 2, 3, 1))(jax.random.key(3), hyper)
-    apply_fn = measurements.Networks(NETWORK, static, 1e-3)
-    step = make_train_step(apply_fn, optax.sgd(0.7, momentum=0.9))
-    data = measurements.Data(examples(40), examples(31, 1).image, examples(16, 2))
+    network = Network("sigmoid", request.param, 0.7, 0.9, 0.8, 1e-3)
+    config = dataclasses.replace(CONFIG, network=NETWORK)
+    create = programs(network, config, (1, 2, 3, 1)).create
+    state = create(jax.random.key(3), network.traced)
+    model = make_model(network, NETWORK)
+    step = make_train_step(apply_fn_of(model), optax.sgd(0.7, momentum=0.9))
+    data = shifts.Data(examples(40), examples(31, 1).image, examples(16, 2))
 
     @jax.jit
     def advance(state):
         state, metrics = run_steps(step, state, data.train, batch_size=8, num_steps=3)
-        seen = measurements.measure(step, apply_fn, state, data, batch_size=8, layers=3)
+        seen = shifts.observe(model, step, state, data, 8)
         after, following = run_steps(step, state, data.train, batch_size=8, num_steps=1)
         batches = [batch_at(state, data.train, 8, ahead=n) for n in (0, 1)]
         return state, seen, batches, after, following.loss[0]
@@ -180,7 +177,7 @@ def history(percentiles, losses_per_dispatch=2):
     """Of a run whose whole set and halves have these percentiles, [times, levels, units]."""
     times = len(percentiles)
     zeros = np.zeros((times, 3), np.float32)
-    seen = measurements.Observed(
+    seen = shifts.Observed(
         np.stack([percentiles, percentiles, percentiles + 0.25], axis=1),
         np.zeros(times, np.float32),
         zeros,
@@ -196,7 +193,7 @@ def test_summary_by_hand():
     moving = base + np.array([0.0, 1.0, 2.0])[:, None]
     resting = np.broadcast_to(base, (3, 3))
     dying = base * np.array([1.0, 1.0, 0.0])[:, None]
-    found = measurements.summary(history(np.stack([moving, resting, dying], axis=-1)), 2)
+    found = shifts.summary(history(np.stack([moving, resting, dying], axis=-1)), 2)
     np.testing.assert_allclose(found["path"], [1.0, 0.0])
     np.testing.assert_allclose(found["movement"], [0.25, 0.25])
     np.testing.assert_allclose(found["raw_movement"], [0.5, 0.5])
@@ -212,27 +209,29 @@ def test_the_typical_unit_has_the_median_drift():
     speeds = np.array([3.0, 0.5, 1.0, 2.0, 0.0])
     base = np.array([-1.0, 0.0, 1.0])
     p = base[:, None] + np.arange(4.0)[:, None, None] * speeds
-    found = measurements.summary(history(p), 2)
+    found = shifts.summary(history(p), 2)
     np.testing.assert_allclose(found["typical"], p[:, :, 2])
 
 
 def test_a_run_without_numbers_has_no_drift():
     p = np.full((3, 3, 2), np.nan)
-    assert measurements.summary(history(p), 2)["path"] is None
-    assert measurements.summary(history(np.zeros((3, 3, 2))), 2)["path"] is None
-    assert measurements.summary(history(np.zeros((1, 3, 2))), 2)["path"] is None
+    assert shifts.summary(history(p), 2)["path"] is None
+    assert shifts.summary(history(np.zeros((3, 3, 2))), 2)["path"] is None
+    assert shifts.summary(history(np.zeros((1, 3, 2))), 2)["path"] is None
 
 
-def test_the_setting_of_the_lowest_sound_loss():
-    settings = trials(CONFIG, "sigmoid", batch_norm=True)[:4]
+def test_arms_have_the_settings_of_the_lowest_sound_loss():
+    """Plain its own, BN once the same and once its own; a run that diverged is not chosen."""
+    grid = trials(CONFIG, comparisons(CONFIG)["sigmoid"])
+    half = len(grid) // 2
+    assert [network.batch_norm for network in grid] == [False] * half + [True] * half
+    losses = {0: (0.1, 1), 3: (0.3, 0), 5: (None, 2), half + 1: (0.2, 0), half + 3: (0.4, 0)}
     records = [
-        {**setting._asdict(), "loss": loss, "diverged": diverged}
-        for setting, loss, diverged in zip(
-            settings, (0.5, 0.1, None, 0.3), (0, 1, 2, 0), strict=True
-        )
+        {**n.as_record(), **dict(zip(("loss", "diverged"), losses.get(i, (0.9, 0)), strict=True))}
+        for i, n in enumerate(grid)
     ]
-    assert choose(records) == settings[3]
-    assert isinstance(choose(records), Setting)
+    arms = choose_arms(records)
+    assert arms == {PLAIN: grid[3], SAME: grid[half + 3], OWN: grid[half + 1]}
 
 
 # --- verdicts on made-up records ---
@@ -247,7 +246,7 @@ def runs(*, drift=0.3, gain=0.02, shift=1.5, scatter=0.01, seeds=3, lost=(), pla
         relative = np.tile([0.0, 0.1, 0.3], (5, 1)) * (shift * factor if arm != PLAIN else 1.0)
         accuracy = 0.9 + (gain + scatter / 2 * (seed - 1) if arm != PLAIN else 0.0)
         found = {
-            **Setting("sigmoid", arm != PLAIN, 0.3, 0.9, 0.1, 1e-5)._asdict(),
+            **Network("sigmoid", arm != PLAIN, 0.3, 0.9, 0.1, 1e-5).as_record(),
             "seed": seed,
             "step": [0, 100, 200, 300, 400],
             "loss": [2.3 if i < plateau else 0.5 for i in range(5)],
@@ -370,28 +369,15 @@ def test_settings_at_an_end_of_the_grid_are_named():
     assert "At an end of its grid" not in judge_drift(inside, runs()).note
 
 
-# --- whole runs ---
-
-
-def content(workdir):
-    results = json.loads((workdir / "results.json").read_text())
-    figures = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
-    return results["claims"], (workdir / "metrics.jsonl").read_bytes(), figures
+# --- the smoke run ---
 
 
 def ledger_of(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_smoke_writes_everything(finished):
-    results = json.loads((finished / "results.json").read_text())
-    assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
-    assert (results["preset"], results["dataset"], results["seeds"]) == ("smoke", "digits", [0, 1])
-    assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
-    page = (finished / "report.html").read_text()
-    assert page.count("data:image/webp;base64,") == len(FIGURES) and "<script" not in page
-    records = ledger_of(finished)
-    tuned = [record for record in records if record["name"].startswith("tune/")]
+def test_settings_are_tuned_on_a_seed_apart_and_without_the_test_set(finished):
+    tuned = [record for record in ledger_of(finished) if record["name"].startswith("tune/")]
     assert len(tuned) == 16 and {record["seed"] for record in tuned} == {2}
     assert all("accuracy" not in record for record in tuned)
 
@@ -414,48 +400,6 @@ def test_results_are_those_of_the_ledger(finished):
     assert gradient["gradient shift, BN/plain"] == pytest.approx(expected, rel=1e-6)
 
 
-def test_started_again_it_only_prints(finished, monkeypatch, capsys):
-    def anew(*_, **__):
-        raise AssertionError
-
-    before = content(finished), (finished / "results.json").read_bytes()
-    monkeypatch.setattr(Sweep, "run", anew)
-    assert launch(finished) == 0
-    assert (content(finished), (finished / "results.json").read_bytes()) == before
-    assert "report: " in capsys.readouterr().out
-
-
-def test_stopped_by_sigterm_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch, capsys):
-    """In the second dispatch of the last sweep, so that what was observed is restored too."""
-    advance, dispatches = Lanes.advance, []
-
-    def signalled(self, data):
-        path = tmp_path / "run" / "metrics.jsonl"
-        ledger = path.read_text() if path.exists() else ""
-        if '"train/activation=sigmoid batch_norm=False' in ledger and "seed=1" in ledger:
-            dispatches.append(None)
-            if len(dispatches) == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-        return advance(self, data)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(Lanes, "advance", signalled)
-            assert launch(tmp_path / "run") == 4
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert "stopped by SIGTERM" in capsys.readouterr().err
-    assert launch(tmp_path / "run") == 0
-    assert content(tmp_path / "run") == content(finished)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_parse(preset, capsys):
-    assert main(EXPERIMENT, ["covariate_shift", f"--preset={preset}", "--help"]) == 0
-    assert f"seeds = {PRESETS[preset].seeds}" in capsys.readouterr().out
-
-
 def test_presets_are_the_paper_s():
     for preset in ("quick", "standard"):
         config = PRESETS[preset]
@@ -468,37 +412,20 @@ def test_presets_are_the_paper_s():
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--config.seeds=0", "seeds=0"),
-        ("--config.dataset=imagenette", "fashion_mnist"),
-        ("--config.network=c4 f10", "dense layers only"),
-        ("--config.network=f10", "needs a hidden layer"),
-        ("--config.network=f8 f9", "end it in f10"),
-        ("--config.activations=()", "activations=()"),
-        ("--config.activations=('cosine',)", "sigmoid, relu"),
-        ("--config.activations=('relu', 'relu')", "each once"),
-        ("--config.batch_size=1", "batch_size=1"),
-        ("--config.batch_size=450", "898"),
-        ("--config.num_steps=20", "2 of them or more"),
-        ("--config.num_steps=50", "num_steps=50"),
-        ("--config.other_steps=50", "other_steps=50"),
-        ("--config.tuning_steps=0", "tuning_steps=0"),
-        ("--config.steps_per_dispatch=0", "steps_per_dispatch=0"),
-        ("--config.measuring_images=3", "measuring_images=3"),
-        ("--config.measuring_images=900", "899"),
-        ("--config.evaluation_images=-1", "evaluation_images=-1"),
-        ("--config.evaluation_images=900", "899"),
-        ("--config.learning_rates=()", "learning_rates=()"),
-        ("--config.learning_rates=(0.1, 0.1)", "all different"),
-        ("--config.learning_rates=(0.1, -1.0)", "above 0"),
-        ("--config.momenta=(1.0,)", "momenta=(1.0,)"),
-        ("--config.init_stds=(0.0,)", "init_stds=(0.0,)"),
-        ("--config.small_init_std=-0.1", "small_init_std=-0.1"),
-        ("--config.epsilons=(-1e-5,)", "epsilons=(-1e-05,)"),
-        ("--config.depth=3", "depth"),
+        ("network=c4 f10", "dense layers only"),
+        ("network=f10", "needs a hidden layer"),
+        ("network=f8 f9", "end it in f10"),
+        ("batch_size=450", "898"),
+        ("num_steps=20", "2 of them or more"),
+        ("other_steps=50", "other_steps=50"),
+        ("tuning_steps=30", "a multiple of steps_per_dispatch=20"),
+        ("measuring_images=900", "at most 899"),
+        ("evaluation_images=900", "at most 899"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
-    assert launch(tmp_path / "run", flag) == 2
+    argv = ["covariate_shift", "--preset=smoke", f"--workdir={tmp_path / 'run'}"]
+    assert main(EXPERIMENT, [*argv, f"--config.{flag}"]) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
     assert not (tmp_path / "run").exists()

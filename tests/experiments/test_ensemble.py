@@ -1,11 +1,9 @@
-"""Tests of experiments.ensemble: scores, networks, verdicts, and whole runs at smoke size."""
+"""Tests of experiments.ensemble: scores, networks, verdicts, and what a smoke run leaves."""
 
 import dataclasses
 import functools
 import json
 import math
-import os
-import signal
 
 import jax
 import jax.numpy as jnp
@@ -18,15 +16,22 @@ from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
 from bn_research.lab.workdir import WorkdirError
 from bn_research.layers.linen import MOMENTS
-from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.lanes import Lanes
-from bn_research.training.sweep import Sweep
-from experiments.ensemble import EXPERIMENT, PRESETS, _network, networks, plan, prepare
+from experiments.ensemble import EXPERIMENT, PRESETS, training
 from experiments.ensemble import scores as ensemble_scores
 from experiments.ensemble.figures import draw
-from experiments.ensemble.members import Trainer, load_predictions
-from experiments.ensemble.networks import BASE, Run, Setting, hyper, six
-from experiments.ensemble.verdicts import CLAIMS, PUBLISHED, SEEDS, VARIED, judge, left
+from experiments.ensemble.training import (
+    BASE,
+    SEEDS,
+    VARIED,
+    Predictor,
+    Records,
+    load_predictions,
+    plan,
+    prepare,
+    six,
+    task_of,
+)
+from experiments.ensemble.verdicts import PUBLISHED, judge, left
 
 CONFIG, STANDARD = PRESETS["smoke"], PRESETS["standard"]
 
@@ -52,11 +57,9 @@ def records_of(workdir):
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
-def content(workdir):
-    """What must not depend on interruptions."""
-    results = json.loads((workdir / "results.json").read_text())
-    predictions = {path.name: path.read_bytes() for path in (workdir / "predictions").iterdir()}
-    return {**results, "wall_seconds": None}, records_of(workdir), predictions
+def name(training):
+    """Its name in the ledger."""
+    return f"{training.setting.name} seed={training.seed}"
 
 
 # --- scores, against scikit-learn and loops ---
@@ -152,13 +155,13 @@ def test_the_six_are_modified_as_the_papers():
 def test_ensembles_share_seeds_across_kinds_and_none_within():
     found = plan(STANDARD)
     assert STANDARD.seeds >= 5 and list(found) == [VARIED, SEEDS]
-    seeds = {kind: [[run.seed for run in e] for e in these] for kind, these in found.items()}
+    seeds = {kind: [[t.seed for t in e] for e in these] for kind, these in found.items()}
     assert seeds[VARIED] == seeds[SEEDS]
     assert sorted(np.ravel(seeds[SEEDS])) == list(range(6 * STANDARD.seeds))
-    assert {run.setting for e in found[SEEDS] for run in e} == {BASE}
-    assert [run.setting for run in found[VARIED][1]] == list(six(STANDARD.gain))
-    runs = [run for these in found.values() for e in these for run in e]
-    assert len({run.name for run in runs}) == len(runs)
+    assert {t.setting for e in found[SEEDS] for t in e} == {BASE}
+    assert [t.setting for t in found[VARIED][1]] == list(six(STANDARD.gain))
+    runs = [name(t) for these in found.values() for e in these for t in e]
+    assert len(set(runs)) == len(runs)
 
 
 def test_published_numbers():
@@ -169,9 +172,9 @@ def test_published_numbers():
 # --- networks; the programs are those of the smoke run ---
 
 
-def created(images, setting, seed=0):
-    create = networks.create_program(_network(CONFIG, images), setting.per_activation)
-    return create(jax.random.key(seed), hyper(setting))
+def created(images, network, seed=0):
+    create = training.training_programs(network, task_of(CONFIG, images)).create
+    return create(jax.random.key(seed), network.traced)
 
 
 def shaken(state, seed=1):
@@ -194,7 +197,7 @@ def kernels(tree):
 
 
 def test_gain_scales_initial_kernels_of_convolutions_alone(finished, images):
-    plain, scaled = (created(images, BASE._replace(gain=gain)).params for gain in (1.0, 3.0))
+    plain, scaled = (created(images, BASE.replace(gain=gain)).params for gain in (1.0, 3.0))
     (convolutions, head), (larger, same) = kernels(plain), kernels(scaled)
     assert len(convolutions) == 6 and len(head) == 1
     for name, kernel in convolutions.items():
@@ -204,20 +207,20 @@ def test_gain_scales_initial_kernels_of_convolutions_alone(finished, images):
 
 def test_statistics_and_predictions(finished, images, tmp_path):
     """Against the model itself: algorithm 2, MC-BN, and the mean of its probabilities."""
-    per_activation, network = True, _network(CONFIG, images)  # in the module, and not in the stem
-    params, batch_stats = shaken(created(images, six(CONFIG.gain)[-1]))
-    model = networks.make_model(network, per_activation)
+    network, task = six(CONFIG.gain)[-1], task_of(CONFIG, images)  # BN per activation
+    params, batch_stats = shaken(created(images, network))
+    model = training.make_model(task, network)
 
     @jax.jit
     def train_mode(variables, image):
         return model.apply(variables, image, train=True, mutable=[MOMENTS, "batch_stats"])
 
-    trainer = Trainer(None, network, images, tmp_path, CONFIG.draws)
-    batches = trainer._batches(5)
+    predictor = Predictor(task, images, tmp_path)
+    batches = predictor.batches(5)
     rows = np.random.default_rng(5).permutation(96)
     assert np.array_equal(batches[2], images.train.image[rows[64:96]])
 
-    program = networks.statistics_program(network, per_activation)
+    program = training.statistics_program(network, task)
     population, of_batches = program(params, batch_stats, batches)
     variables = {"params": params, "batch_stats": batch_stats}
     close = functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=2e-5)
@@ -242,7 +245,7 @@ def test_statistics_and_predictions(finished, images, tmp_path):
     close(inference(second, batches[1]), train_mode(variables, batches[1])[0], atol=2e-3)
 
     image, label = images.test.image, np.asarray(images.test.label)
-    found = trainer._predict(params, population, per_activation)
+    found = predictor.predict(network, params, population)
     close(found, jax.nn.log_softmax(inference(population, image)), atol=1e-3)
     assert found.shape == (50, 10)
 
@@ -250,7 +253,7 @@ def test_statistics_and_predictions(finished, images, tmp_path):
         np.float64(jax.nn.softmax(inference(jax.tree.map(lambda s, i=i: s[i], of_batches), image)))
         for i in range(3)
     ]
-    sampled = trainer._sample(params, of_batches, per_activation)
+    sampled = predictor.sample(network, params, of_batches)
     assert list(sampled) == ["2", "3"]
     for draws, scores in sampled.items():
         p = np.mean(probabilities[: int(draws)], axis=0)
@@ -259,10 +262,9 @@ def test_statistics_and_predictions(finished, images, tmp_path):
 
 
 def test_a_lost_network_predicts_nothing(finished, images, tmp_path):
-    trainer = Trainer(None, _network(CONFIG, images), images, tmp_path, CONFIG.draws)
-    state = created(images, BASE)
+    predictor, state = Predictor(task_of(CONFIG, images), images, tmp_path), created(images, BASE)
     lost = jax.tree.map(lambda leaf: np.full_like(leaf, np.nan), state.params)
-    found = trainer._predict(lost, state.batch_stats, False)
+    found = predictor.predict(BASE, lost, state.batch_stats)
     np.testing.assert_allclose(found, math.log(0.1), rtol=1e-6)
     scores = ensemble_scores.scores(np.exp(found), np.asarray(images.test.label))
     assert scores["error"] == 1 and scores["nll"] == pytest.approx(math.log(10))
@@ -309,8 +311,8 @@ def made_up(left=(0.90, 0.91, 0.92), seeds_left=(0.95, 0.96, 0.96), gains=(0.1,)
     }
 
 
-def judged(records, index, num_classes=10):
-    return judge(CONFIG, records, num_classes)[index]
+def judged(ensembles, index):
+    return judge(CONFIG, Records(ensembles, 10))[index]
 
 
 @pytest.mark.parametrize(
@@ -379,7 +381,7 @@ def test_one_ensemble_decides_nothing():
 
 def test_networks_that_have_not_learned_decide_nothing():
     """An accuracy of 0.8 is less than 3 times chance of 3 classes."""
-    found = judge(CONFIG, made_up(), 3)
+    found = judge(CONFIG, Records(made_up(), 3))
     assert {finding.verdict for finding in found} == {INCONCLUSIVE}
 
 
@@ -400,26 +402,21 @@ def test_nothing_to_reduce():
 # --- whole runs ---
 
 
-def test_smoke_writes_everything(finished):
-    results = json.loads((finished / "results.json").read_text())
-    assert [claim["id"] for claim in results["claims"]] == [claim.id for claim in CLAIMS]
-    figures = {path.stem for path in (finished / "figures").iterdir()}
-    assert figures == {"errors", "sizes", "reliability"}
+def test_the_first_of_each_six_of_one_setting_predicts_by_mc_bn(finished):
     records = records_of(finished)
     assert len(records) == 2 * 2 * 6 + 2 * 2
-    runs = [run for these in plan(CONFIG).values() for e in these for run in e]
-    sampled = {run.name for run in runs if "mc_bn" in records[run.name]}
-    assert sampled == {Run(BASE, seed).name for seed in (0, 6)}
+    sampled = {found for found, record in records.items() if "mc_bn" in record}
+    assert sampled == {f"{BASE.name} seed={seed}" for seed in (0, 6)}
 
 
 def test_results_are_those_of_the_predictions(finished, images):
     claims = json.loads((finished / "results.json").read_text())["claims"]
     records, label = records_of(finished), np.asarray(images.test.label)
     reductions = []
-    for runs in plan(CONFIG)[VARIED]:
+    for trainings in plan(CONFIG)[VARIED]:
         p = [
-            np.exp(np.load(finished / "predictions" / records[run.name]["predictions"]))
-            for run in runs
+            np.exp(np.load(finished / "predictions" / records[name(t)]["predictions"]))
+            for t in trainings
         ]
         errors = [np.mean(one.argmax(axis=1) != label) for one in p]
         together = np.mean(np.mean(p, axis=0).argmax(axis=1) != label)
@@ -430,108 +427,36 @@ def test_results_are_those_of_the_predictions(finished, images):
     assert found["Brier score, ensemble"] <= found["Brier score, single"]
 
 
-def test_started_again_it_only_prints(finished, monkeypatch):
-    """The predictions are not read again either."""
-
-    def anew(*_, **__):
-        raise AssertionError
-
-    before = content(finished)
-    monkeypatch.setattr(Sweep, "run", anew)
-    monkeypatch.setattr(Trainer, "combine", anew)
-    assert launch(finished) == 0
-    assert content(finished) == before
-
-
-def test_stopped_in_the_middle_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
-    """SIGTERM in the second dispatch of the second sweep; it goes on from a checkpoint."""
-    dispatch, restore, calls, restored = Lanes.advance, Checkpointer.restore, [], []
-
-    def signalled(self, data):
-        calls.append(self)
-        if len({id(lanes) for lanes in calls}) == 2 and calls[-1] is calls[-2]:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return dispatch(self, data)
-
-    def counted(self, *arguments):
-        restored.append(arguments)
-        return restore(self, *arguments)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(Lanes, "advance", signalled)
-            assert launch(tmp_path / "run") == 4
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    monkeypatch.setattr(Checkpointer, "restore", counted)
-    assert launch(tmp_path / "run") == 0
-    assert len(restored) == 1
-    assert content(tmp_path / "run") == content(finished)
-
-
 def test_missing_or_damaged_predictions_are_one_line(finished, tmp_path):
     record = next(iter(records_of(finished).values()))
-    name = record["predictions"]
+    file = record["predictions"]
     assert load_predictions(finished / "predictions", record).shape == (50, 10)
     with pytest.raises(WorkdirError, match="predictions of the network .* cannot be read"):
         load_predictions(tmp_path, record)
-    (tmp_path / name).write_bytes((finished / "predictions" / name).read_bytes()[:-1])
+    (tmp_path / file).write_bytes((finished / "predictions" / file).read_bytes()[:-1])
     with pytest.raises(WorkdirError, match="is damaged"):
         load_predictions(tmp_path, record)
 
 
 def test_figures_of_many_seeds(tmp_path):
     config = dataclasses.replace(CONFIG, seeds=3)
-    figures = draw(config, made_up(), tmp_path)
+    figures = draw(config, Records(made_up(), 10), tmp_path)
     assert [figure.path.stem for figure in figures] == ["errors", "sizes", "reliability"]
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_parse(preset, capsys):
-    assert main(EXPERIMENT, ["ensemble", f"--preset={preset}", "--help"]) == 0
-    assert f"seeds = {PRESETS[preset].seeds}" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--config.seeds=0", "seeds=0"),
-        ("--config.dataset=imagenette", "fashion_mnist"),
         ("--config.image_size=2", "2×2"),
-        ("--config.train_examples=5000", "digits has 898"),
-        ("--config.eval_examples=-1", "eval_examples=-1"),
-        ("--config.eval_examples=5000", "digits has 899"),
-        ("--config.width=0.0", "width=0.0"),
+        ("--config.train_examples=5000", "at most 898, as digits has"),
+        ("--config.eval_examples=5000", "at most 899, as digits has"),
         ("--config.modules=('3a', '9z')", "9z"),
-        ("--config.batch_size=1", "batch_size=1"),
-        ("--config.num_steps=0", "num_steps=0"),
         ("--config.steps_per_dispatch=3", "a multiple of steps_per_dispatch=3"),
-        ("--config.rate=-0.1", "rate=-0.1"),
-        ("--config.rate=float('nan')", "rate"),
-        ("--config.gain=0.0", "gain=0.0"),
-        ("--config.l2=-0.1", "l2=-0.1"),
-        ("--config.draws=()", "draws=()"),
-        ("--config.draws=(1, 4)", "from 1 to 3, the batches of 32 in train_examples=96"),
-        ("--config.draws=(0,)", "draws=(0,)"),
-        ("--config.strategy='pmap'", "one of auto, in_turn, devices, vmap"),
-        ("--config.compiler_level=-1", "compiler_level=-1"),
-        ("--config.depth=3", "depth"),
+        ("--config.draws=(1, 4)", "at most 3, the batches of 32 in train_examples=96"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
+def test_what_does_not_fit_is_refused(tmp_path, capsys, flag, said):
     assert launch(tmp_path / "run", flag) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+    told = capsys.readouterr()
+    assert told.out == "" and told.err.count("\n") == 1 and said in told.err
     assert not (tmp_path / "run").exists()
-
-
-def test_another_config_is_refused(finished, capsys):
-    before = content(finished)
-    assert launch(finished, "--config.num_steps=15") == 2
-    assert "num_steps (there 10, now 15)" in capsys.readouterr().err
-    assert content(finished) == before
-
-
-def test_a_setting_names_its_run():
-    assert Run(Setting(True, 2.0, 0.1), 3).name == "per_activation=True gain=2.0 dropout=0.1 seed=3"

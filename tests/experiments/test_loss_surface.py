@@ -1,4 +1,4 @@
-"""Tests of experiments.loss_surface: measurements, verdicts, and whole runs at smoke size."""
+"""Tests of experiments.loss_surface: measurements and verdicts."""
 
 import dataclasses
 import json
@@ -11,57 +11,39 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.launch import main
+from bn_research.probes.curvature import hessian_top_eigenvalues
 from bn_research.probes.step_direction import FACTORS
-from bn_research.training.lanes import Lanes
 from bn_research.training.step import Batch
-from experiments.loss_surface import EXPERIMENT, PRESETS, prepare, training
-from experiments.loss_surface.summaries import (
-    geometric_mean,
-    is_stable,
-    stable_factors,
-    surface_curves,
-)
+from experiments.loss_surface import PRESETS, training
+from experiments.loss_surface.training import prepare
 from experiments.loss_surface.verdicts import (
     LOW,
     LOW_BN,
     OWN,
     PLAIN,
     SAME,
+    Records,
+    geometric_mean,
+    is_stable,
     judge_edge,
     judge_sharpness,
     judge_surface,
+    stable_factors,
+    surface_curves,
 )
 
 SMOKE = PRESETS["smoke"]
-CLAIM_IDS = ["smoother-along-the-step", "sharpness-sets-the-rate", "edge-of-stability"]
-FIGURES = {
-    *("along_the_step", "along_the_step_lower_rate", "profile", "sharpness", "stable_rates"),
-    "edge_of_stability",
-}
-
-
-def launch(workdir, *flags):
-    argv = ["loss_surface", "--preset=smoke", f"--workdir={workdir}", *flags]
-    return main(EXPERIMENT, argv)
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert launch(workdir) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def ledger(finished):
-    lines = (finished / "metrics.jsonl").read_text().splitlines()
+def ledger(smoke_run):
+    lines = (smoke_run("loss_surface") / "metrics.jsonl").read_text().splitlines()
     return [json.loads(line) for line in lines]
 
 
 # --- measurements, against numpy and explicit Hessians ---
 
-NETWORK = training.Network("f3 f2", "hidden")
+NETWORK = training.create_model("f3 f2", "BN")
 RNG = np.random.default_rng(0)
 BATCH = Batch(
     jnp.asarray(RNG.standard_normal((8, 2, 2, 1)), jnp.float32), jnp.asarray(np.arange(8) % 2)
@@ -69,8 +51,7 @@ BATCH = Batch(
 
 
 def parameters():
-    hyper = training.Hyper(jnp.float32(0.1), jnp.bool_(False), jnp.bool_(False))
-    shapes = training.create_program(NETWORK, (1, 2, 2, 1))(jax.random.key(0), hyper).params
+    shapes = NETWORK.init(jax.random.key(0), BATCH.image, train=False)["params"]
     rng = np.random.default_rng(1)
     return jax.tree.map(lambda s: jnp.asarray(rng.standard_normal(s.shape), s.dtype), shapes)
 
@@ -103,11 +84,11 @@ def test_the_two_hessians_are_those_of_losses_spelled_out():
             lambda moved: spelled_out(moved, stats),
         ),
     }
-    program = training.Program(NETWORK, 4, 1, 40, (0,))
     tops = []
     for ours, reference in losses.values():
         assert float(ours(params)) == pytest.approx(float(spelled_out(params)), rel=1e-5)
-        found = training.top_eigenvalues(program, ours, params)
+        key = jax.random.key(0)
+        found = hessian_top_eigenvalues(ours, params, num_iterations=40, key=key)
         tops.append(float(found.largest[0]))
         assert tops[-1] == pytest.approx(explicit_top(reference, params), rel=1e-3)
     assert abs(tops[0] / tops[1] - 1) > 0.05
@@ -173,6 +154,16 @@ def test_descent_starts_where_the_hessian_was_measured(ledger):
         assert found == set(SMOKE.descent_factors)
 
 
+def test_the_curvature_reported_is_that_at_the_start(smoke_run, ledger):
+    results = json.loads((smoke_run("loss_surface") / "results.json").read_text())
+    measured = results["claims"][1]["measured"]
+    for arm in ("plain", "BN"):
+        runs = [record for record in of(ledger, "SGD") if record["arm"] == arm]
+        first = {record["seed"]: record["through"]["largest"][0] for record in runs}
+        mean = np.mean(list(first.values()))
+        assert measured[f"λmax at the start, {arm}"] == pytest.approx(mean)
+
+
 def test_gradient_descent_by_the_whole_batch_lowers_its_loss(ledger):
     for record in of(ledger, "descent"):
         if record["is_watched"]:
@@ -186,6 +177,7 @@ CONFIG = dataclasses.replace(
     num_steps=40,
     steps_per_dispatch=10,
     edge_steps=80,
+    curvature_steps=(0,),
     descent_factors=(1.0, 2.0, 4.0),
 )
 
@@ -215,13 +207,14 @@ def surface_record(scale=1.0, seed=0, rate=0.1, gradient=None, scatter=0.02, dis
 
 def surfaces(bn, plain=(), **fields):
     seeds = range(CONFIG.seeds)
-    return {
+    made = {
         PLAIN: [surface_record(seed=-s, rate=0.1, **dict(plain)) for s in seeds],
         SAME: [surface_record(bn, seed=s, rate=0.1, **fields) for s in seeds],
         OWN: [surface_record(2 * bn, seed=s, rate=3.0) for s in seeds],
         LOW: [surface_record(seed=s, rate=0.03) for s in seeds],
         LOW_BN: [surface_record(bn, seed=s, rate=0.03) for s in seeds],
     }
+    return Records(made, {}, {})
 
 
 @pytest.mark.parametrize(
@@ -250,7 +243,7 @@ def test_numbers_of_the_surface():
     lost = judge_surface(CONFIG, surfaces(0.5, dispatches=3))
     assert "3 of BN, plain's rate diverged" in lost.note and "did not learn" not in lost.note
     dead = surfaces(0.5)
-    dead[PLAIN][1]["loss"] = [2.3] * CONFIG.num_steps
+    dead.surfaces[PLAIN][1]["loss"] = [2.3] * CONFIG.num_steps
     assert "1 of 3 of plain did not learn" in judge_surface(CONFIG, dead).note
     assert found.measured["loss range, BN/plain, same lower rate"] == pytest.approx(0.5)
     curves = surface_curves(surface_record(0.5), 5)
@@ -280,7 +273,7 @@ def descents(plain, bn):
 def with_sharpness(plain, bn):
     made = surfaces(0.5)
     for role, value in ((PLAIN, plain), (SAME, bn)):
-        for seed, record in enumerate(made[role]):
+        for seed, record in enumerate(made.surfaces[role]):
             value_of_seed = None if value is None else value * (1 + 0.01 * seed)
             record["through"] = {"largest": [value_of_seed], "largest_residual": [0.01]}
     return made
@@ -300,7 +293,9 @@ def with_sharpness(plain, bn):
     ],
 )
 def test_verdict_of_the_sharpness(sharpness, plain, bn, verdict):
-    found = judge_sharpness(CONFIG, with_sharpness(*sharpness), descents(plain, bn))
+    found = judge_sharpness(
+        CONFIG, with_sharpness(*sharpness)._replace(descents=descents(plain, bn))
+    )
     assert found.verdict == verdict
 
 
@@ -311,7 +306,7 @@ def test_far_apart_in_units_of_the_limit_is_not_reproduced():
         for arm, best in (("plain", 1.0), ("BN", 16.0))
         for f in wide.descent_factors
     }
-    found = judge_sharpness(wide, with_sharpness(100, 10), made)
+    found = judge_sharpness(wide, with_sharpness(100, 10)._replace(descents=made))
     assert found.verdict == NOT_REPRODUCED
     assert found.measured["the second over the first, low"] == pytest.approx(8)
     assert found.measured["largest stable rate, BN/plain, low"] == pytest.approx(80)
@@ -339,7 +334,7 @@ def edges(plain, bn, lost=False):
         }
 
     rows = {"plain": plain, "BN": bn}
-    return {arm: [record(v, s) for s in range(3)] for arm, v in rows.items()}
+    return Records({}, {}, {arm: [record(v, s) for s in range(3)] for arm, v in rows.items()})
 
 
 @pytest.mark.parametrize(
@@ -357,78 +352,25 @@ def test_verdict_of_the_edge(made_up, verdict):
     assert judge_edge(CONFIG, edges(**made_up)).verdict == verdict
 
 
-# --- whole runs ---
-
-
-def content(workdir):
-    results = json.loads((workdir / "results.json").read_text())
-    figures = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
-    lines = (workdir / "metrics.jsonl").read_bytes()
-    return results["claims"], lines, figures
-
-
-def test_smoke_writes_everything(finished, ledger):
-    results = json.loads((finished / "results.json").read_text())
-    assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS
-    assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
-    sharpness = results["claims"][1]["measured"]
-    for arm in ("plain", "BN"):
-        first = {
-            r["seed"]: r["through"]["largest"][0] for r in of(ledger, "SGD") if r["arm"] == arm
-        }
-        assert sharpness[f"λmax at the start, {arm}"] == pytest.approx(
-            np.mean(list(first.values()))
-        )
-
-
-def test_stopped_in_the_middle_it_ends_with_the_same_bits(finished, tmp_path, monkeypatch):
-    class _Stop(Exception):
-        pass
-
-    dispatch = Lanes.advance
-
-    def stopping(self, data):
-        ledger = tmp_path / "run" / "metrics.jsonl"
-        if ledger.exists() and "descent plain" in ledger.read_text():
-            raise _Stop
-        return dispatch(self, data)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(Lanes, "advance", stopping)
-        with pytest.raises(_Stop):
-            launch(tmp_path / "run")
-    assert launch(tmp_path / "run") == 0
-    assert content(tmp_path / "run") == content(finished)
+# --- settings ---
 
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_presets_are_sound(preset):
-    config = dataclasses.replace(PRESETS[preset], dataset="digits")
-    prepare(config)
+    prepare(dataclasses.replace(PRESETS[preset], dataset="digits"))
 
 
 @pytest.mark.parametrize(
-    ("flag", "said"),
+    ("changes", "said"),
     [
-        ("--config.seeds=0", "seeds=0"),
-        ("--config.dataset=imagenette", "fashion_mnist"),
-        ("--config.network=c4 P f7", "end it in f10"),
-        ("--config.network=c4 P P P P f10", "remove a P"),
-        ("--config.batch_size=1", "batch_size=1"),
-        ("--config.fixed_examples=5000", "fixed_examples=5000"),
-        ("--config.rates=()", "rates=()"),
-        ("--config.rates=(0.1, 0.1)", "all different"),
-        ("--config.rates=(-0.1,)", "positive"),
-        ("--config.edge_factor=0.0", "edge_factor=0.0"),
-        ("--config.num_steps=5", "num_steps=5"),
-        ("--config.curvature_steps=(2,)", "curvature_steps=(2,)"),
-        ("--config.curvature_steps=(0, 6)", "below num_steps=6"),
-        ("--config.num_iterations=0", "num_iterations=0"),
-        ("--config.descent_factors=(0.0,)", "descent_factors"),
+        ({"network": "c4 P f7"}, "end it in f10"),
+        ({"network": "c4 P P P P f10"}, "remove a P"),
+        ({"fixed_examples": 5000}, "fixed_examples=5000"),
+        ({"num_steps": 5}, "num_steps=5"),
+        ({"curvature_steps": (2,)}, r"curvature_steps=\(2,\)"),
+        ({"curvature_steps": (0, 6)}, "below num_steps=6"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
-    assert launch(tmp_path / "run", flag) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
-    assert not (tmp_path / "run").exists()
+def test_bad_settings_are_named(changes, said):
+    with pytest.raises(ValueError, match=said):
+        prepare(dataclasses.replace(SMOKE, **changes))

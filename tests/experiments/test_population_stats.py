@@ -1,12 +1,8 @@
-"""Tests of experiments.population_stats: statistics, distances, verdicts, runs at smoke size."""
+"""Tests of experiments.population_stats: statistics, distances, trainings and verdicts."""
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import signal
-from types import SimpleNamespace
 
 import flax.linen as nn
 import jax
@@ -22,16 +18,12 @@ from bn_research.lab.launch import main
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
 from bn_research.models.cnn import CNN
-from bn_research.training.checkpoint import Checkpointer
-from bn_research.training.lanes import Lanes
 from bn_research.training.loop import batch_at
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
-from bn_research.training.sweep import Sweep
-from experiments.population_stats import EXPERIMENT, PRESETS, settings, training
+from experiments.population_stats import EXPERIMENT, PRESETS, training
 from experiments.population_stats.figures import main_batch_size
-from experiments.population_stats.grid import best_momentum, distance, floor, grid
-from experiments.population_stats.measurements import (
+from experiments.population_stats.statistics import (
     ALGORITHM2,
     EPSILON,
     MERGED,
@@ -47,17 +39,11 @@ from experiments.population_stats.measurements import (
     unbiased,
     without_start,
 )
-from experiments.population_stats.training import Hyper, Rates, Setting, choose_rates
-from experiments.population_stats.verdicts import CLAIMS, judge
+from experiments.population_stats.training import Rates, Records, Run, choose_rates, settings
+from experiments.population_stats.verdicts import best_momentum, distance, floor, grid
+from experiments.population_stats.verdicts import judge as judge_records
 
 QUICK = PRESETS["quick"]
-CLAIM_IDS = ["population-beats-ema", "population-statistics-classify-better"]
-FIGURES = {
-    "distance_against_step",
-    "accuracy_against_step",
-    "distance_against_batch",
-    "distance_against_count",
-}
 
 
 def launch(workdir, *flags):
@@ -82,7 +68,7 @@ def test_errors_are_in_units_of_the_true_sigma():
     np.testing.assert_allclose(error[0], [0.5, math.sqrt(0.4)], rtol=1e-5)
     # A feature that never varies is divided by √ε, so ε and not 0 is the unit.
     np.testing.assert_allclose(error[1], [math.log(2), math.log(2)], rtol=1e-5)
-    (both,) = parts([error], [error])
+    (both,) = parts([error])
     np.testing.assert_allclose(both, [0.325, math.log(2) ** 2], rtol=1e-5)
     layers = [[0.125, 0.5], [0.0, 0.375]]
     assert distance(layers) == pytest.approx(math.sqrt(0.5))
@@ -177,7 +163,8 @@ def measured():
         train,
         3,
     )
-    config = SimpleNamespace(
+    config = dataclasses.replace(
+        QUICK,
         network=NETWORK,
         momenta=(0.5, 0.9),
         population_batches=CHUNK,
@@ -272,35 +259,27 @@ def test_the_test_set_is_classified_by_each_kind(measured):
 # --- training ---
 
 
-@contextlib.contextmanager
-def trainer(path, config, images, monkeypatch, states):
-    """A Trainer whose measurement keeps the state alone."""
-
-    def capture(state, **options):
-        states.append((state, options))
-        return {}
-
-    monkeypatch.setattr(training, "Measurement", lambda config, images: capture)
-    ledger = Ledger(path / "metrics.jsonl")
-    with Runner(path, ledger, total_steps=1, strategy="devices") as runner:
-        yield training.Trainer(config, images, runner)
-
-
-def test_the_averages_are_flaxs_and_a_short_run_is_a_snapshot(tmp_path, monkeypatch):
+def test_the_averages_are_flaxs_and_a_short_run_is_a_snapshot(tmp_path):
     rng = np.random.default_rng(1)
     examples = Batch(
         jnp.asarray(rng.standard_normal((24, 2, 3, 1)), jnp.float32),
         jnp.asarray(rng.integers(0, 3, 24)),
     )
     images = Images(examples, examples, np.zeros(1), 3)
-    config = SimpleNamespace(
-        network=NETWORK, momenta=(0.5, 0.9), snapshots=(2, 6), steps_per_dispatch=2
+    config = dataclasses.replace(
+        QUICK, network=NETWORK, momenta=(0.5, 0.9), snapshots=(2, 6), steps_per_dispatch=2
     )
-    wanted = [Setting(8, 0.1, 6, 0, "high"), Setting(8, 0.1, 2, 0, "high")]
-    wanted.append(Setting(8, 0.1, 6, 0, "high", decay=True))
-    states: list = []
-    with trainer(tmp_path, config, images, monkeypatch, states) as trained:
-        records = trained.train(wanted)
+    wanted = [Run(8, 0.1, 6, 0, "high"), Run(8, 0.1, 2, 0, "high")]
+    wanted.append(Run(8, 0.1, 6, 0, "high", decay=True))
+    states = []
+
+    def capture(state, **options):
+        states.append((state, options))
+        return {}
+
+    ledger = Ledger(tmp_path / "metrics.jsonl")
+    with Runner(tmp_path, ledger, total_steps=1, strategy="devices") as runner:
+        records = training.trained("train", wanted, config, images, runner, capture)
     assert [option["late"] for _, option in states] == [True, False, True]
     assert [record["step"] for record in records] == [6, 2, 6]
     models = [
@@ -352,9 +331,12 @@ def assert_close(state, params, running):
 def test_the_rate_stays_or_follows_the_cosine():
     cosine = optax.cosine_decay_schedule(0.3, 40)
     for step in (0, 7, 39, 40, 50):
-        decayed = training.learning_rate(Hyper(0.3, 40.0), jnp.int32(step))
-        assert float(decayed) == pytest.approx(float(cosine(step)), abs=1e-7)
-        assert float(training.learning_rate(Hyper(0.3, 0.0), jnp.int32(step))) == pytest.approx(0.3)
+        constant, decayed = (
+            float(training.learning_rate(Run(8, 0.3, 40, decay=decay), jnp.int32(step)))
+            for decay in (False, True)
+        )
+        assert decayed == pytest.approx(float(cosine(step)), abs=1e-7)
+        assert constant == pytest.approx(0.3)
 
 
 def tuned(rate, loss, diverged=0):
@@ -378,7 +360,7 @@ def test_low_best_and_high_rate(records, best, high):
 
 
 def test_every_training_is_of_the_grid_or_the_control():
-    found = settings(QUICK, 16, {"low": 0.01, "high": 0.4})
+    found = settings(QUICK, 16, Rates(0.1, 0.01, 0.4))
     assert len(found) == len(set(found)) == 3 * (2 * 4 + 1)
     assert {s.rate for s in found if s.level == "low"} == {0.01}
     decayed = [s for s in found if s.decay]
@@ -390,6 +372,10 @@ def test_every_training_is_of_the_grid_or_the_control():
 
 CONFIG = dataclasses.replace(QUICK, momenta=(0.9, 0.99))
 RATES = {16: Rates(0.25, 0.025, 1.0), 64: Rates(1.0, 0.1, 1.0)}
+
+
+def judge(runs):
+    return judge_records(CONFIG, Records(runs, RATES, 10))
 
 
 def made_up(ratio=2.0, gain=0.01, *, scatter=0.01, seeds=3, late=None, lost=None, other=4.0):
@@ -447,11 +433,11 @@ def made_up(ratio=2.0, gain=0.01, *, scatter=0.01, seeds=3, late=None, lost=None
     ],
 )
 def test_verdicts(options, verdicts):
-    assert [f.verdict for f in judge(CONFIG, made_up(**options), RATES, 10)] == verdicts
+    assert [f.verdict for f in judge(made_up(**options))] == verdicts
 
 
 def test_ratio_and_interval_are_those_of_the_logarithms():
-    finding, _ = judge(CONFIG, made_up(2.0, late=0.5), RATES, 10)
+    finding, _ = judge(made_up(2.0, late=0.5))
     logs = [math.log(2.0 * (1 + 0.01 * o)) * 3 / 4 for o in (-1, 0, 1)]
     logs = [x + math.log(0.5 * (1 + 0.01 * o)) / 4 for x, o in zip(logs, (-1, 0, 1), strict=True)]
     name = "average 0.9/Algorithm 2"
@@ -480,12 +466,12 @@ def test_a_run_that_diverged_takes_its_cell_from_every_seed():
     cells, lost = grid(records)
     assert lost == [(64, "high", 640)] and len(cells) == 15
     assert all([run["seed"] for run in runs] == [0, 1, 2] for runs in cells.values())
-    for finding in judge(CONFIG, records, RATES, 10):
+    for finding in judge(records):
         assert (
             "non-finite steps: batch 64 high rate step 640; batch 64 rate decayed" in finding.note
         )
     everywhere = [{**record, "diverged": 1} for record in records]
-    for finding in judge(CONFIG, everywhere, RATES, 10):
+    for finding in judge(everywhere):
         assert finding.verdict == INCONCLUSIVE and "in every cell" in finding.note
     records[0]["parts"][average(0.9)] = [[None, 0.1], [0.1, 0.1]]  # as the ledger keeps infinity
     assert len(grid(records).cells) == 14
@@ -510,22 +496,7 @@ def test_the_floor_is_pooled_over_seeds_before_the_root():
     assert floor(runs(0.5))[:3] == (0.5, 0.0, math.inf)
 
 
-# --- whole runs ---
-
-
-def content(workdir):
-    results = json.loads((workdir / "results.json").read_text())
-    figures = {path.name: path.read_bytes() for path in (workdir / "figures").iterdir()}
-    return results["claims"], (workdir / "metrics.jsonl").read_bytes(), figures
-
-
-def test_smoke_writes_everything(finished):
-    results = json.loads((finished / "results.json").read_text())
-    assert [claim["id"] for claim in results["claims"]] == CLAIM_IDS == [c.id for c in CLAIMS]
-    assert (results["preset"], results["dataset"], results["seeds"]) == ("smoke", "digits", [0, 1])
-    assert {path.stem for path in (finished / "figures").iterdir()} == FIGURES
-    page = (finished / "report.html").read_text()
-    assert page.count("data:image/webp;base64,") == len(FIGURES) and "<script" not in page
+# --- what a smoke run leaves ---
 
 
 def test_results_are_those_of_the_ledger(finished):
@@ -554,87 +525,15 @@ def test_results_are_those_of_the_ledger(finished):
     assert claims[1]["measured"][f"{ALGORITHM2} − {average(best)}"] == pytest.approx(np.mean(gain))
 
 
-def test_started_again_it_only_prints(finished, monkeypatch, capsys):
-    def anew(*_, **__):
-        raise AssertionError
-
-    before = content(finished), (finished / "results.json").read_bytes()
-    monkeypatch.setattr(Sweep, "run", anew)
-    assert launch(finished) == 0
-    assert (content(finished), (finished / "results.json").read_bytes()) == before
-    assert "report: " in capsys.readouterr().out
-
-
-def test_stopped_in_the_middle_it_goes_on_from_the_checkpoint(finished, tmp_path, monkeypatch):
-    """SIGTERM in the first dispatch after tuning; the members do not start anew."""
-    dispatch, restore = Lanes.advance, Checkpointer.restore
-    ledger, restored = tmp_path / "run" / "metrics.jsonl", []
-
-    def signalled(self, data):
-        if ledger.exists() and ledger.read_text().count("tune ") == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return dispatch(self, data)
-
-    def counted(self, *arguments):
-        restored.append(arguments)
-        return restore(self, *arguments)
-
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        with monkeypatch.context() as patched:
-            patched.setattr(Lanes, "advance", signalled)
-            assert launch(tmp_path / "run") == 4
-    finally:
-        signal.signal(signal.SIGTERM, handler)
-    assert len(ledger.read_bytes().splitlines()) == 2
-    monkeypatch.setattr(Checkpointer, "restore", counted)
-    assert launch(tmp_path / "run") == 0
-    assert len(restored) == 1
-    assert content(tmp_path / "run") == content(finished)
-
-
-@pytest.mark.parametrize("preset", PRESETS)
-def test_presets_parse(preset, capsys):
-    assert main(EXPERIMENT, ["population_stats", f"--preset={preset}", "--help"]) == 0
-    assert f"seeds = {PRESETS[preset].seeds}" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    ("flag", "said"),
-    [
-        ("--config.seeds=0", "seeds=0"),
-        ("--config.dataset=imagenette", "fashion_mnist"),
-        ("--config.examples=-1", "examples=-1"),
-        ("--config.image_size=-1", "image_size=-1"),
+def test_what_does_not_fit_is_refused(tmp_path, capsys):
+    for flag, said in (
         ("--config.network=c4 P f9", "9 units"),
-        ("--config.batch_sizes=()", "batch_sizes=()"),
-        ("--config.batch_sizes=(8, 8)", "each once"),
-        ("--config.batch_sizes=(1,)", "batch_sizes=(1,)"),
-        ("--config.batch_sizes=(300,)", "from 2 to 256"),
-        ("--config.momenta=()", "momenta=()"),
-        ("--config.momenta=(0.9, 1.0)", "between 0 and 1"),
+        ("--config.batch_sizes=(300,)", "at most 256, the training set"),
         ("--config.snapshots=(5, 7)", "snapshots=(5, 7)"),
-        ("--config.snapshots=(0, 5)", "snapshots=(0, 5)"),
-        ("--config.steps_per_dispatch=0", "steps_per_dispatch=0"),
         ("--config.tuning_steps=12", "tuning_steps=12"),
-        ("--config.learning_rates=()", "learning_rates=()"),
-        ("--config.learning_rates=(0.1, -1.0)", "positive number"),
-        ("--config.learning_rates=(0.1, float('nan'))", "learning_rates"),
-        ("--config.population_batches=0", "population_batches=0"),
         ("--config.population_batches=3", "a multiple of population_batches=3"),
-        ("--config.most_population_batches=1", "most_population_batches=1"),
-        ("--config.depth=3", "depth"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
-    assert launch(tmp_path / "run", flag) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_another_config_is_refused(finished, capsys):
-    before = content(finished)
-    assert launch(finished, "--config.tuning_steps=25") == 2
-    assert "tuning_steps (there 20, now 25)" in capsys.readouterr().err
-    assert content(finished) == before
+    ):
+        assert launch(tmp_path / "run", flag) == 2
+        told = capsys.readouterr()
+        assert told.out == "" and told.err.count("\n") == 1 and said in told.err
+        assert not (tmp_path / "run").exists()

@@ -1,7 +1,7 @@
 """What a field's type allows, and the one line for what it does not."""
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 import pydantic
 import pytest
@@ -11,6 +11,7 @@ from bn_research.lab.fields import (
     Ascending,
     CompilerLevel,
     Count,
+    Distinct,
     Inside,
     Network,
     NonNegative,
@@ -19,7 +20,9 @@ from bn_research.lab.fields import (
     Several,
     Share,
     Some,
+    Strategy,
     at_most,
+    holding,
     in_words,
     whole_dispatches,
 )
@@ -39,6 +42,9 @@ class Config:
     names: Some[Literal["relu", "tanh"]] = ("tanh",)
     network: Network = "c4 P f10"
     level: CompilerLevel = 0
+    layers: Distinct[Count] = ()
+    epsilons: Annotated[Some[NonNegative], holding(0.0, 1.0)] = (1.0, 0.0)
+    strategy: Strategy = "auto"
     num_steps: int = 20
     steps_per_dispatch: int = 10
     law_steps: int = 6
@@ -62,6 +68,9 @@ ALLOWED = {
     "names": (("relu", "tanh"),),
     "network": ("f3",),
     "level": (0, 3),
+    "layers": ((), (2, 1)),
+    "epsilons": ((0.0, 0.5, 1.0),),
+    "strategy": ("in_turn", "devices", "vmap"),
     "num_steps": (20, 50),
     "law_steps": (3, 9),
 }
@@ -78,6 +87,9 @@ REFUSED = {
     "names": ((), ("gelu",), ("relu", "relu"), "relu"),
     "network": ("", "c4 P", "f3 c4 f10", "x9"),
     "level": (-1, 4),
+    "layers": ((1, 1), (0,)),
+    "epsilons": ((), (0.0,), (0.5, 1.0), (0.0, 1.0, 0.0)),
+    "strategy": ("fast",),
     "num_steps": (10, 25, 0, -20),
     "law_steps": (4, 0),
 }
@@ -110,6 +122,10 @@ def test_what_is_not_is_one_line_that_names_the_field(name, value):
         ({"rates": (0.1, 0.1)}, "rates=(0.1, 0.1) is not allowed: must hold each entry once"),
         ({"names": ("gelu",)}, "names[0]='gelu' is not allowed: must be 'relu' or 'tanh'"),
         (
+            {"epsilons": (1.0, 2.0)},
+            "epsilons=(1.0, 2.0) is not allowed: must hold 0.0: a claim is about it",
+        ),
+        (
             {"num_steps": 15},
             "num_steps=15 is not allowed: it must be a multiple of steps_per_dispatch=10, 2 of "
             "them or more",
@@ -133,6 +149,6 @@ def test_the_words(given, said):
 
 def test_more_than_there_is_names_the_field_and_what_there_is():
     config = Config(count=5, sizes=(1, 7))
-    at_most(config, 7, "the training set", "count", "sizes")
+    at_most(config, 7, "the training set", "count", "sizes", "layers")
     with pytest.raises(ValueError, match=r"sizes=\(1, 7\) is not allowed: at most 6, the images"):
         at_most(config, 6, "the images", "count", "sizes")

@@ -281,6 +281,19 @@ def test_a_log_begun_in_the_middle_goes_on(tmp_path):
     np.testing.assert_array_equal(log["norm"], [[10], [11], [11]])
 
 
+def test_a_log_with_nothing_left_to_log_is_that_of_the_file(tmp_path):
+    """As of a run that was stopped after its last step."""
+    path = tmp_path / "log.jsonl"
+    assert not ScaleLog(["a"], learning_rate=1.0, weight_decay=0.5, path=path).steps.size
+    ScaleLog(["a"], learning_rate=1.0, weight_decay=0.5, path=path)(
+        0, metrics([[1], [2]], [[0.1]] * 2)
+    )
+    log = ScaleLog(["a"], learning_rate=1.0, weight_decay=0.5, path=path)
+    np.testing.assert_array_equal(log["norm"], [[1], [2]])
+    log(2, metrics([[3]], [[0.1]]))
+    np.testing.assert_array_equal(log.steps, [0, 1, 2])
+
+
 def test_a_line_cut_short_is_dropped(tmp_path):
     """The first after a checkpoint, by a kill; or one of before it, by a crash of the system."""
     path = tmp_path / "log.jsonl"

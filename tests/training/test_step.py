@@ -16,7 +16,7 @@ from bn_research.models.cnn import CNN
 from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState, create_train_state, digest
-from bn_research.training.step import Batch, make_eval_step, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
 
 DEVICES = 4
 
@@ -69,6 +69,22 @@ def same_bits(a, b):
         return np.asarray(jax.random.key_data(leaf) if key else leaf)
 
     jax.tree.map(lambda x, y: np.testing.assert_array_equal(raw(x), raw(y)), a, b)
+
+
+@pytest.mark.parametrize("placement", ["all", "none"])
+def test_apply_fn_of_a_module(placement):
+    """New statistics in training, where there are any; else those that were given."""
+    model, image = CNN("c2 f3", BatchNorm, placement), jnp.arange(32.0).reshape(2, 4, 4, 1)
+    variables = {"batch_stats": {}, **model.init(jax.random.key(0), image, train=False)}
+    apply_fn = apply_fn_of(model)
+    logits, stats = apply_fn(variables, image, train=False)
+    np.testing.assert_array_equal(logits, model.apply(variables, image, train=False))
+    assert stats is variables["batch_stats"]
+    logits, stats = apply_fn(variables, image, train=True)
+    expected, new = model.apply(variables, image, train=True, mutable=["batch_stats"])
+    np.testing.assert_array_equal(logits, expected)
+    jax.tree.map(np.testing.assert_array_equal, stats, new.get("batch_stats", {}))
+    assert bool(stats) == (placement == "all")
 
 
 def test_create_train_state():

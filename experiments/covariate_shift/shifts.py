@@ -1,18 +1,15 @@
-"""What `experiments.covariate_shift` measures while a network trains.
+"""Both kinds of shift, as `experiments.covariate_shift` observes them while a network trains.
 
-Every measurement is made before a dispatch, so at step 0 first, and inside the compiled program of
-the training; it takes nothing from the state and leaves it as it was.
+They are observed before each dispatch, so at step 0 first, inside the compiled program of the
+training, which goes on as if nobody had looked.
 """
 
-import functools
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bn_research.layers.linen import BatchNorm
 from bn_research.models.mlp import MLP
 from bn_research.models.spec import num_weight_layers
 from bn_research.probes.covariate_shift import (
@@ -25,7 +22,7 @@ from bn_research.probes.covariate_shift import (
 from bn_research.training.loop import History, batch_at
 from bn_research.training.metrics import cross_entropy_metrics
 from bn_research.training.state import TrainState
-from bn_research.training.step import Batch
+from bn_research.training.step import Batch, apply_fn_of
 
 LEVELS = (15.0, 50.0, 85.0)  # percentiles, those of the paper's figure 1
 FAN = (10.0, 50.0, 90.0)  # percentiles over units, of their medians
@@ -49,70 +46,31 @@ class Observed(NamedTuple):
     noise: Array  # shape=(layers,): ‖G_a − G_b‖/‖G_a‖ of that step's batch and one disjoint from it
 
 
-class Networks:
-    """The apply function of a network, for `make_train_step`, and a look inside it.
-
-    Args:
-      network: spec of dense layers.
-      static: activation and whether there is BN.
-      epsilon: of BN.
-      options: of `MLP`.
-    """
-
-    def __init__(self, network: str, static: tuple[str, bool], epsilon: Any, **options: Any):
-        """Makes the module; its variables are given to each call."""
-        activation, batch_norm = static
-        self._last_hidden = num_weight_layers(network) - 1
-        self._batch_norm = batch_norm
-        self.model = MLP(
-            spec=network,
-            norm=functools.partial(BatchNorm, epsilon=epsilon),
-            placement="hidden" if batch_norm else "none",
-            activation=getattr(jax.nn, activation),
-            **options,
-        )
-
-    def __call__(self, variables: Any, image: Array, *, train: bool) -> tuple[Array, Any]:
-        """Logits and the new running statistics."""
-        if not train:
-            logits = jnp.asarray(self.model.apply(variables, image, train=False))
-            return logits, variables["batch_stats"]
-        logits, new = self.model.apply(variables, image, train=True, mutable=["batch_stats"])
-        return logits, new.get("batch_stats", {})
-
-    def inputs_of_last_activation(
-        self, variables: Any, image: Float[Array, "batch ..."]
-    ) -> Float[Array, "batch units"]:
-        """What the last hidden activation receives, in training mode: after BN, where there is."""
-        name = f"{'batch_norm' if self._batch_norm else 'dense'}{self._last_hidden}"
-        _, found = self.model.apply(
-            variables,
-            image,
-            train=True,
-            mutable=["batch_stats", "intermediates"],
-            capture_intermediates=lambda module, method: module.name == name,
-        )
-        return found["intermediates"][name]["__call__"][0]
+def inputs_of_last_activation(
+    model: MLP, variables: Any, image: Float[Array, "batch ..."]
+) -> Float[Array, "batch units"]:
+    """What the last hidden activation receives, in training mode: after BN, where there is."""
+    kind = "dense" if model.placement == "none" else "batch_norm"
+    name = f"{kind}{num_weight_layers(model.spec) - 1}"
+    _, found = model.apply(
+        variables,
+        image,
+        train=True,
+        mutable=["batch_stats", "intermediates"],
+        capture_intermediates=lambda module, method: module.name == name,
+    )
+    return found["intermediates"][name]["__call__"][0]
 
 
-def measure(
-    step_fn: Any, apply_fn: Any, state: TrainState, data: Data, *, batch_size: int, layers: int
-) -> Observed:
+def observe(model: MLP, step_fn: Any, state: TrainState, data: Data, batch_size: int) -> Observed:
     """Both kinds of shift at a state, and the accuracy.
 
     Percentiles are of what the last hidden activation receives, with BN by the statistics of the
-    measuring set itself. The gradient shift is that of the step which training takes next: its
+    measuring set itself. The gradient shift is that of the step that training takes next: its
     batch, its update.
-
-    Args:
-      step_fn: (state, batch) -> (state after the step, …).
-      apply_fn: as of `Networks`.
-      state: of the training.
-      data: of the training.
-      batch_size: of the training.
-      layers: number of weight layers.
     """
-    inputs = apply_fn.inputs_of_last_activation(_variables(state), data.measuring)
+    apply_fn = apply_fn_of(model)
+    inputs = inputs_of_last_activation(model, _variables(state), data.measuring)
     half = len(data.measuring) // 2
     parts = (inputs, inputs[:half], inputs[half : 2 * half])
     logits, _ = apply_fn(_variables(state), data.evaluation.image, train=False)
@@ -129,7 +87,7 @@ def measure(
 
     paths = [
         tuple(f"['{name}{i}']" for name in ("dense", "batch_norm") if f"{name}{i}" in state.params)
-        for i in range(1, layers + 1)
+        for i in range(1, num_weight_layers(model.spec) + 1)
     ]
     new_params = step_fn(state, batch)[0].params
     shift = gradient_shift(loss_of(batch), state.params, new_params, paths)

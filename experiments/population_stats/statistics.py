@@ -1,4 +1,4 @@
-"""What `experiments.population_stats` measures: statistics, their distance, the test set by each.
+"""Statistics for inference, their distance to the truth, and the test set by each.
 
 Distance. Of estimated statistics (μ̂, σ̂²) to the truth (μ, σ²) of a layer, mean over its features:
 
@@ -10,7 +10,7 @@ normalized by the full-set statistics of those below it.
 """
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -25,12 +25,16 @@ from bn_research.models.initializers import kernel_initializer
 from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.state import TrainState
 from bn_research.training.step import make_eval_step
+from experiments.population_stats import Config
 
 EPSILON = 1e-5  # of BN
 TRUTH, ALGORITHM2, MERGED = "truth", "Algorithm 2", "merged"
 _METHODS = {ALGORITHM2: "algorithm2", MERGED: "merged"}
 _EVAL_BATCH = 32
+_LEAVES = ("mean", "var")
 _POPULATION_DRAW = 1  # tells the random numbers of its batches from others of the seed
+
+Errors = list[Float[np.ndarray, "2 features"]]  # of each layer
 
 
 def average(momentum: float) -> str:
@@ -63,29 +67,25 @@ def draw_batches(seed: int, examples: int, batch_size: int, count: int) -> Int[n
     return np.stack([rng.permutation(examples)[:batch_size] for _ in range(count)])
 
 
-def errors(stats: Any, truth: Any) -> list[Float[np.ndarray, "2 features"]]:
+def errors(stats: Any, truth: Any) -> Errors:
     """(μ̂ − μ)/σ and ln σ̂ − ln σ of each feature, layer by layer, the lowest first."""
     found = []
     for layer in sorted(truth, key=lambda name: (len(name), name)):
-        leaves = [np.asarray(x[layer][leaf], float) for x in (stats, truth) for leaf in _LEAVES]
-        mean, var, true_mean, true_var = leaves
+        mean, var, true_mean, true_var = (
+            np.asarray(tree[layer][leaf], float) for tree in (stats, truth) for leaf in _LEAVES
+        )
         true_var = true_var + EPSILON
         log_ratio = np.log((np.maximum(var, 0) + EPSILON) / true_var) / 2
         found.append(np.stack([(mean - true_mean) / np.sqrt(true_var), log_ratio]))
     return found
 
 
-_LEAVES = ("mean", "var")
-
-
-def parts(
-    a: Sequence[Float[np.ndarray, "2 features"]], b: Sequence[Float[np.ndarray, "2 features"]]
-) -> list[list[float]]:
-    """Mean over features of a·b, [layers][of means, of ln σ]: with a = b the two parts of d².
+def parts(a: Errors, b: Errors | None = None) -> list[list[float]]:
+    """Mean over features of a·b, [layers][of means, of ln σ]: of a alone the two parts of d².
 
     With the errors of two independent estimates it is what both have in common, their bias.
     """
-    return [np.mean(x * y, axis=1).tolist() for x, y in zip(a, b, strict=True)]
+    return [np.mean(x * y, axis=1).tolist() for x, y in zip(a, b or a, strict=True)]
 
 
 def without_start(stats: Any, momentum: float, steps: int) -> Any:
@@ -102,14 +102,9 @@ def without_start(stats: Any, momentum: float, steps: int) -> Any:
 
 
 class Measurement:
-    """Measures states of one network on one data set.
+    """Measures states of one network on one data set."""
 
-    Args:
-      config: of the run.
-      images: the data set.
-    """
-
-    def __init__(self, config: Any, images: Images):
+    def __init__(self, config: Config, images: Images):
         """Places the test set on the devices."""
         self._config, self._image = config, images.train.image
         self._test = place_batches(images.test, batch_size=_EVAL_BATCH)
@@ -119,12 +114,9 @@ class Measurement:
     ) -> dict[str, Any]:
         """Parts of d² (as of `parts`), test loss and accuracy, each by kind of statistics.
 
-        Args:
-          state: with the averages of all momenta as batch_stats.
-          batch_size: of training, and so of the batches for population statistics.
-          seed: of the draw of these.
-          late: measure more batches, and keep the parts for 1, 2, 4, … of them ("counts") and the
-            part of d² that two halves of them have in common ("floor").
+        The state has the averages of all momenta as batch_stats; batch size and seed are those of
+        training. Late, more batches are seen: the record keeps the parts for 1, 2, 4, … of them
+        ("counts") and the part of d² that two halves of them have in common ("floor").
         """
         config = self._config
         chunk = config.population_batches
@@ -139,10 +131,14 @@ class Measurement:
         kinds |= {
             average(m): stats for m, stats in zip(config.momenta, state.batch_stats, strict=True)
         }
-        scores = {kind: self._score(state, x) for kind, x in {TRUTH: truth, **kinds}.items()}
+        evaluation = _evaluation_program(config.network, self._test.mesh)
+        scores = {
+            kind: evaluation(self._test.batches, state._replace(batch_stats=stats, opt_state=()))
+            for kind, stats in {TRUTH: truth, **kinds}.items()
+        }
         kinds |= self._controls(state, moments)
         record: dict[str, Any] = {
-            "parts": {kind: _parts_of(stats, truth) for kind, stats in kinds.items()},
+            "parts": {kind: parts(errors(stats, truth)) for kind, stats in kinds.items()},
             "accuracy": {kind: score["accuracy"] for kind, score in scores.items()},
             "test_loss": {kind: score["loss"] for kind, score in scores.items()},
         }
@@ -150,8 +146,8 @@ class Measurement:
             halves = range(drawn // 2), range(drawn // 2, drawn)
             for kind in _METHODS:
                 several = [_population(moments, kind, range(n)) for n in counts(drawn)]
-                record.setdefault("counts", {})[kind] = [_parts_of(s, truth) for s in several]
-                both = [errors(_population(moments, kind, half), truth) for half in halves]
+                record.setdefault("counts", {})[kind] = [parts(errors(s, truth)) for s in several]
+                both = (errors(_population(moments, kind, half), truth) for half in halves)
                 record.setdefault("floor", {})[kind] = parts(*both)
         return record
 
@@ -168,14 +164,10 @@ class Measurement:
             removed = without_start(stats, momentum, int(state.step))
             kinds[start_removed(momentum)] = removed
             kinds[unbiased(momentum)] = {
-                layer: {"mean": s["mean"], "var": s["var"] * _bessel(moments[layer]["moments"])}
+                layer: {**s, "var": s["var"] * _bessel(moments[layer]["moments"])}
                 for layer, s in removed.items()
             }
         return kinds
-
-    def _score(self, state: TrainState, stats: Any) -> dict[str, float]:
-        evaluation = _evaluation_program(self._config.network, self._test.mesh)
-        return evaluation(self._test.batches, state._replace(batch_stats=stats, opt_state=()))
 
 
 def _population(moments: Any, kind: str, batches: Iterable[int]) -> Any:
@@ -191,11 +183,6 @@ def _population(moments: Any, kind: str, batches: Iterable[int]) -> Any:
         batches,
         method=method,
     )
-
-
-def _parts_of(stats: Any, truth: Any) -> list[list[float]]:
-    found = errors(stats, truth)
-    return parts(found, found)
 
 
 def _bessel(moments: Any) -> float:
