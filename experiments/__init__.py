@@ -2,6 +2,6 @@
 
 READING_ORDER = (  # from what the review saw to what it left open
     "init_sensitivity learning_rate training_steps covariate_shift loss_surface whitening "
-    "transform scale_invariance audit signal_propagation regularization ensemble population_stats "
-    "imagenet"
+    "transform scale_invariance audit signal_propagation batch_noise regularization ensemble "
+    "population_stats imagenet"
 ).split()

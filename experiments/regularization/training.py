@@ -1,305 +1,270 @@
-"""Trainings of `experiments.regularization`: one network, its norm, its dropout, for each seed."""
+"""The networks, with their norm and their dropout, and what trains and evaluates them."""
 
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
+from jaxtyping import Array, Key
 
 from bn_research.lab.runner import Runner
-from bn_research.layers.linen import MOMENTS, population_batch_stats
+from bn_research.lab.settings import (
+    Programs,
+    Setting,
+    Training,
+    creator,
+    per_structure,
+    sweep,
+    train,
+)
+from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
+from bn_research.layers.stochastic_norm import StochasticBatchNorm
+from bn_research.models.cnn import CNN
+from bn_research.models.initializers import kernel_initializer
 from bn_research.normalization import Moments
 from bn_research.training.compiler import compiler_options
-from bn_research.training.evaluation import make_evaluation, place_batches
-from bn_research.training.loop import epoch_order_of_groups, run_steps
-from bn_research.training.state import TrainState, create_train_state
+from bn_research.training.evaluation import EvaluationSet, make_evaluation, place_batches
+from bn_research.training.loop import History, epoch_order_of_groups, run_steps
+from bn_research.training.optimizers import create_optimizer
+from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, make_eval_step, make_train_step
-from bn_research.training.sweep import Member, Sweep
-from experiments.regularization.arms import (
-    Hyper,
-    Setting,
-    apply_training,
-    hyper,
-    make_model,
-    optimizer,
-)
-from experiments.regularization.data import Data
 
 _EVAL_BATCH = 32
 _POPULATION_BATCHES = 32  # at most
 _MOMENTS_KEY = 20_000  # of the dropout and noise under which population statistics are taken
 
-
-class Run(NamedTuple):
-    """One training."""
-
-    arm: str
-    setting: Setting
-    seed: int
+# "batch" is BatchNorm; those after it are StochasticBatchNorm, "population" without noise.
+NORMS = ("none", "batch", "population", "measured", "borrowed", "additive")
 
 
-@functools.cache
-def _create_program(network: str, norm: bool, num_steps: int, shape: tuple[int, ...]):
-    model = make_model(Setting(network, "batch" if norm else "none"))
+class Data(NamedTuple):
+    """Three sets that share no example."""
 
-    @functools.partial(jax.jit, compiler_options=compiler_options(0))
-    def create(key, hyper):
-        return create_train_state(
-            lambda key: model.init(key, jnp.zeros((1, *shape)), train=False),
-            optimizer(hyper, num_steps),
-            key,
+    train: Batch
+    validation: Batch  # the training split's next examples: settings are chosen by it
+    test: Batch
+
+
+class Network(Setting, traced="rate dropout regrouped"):
+    """A network and its training."""
+
+    network: str
+    norm: str = "batch"  # of the hidden layers: one of NORMS
+    population: str = "running"  # of StochasticBatchNorm; the other norms do not look at it
+    group_size: int = 0  # examples that share statistics, or one draw of noise; 0: the whole batch
+    batch_size: int = 512  # of SGD
+    dropout_placement: str = "none"  # or as of CNN
+    rate: float = 0.1  # of the first step; a cosine takes it to 0
+    dropout: float = 0.0
+    regrouped: bool = True  # False: groups of group_size are drawn once, whatever batch they meet
+
+    @property
+    def stochastic(self) -> bool:
+        """Whether a training pass draws random numbers."""
+        return self.norm not in NORMS[:2] or self.dropout_placement != "none"
+
+    @property
+    def bare(self) -> "Network":
+        """The part that weights at the start and inference depend on; all kinds of BN agree."""
+        norm = "none" if self.norm == "none" else "batch"
+        return Network(
+            self.network, norm, rate=self.rate, dropout=self.dropout, regrouped=self.regrouped
         )
 
-    return create
 
-
-@functools.cache
-def _sweep_program(
-    static: tuple[Any, ...], num_steps: int, steps_per_dispatch: int, compiler_level: int
-) -> Sweep:
-    setting = Setting(*static)
-
-    def advance(state: TrainState, hyper: Hyper, examples: Batch):
-        model = make_model(setting, dropout=hyper.dropout)
-
-        def apply_fn(variables, image, *, train, keys=None):
-            logits, new = apply_training(model, setting, variables, image, keys)
-            return logits, new.get("batch_stats", {})
-
-        step = make_train_step(apply_fn, optimizer(hyper, num_steps), stochastic=setting.stochastic)
-        return run_steps(
-            step,
-            state,
-            examples,
-            batch_size=setting.batch_size,
-            num_steps=steps_per_dispatch,
-            order_of_epoch=functools.partial(
-                epoch_order_of_groups,
-                group_size=setting.group_size or setting.batch_size,
-                regrouped=hyper.regrouped,
-            ),
-        )
-
-    return Sweep(
-        advance,
-        steps_per_dispatch=steps_per_dispatch,
-        strategy="devices",
-        compiler_options=compiler_options(compiler_level),
-    )
-
-
-@functools.cache
-def _moments_program(static: tuple[Any, ...], compiler_level: int):
-    setting = Setting(*static)
-
-    @functools.partial(jax.jit, compiler_options=compiler_options(compiler_level))
-    def moments(variables, image, keys, dropout):
-        model = make_model(setting, dropout=dropout)
-        found = apply_training(model, setting, variables, image, keys)[1][MOMENTS]
-        groups = 1
-        if setting.norm == "batch" and setting.group_size:
-            groups = setting.batch_size // setting.group_size
-        return jax.tree.map(
-            lambda leaf: _of_groups(groups, leaf) if isinstance(leaf, Moments) else leaf,
-            found,
-            is_leaf=lambda leaf: isinstance(leaf, Moments),
-        )
-
-    return moments
-
-
-def _of_groups(groups: int, moments: Moments) -> Moments:
-    """Moments whose m2/(count − 1) is unbiased where m2 is about the means of so many groups.
-
-    Algorithm 2 then gives the mean over groups of m/(m − 1)·σ_g², m being the size of a group.
-    """
-    count = moments.count
-    return moments._replace(m2=moments.m2 * (count - 1) / (count - groups))
-
-
-@functools.cache
-def _evaluation_program(network: str, norm: bool, mesh, compiler_level: int):
-    model = make_model(
-        Setting(network, "batch" if norm else "none")
-    )  # in inference all kinds agree
-
-    def apply_fn(variables, image, *, train):
-        return model.apply(variables, image, train=False), variables["batch_stats"]
-
-    def eval_step(batch, state):
-        return make_eval_step(apply_fn)(state, batch)
-
-    return make_evaluation(eval_step, mesh, compiler_options=compiler_options(compiler_level))
-
-
+@dataclasses.dataclass(frozen=True)
 class Trainer:
-    """Trains settings on the training set, each once in the life of a workdir, and evaluates them.
+    """Trains networks, each once in the life of a workdir, and evaluates them on the three sets."""
 
-    Args:
-      runner: of the experiment.
-      data: the three sets.
-      num_steps: of each training.
-      steps_per_dispatch: steps of one call into the compiled program.
-      compiler_level: see `bn_research.training.compiler.compiler_options`; an attribute too.
-    """
+    runner: Runner
+    data: Data
+    num_steps: int  # of each training
+    steps_per_dispatch: int  # of one call into the compiled program
+    compiler_level: int = 1
 
-    def __init__(
-        self,
-        runner: Runner,
-        data: Data,
-        *,
-        num_steps: int,
-        steps_per_dispatch: int,
-        compiler_level: int = 1,
-    ):
-        """Places the sets on the devices."""
-        self.data = data
-        self.compiler_level = compiler_level
-        self._runner = runner
-        self._num_steps, self._steps_per_dispatch = num_steps, steps_per_dispatch
-        self._sets = {
-            name: place_batches(examples, batch_size=_EVAL_BATCH)
-            for name, examples in data._asdict().items()
-        }
+    @functools.cached_property
+    def _sets(self) -> dict[str, EvaluationSet]:
+        sets = self.data._asdict().items()
+        return {name: place_batches(examples, batch_size=_EVAL_BATCH) for name, examples in sets}
 
     def train(
         self,
-        runs: Sequence[Run],
+        arms: Iterable[tuple[str, Network]],
+        seeds: Sequence[int],
         *,
-        measure: Callable[[Setting, TrainState], Mapping[str, Any]] = lambda setting, state: {},
+        measure: Callable[[Network, TrainState], Mapping[str, Any]] = lambda network, state: {},
     ) -> list[dict[str, Any]]:
-        """Records of the runs, in their order; those of equal settings and seed are one training.
+        """Records of the named networks, all seeds of one before the next; equal ones train once.
 
-        Each holds its setting and seed, the training loss (mean over each dispatch, training mode),
-        the number of steps that were not finite and so not taken, and mean loss and accuracy on the
-        three sets in inference mode, by population statistics.
-
-        Args:
-          runs: with their arms, which the records name.
-          measure: (setting, state at the end with population statistics) -> more to record.
+        Each holds its network and seed, the training loss (mean over each dispatch, training mode),
+        the number of steps that were not finite and so not taken, mean loss and accuracy on the
+        three sets in inference mode, and what is measured of (network, state), both by population
+        statistics.
         """
-        sweeps: dict[tuple, dict[str, Run]] = {}
-        for run in runs:
-            sweeps.setdefault(run.setting.static, {}).setdefault(self._name(run), run)
-        records: dict[str, dict[str, Any]] = {}
-        for group in sweeps.values():
-            first = next(iter(group.values()))
-            self._runner.describe(first.arm)
-            setting = first.setting
-            found = self._runner.train(
-                _create_program(
-                    setting.network,
-                    setting.norm != "none",
-                    self._num_steps,
-                    self.data.train.image.shape[1:],
-                ),
-                _sweep_program(
-                    setting.static,
-                    self._num_steps,
-                    self._steps_per_dispatch,
-                    self.compiler_level,
-                ),
-                [
-                    Member(name, run.seed, hyper(run.setting), self._num_steps)
-                    for name, run in group.items()
-                ],
-                self.data.train,
-                record=functools.partial(self._record, group, measure),
-            )
-            records.update(zip(group, found, strict=True))
-        return [{**records[self._name(run)], "arm": run.arm} for run in runs]
 
-    def _name(self, run: Run) -> str:
-        """Identifies a training in the ledger: what it is, not what it is for."""
-        fields = " ".join(f"{field}={value}" for field, value in run.setting._asdict().items())
-        return f"{fields} num_steps={self._num_steps} seed={run.seed}"
+        def record(training: Training, state: TrainState, history: History) -> dict[str, Any]:
+            network = training.setting
+            state = self.with_population_stats(network, state)
+            losses = history.loss.reshape(-1, self.steps_per_dispatch).mean(axis=1)
+            return {
+                **network.as_record(),
+                "seed": training.seed,
+                "loss": losses,
+                "diverged": history.diverged,
+                **self.evaluate(network, state),
+                **measure(network, state),
+            }
 
-    def _record(self, group, measure, member, state, history) -> dict[str, Any]:
-        run = group[member.name]
-        state = self.with_population_stats(run.setting, state)
-        losses = history.loss.reshape(-1, self._steps_per_dispatch).mean(axis=1)
-        return {
-            **run.setting._asdict(),
-            "seed": run.seed,
-            "loss": losses,
-            "diverged": history.diverged,
-            **self.evaluate(run.setting, state),
-            **measure(run.setting, state),
-        }
+        shape = (1, *self.data.train.image.shape[1:])
+        options = self.num_steps, self.steps_per_dispatch, self.compiler_level
+        return train(
+            self.runner,
+            [Training(net, seed, self.num_steps, arm) for arm, net in arms for seed in seeds],
+            lambda network: _programs(network, shape, *options),
+            self.data.train,
+            record=record,
+            name=lambda t: f"{t.setting.name} num_steps={t.num_steps} seed={t.seed}",
+        )
 
-    def evaluate(self, setting: Setting, state: TrainState) -> dict[str, float]:
+    def evaluate(self, network: Network, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the three sets, in inference mode by the state's batch_stats."""
         found: dict[str, float] = {}
         state = state._replace(opt_state=(), key=jax.random.key(0))
         for name, examples in self._sets.items():
-            program = _evaluation_program(
-                setting.network, setting.norm != "none", examples.mesh, self.compiler_level
-            )
+            program = _evaluation_program(network.bare, examples.mesh, self.compiler_level)
             scores = program(examples.batches, state)
             found |= {f"{name}_loss": scores["loss"], f"{name}_accuracy": scores["accuracy"]}
         return found
 
-    def with_population_stats(
-        self, setting: Setting, state: TrainState, *, dropout: float | None = None
-    ) -> TrainState:
-        """The state with batch_stats by algorithm 2, over training batches in training mode.
-
-        Args:
-          setting: of the state.
-          state: its params count.
-          dropout: rate under which the statistics are taken; None is that of training.
-        """
-        if setting.norm == "none":
+    def with_population_stats(self, network: Network, state: TrainState) -> TrainState:
+        """The state with batch_stats by algorithm 2, over training batches in training mode."""
+        if network.norm == "none":
             return state
-        size = setting.batch_size
-        images = self.data.train.image
+        size, images = network.batch_size, self.data.train.image
         count = min(len(images) // size, _POPULATION_BATCHES)
-        rate = np.float32(setting.dropout if dropout is None else dropout)
-        moments = _moments_program(setting.static, self.compiler_level)
+        moments = _moments_program(self.compiler_level)
         keys = jax.random.split(jax.random.key(_MOMENTS_KEY), (count, size))
         population = population_batch_stats(
-            lambda variables, batch: moments(variables, *batch, rate),
+            lambda variables, batch: moments(network.traced, variables, *batch),
             {"params": state.params, "batch_stats": state.batch_stats},
             list(zip(jnp.split(images[: count * size], count), keys, strict=True)),
         )
         return state._replace(batch_stats=population)
 
 
-def trainer_of(part: str, config: Any, data: Data, runner: Runner) -> Trainer:
-    """The trainer of a part of the experiment, by the config's fields that begin with its name.
+def optimizer(network: Network, num_steps: int) -> optax.GradientTransformation:
+    """Momentum SGD whose rate a cosine takes to 0 over num_steps."""
+    schedule = optax.cosine_decay_schedule(network.rate, num_steps)
+    return create_optimizer("momentum", schedule, momentum=0.9)
 
-    Args:
-      part: "groups" or "dropout".
-      config: of the run.
-      data: of its training set, the first PART_examples are used.
-      runner: of the run.
-    """
-    examples = getattr(config, f"{part}_examples")
-    return Trainer(
-        runner,
-        data._replace(train=jax.tree.map(lambda leaf: leaf[:examples], data.train)),
-        num_steps=getattr(config, f"{part}_steps"),
-        steps_per_dispatch=getattr(config, f"{part}_steps_per_dispatch"),
-        compiler_level=config.compiler_level,
+
+def make_model(network: Network) -> CNN:
+    """BN, of whatever kind, stands on the hidden layers."""
+    options: dict[str, Any] = dict(epsilon=1e-5, group_size=network.group_size or None)
+    options |= dict(momentum=0.9)  # of the running statistics, which no result rests on
+    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, **options)
+    if network.norm in NORMS[2:]:
+        options |= dict(population=network.population)
+        options |= dict(noise="none" if network.norm == "population" else network.norm)
+        norm = functools.partial(StochasticBatchNorm, **options)
+    drops: dict[str, Any] = {}
+    if network.dropout_placement != "none":
+        drops = dict(dropout=network.dropout, dropout_placement=network.dropout_placement)
+    placement: Any = "none" if network.norm == "none" else "hidden"
+    init = kernel_initializer("he")
+    return CNN(network.network, norm, placement, kernel_init=init, **drops)
+
+
+def apply_training(
+    network: Network, variables: Any, image: Array, keys: Key[Array, "batch"] | None
+) -> tuple[Array, Any]:
+    """Logits in training mode, and the collections `batch_stats` and `batch_moments`."""
+    options: dict[str, Any] = {}
+    if network.stochastic:
+        assert keys is not None
+        # Two uses of one key: noise is drawn once for the batch, dropout for each example.
+        options["rngs"] = {"noise": jax.random.fold_in(keys[0], 1)}
+        if network.dropout_placement != "none":
+            options["keys"] = jax.vmap(jax.random.fold_in, (0, None))(keys, 2)
+    mutable = ["batch_stats", MOMENTS]
+    return make_model(network).apply(variables, image, train=True, mutable=mutable, **options)
+
+
+@per_structure
+def _creator(network: Network, shape: tuple[int, ...], num_steps: int):
+    return creator(
+        lambda key, network: make_model(network).init(key, jnp.zeros(shape), train=False),
+        functools.partial(optimizer, num_steps=num_steps),
     )
 
 
-def choose(records: Sequence[Mapping[str, Any]], key: str = "validation_loss") -> dict[str, Any]:
-    """The record of the setting with the lowest mean of key over its seeds; lost runs lose.
+@per_structure
+def _programs(
+    network: Network,
+    shape: tuple[int, ...],
+    num_steps: int,
+    steps_per_dispatch: int,
+    compiler_level: int,
+) -> Programs:
+    def advance(state: TrainState, network: Network, examples: Batch):
+        def apply_fn(variables, image, *, train, keys=None):
+            logits, new = apply_training(network, variables, image, keys)
+            return logits, new.get("batch_stats", {})
 
-    Args:
-      records: of one arm in several settings, each with the same seeds.
-      key: what is compared.
-    """
-    settings: dict[tuple, list[Mapping[str, Any]]] = {}
-    for record in records:
-        settings.setdefault(tuple(record[f] for f in Setting._fields), []).append(record)
+        return run_steps(
+            make_train_step(apply_fn, optimizer(network, num_steps), stochastic=network.stochastic),
+            state,
+            examples,
+            batch_size=network.batch_size,
+            num_steps=steps_per_dispatch,
+            order_of_epoch=functools.partial(
+                epoch_order_of_groups,
+                group_size=network.group_size or network.batch_size,
+                regrouped=network.regrouped,
+            ),
+        )
 
-    def score(found: Sequence[Mapping[str, Any]]) -> float:
-        values = [record[key] for record in found]
-        lost = any(record["diverged"] for record in found) or None in values
-        return float("inf") if lost else float(np.mean(values))
+    create = _creator(network.bare, shape, num_steps)
+    return Programs(
+        lambda key, network: create(key, network.bare),
+        sweep(advance, steps_per_dispatch=steps_per_dispatch, compiler_level=compiler_level),
+    )
 
-    return dict(min(settings.values(), key=score)[0])
+
+@functools.cache
+def _moments_program(compiler_level: int):
+    @functools.partial(jax.jit, compiler_options=compiler_options(compiler_level))
+    def moments(network: Network, variables, image, keys):
+        groups = 1
+        if network.norm == "batch" and network.group_size:
+            groups = network.batch_size // network.group_size
+
+        def of_groups(found):
+            """Moments whose m2/(count − 1) is unbiased, where m2 is about the means of groups.
+
+            Algorithm 2 then gives the mean over groups of m/(m − 1)·σ_g², m the size of a group.
+            """
+            if not isinstance(found, Moments):
+                return found
+            return found._replace(m2=found.m2 * (found.count - 1) / (found.count - groups))
+
+        found = apply_training(network, variables, image, keys)[1][MOMENTS]
+        return jax.tree.map(of_groups, found, is_leaf=lambda leaf: isinstance(leaf, Moments))
+
+    return moments
+
+
+@per_structure
+def _evaluation_program(network: Network, mesh: jax.sharding.Mesh, compiler_level: int):
+    def apply_fn(variables, image, *, train):
+        model = make_model(network)
+        return model.apply(variables, image, train=False), variables["batch_stats"]
+
+    def eval_step(batch, state):
+        return make_eval_step(apply_fn)(state, batch)
+
+    return make_evaluation(eval_step, mesh, compiler_options=compiler_options(compiler_level))

@@ -1,5 +1,6 @@
-"""Tests of the trainings of experiments.regularization."""
+"""Tests of what trains, and of the noise in the logits, in experiments.regularization."""
 
+import dataclasses
 import functools
 
 import flax.linen as nn
@@ -15,11 +16,10 @@ from bn_research.models.cnn import CNN
 from bn_research.training.loop import epoch_order
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
-from experiments.regularization.arms import NORMS, Setting, hyper, make_model, optimizer
-from experiments.regularization.data import Data
-from experiments.regularization.training import Run, Trainer, choose
+from experiments.regularization.measurements import dose
+from experiments.regularization.training import NORMS, Data, Network, Trainer, make_model, optimizer
 
-SETTING = Setting("f5 f3", group_size=4, batch_size=8, rate=0.2)
+NETWORK = Network("f5 f3", group_size=4, batch_size=8, rate=0.2)
 STEPS = 4
 
 
@@ -45,13 +45,13 @@ def cross_entropy(logits, labels):
 
 
 def reference(norm):
-    return CNN(SETTING.network, norm, "hidden" if norm else "none", nn.initializers.he_normal())
+    return CNN(NETWORK.network, norm, "hidden" if norm else "none", nn.initializers.he_normal())
 
 
 def test_groups_share_statistics_and_nothing_else_changes(trainer):
     """First loss of a batch of 8 in groups of 4, by Flax's own layer applied to each group."""
-    (record,) = trainer.train([Run("groups", SETTING, seed=3)])
-    (whole,) = trainer.train([Run("whole", SETTING._replace(group_size=0), seed=3)])
+    (record,) = trainer.train([("groups", NETWORK)], [3])
+    (whole,) = trainer.train([("whole", NETWORK.replace(group_size=0))], [3])
     init_key, run_key = jax.random.split(jax.random.key(3))
     model = reference(functools.partial(nn.BatchNorm, epsilon=1e-5))
     variables = model.init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
@@ -71,8 +71,8 @@ def test_groups_share_statistics_and_nothing_else_changes(trainer):
 
 def test_all_arms_of_a_seed_begin_with_the_same_weights_and_see_the_same_batches(trainer):
     """Against the plain network at its initialization on the first batch; BN's kernels are its."""
-    plain = SETTING._replace(norm="none", group_size=0)
-    records = trainer.train([Run("BN", SETTING, 5), Run("plain", plain, 5)])
+    plain = NETWORK.replace(norm="none", group_size=0)
+    records = trainer.train([("BN", NETWORK), ("plain", plain)], [5])
     init_key, run_key = jax.random.split(jax.random.key(5))
     variables = reference(None).init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
     rows = np.asarray(epoch_order(run_key, jnp.int32(0), 24))[:8]
@@ -82,7 +82,7 @@ def test_all_arms_of_a_seed_begin_with_the_same_weights_and_see_the_same_batches
     assert records[0]["loss"][0] != pytest.approx(expected, rel=1e-3)
     created = [
         make_model(run).init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)["params"]
-        for run in (SETTING, plain)
+        for run in (NETWORK, plain)
     ]
     for layer in ("dense1", "dense2"):
         np.testing.assert_array_equal(created[0][layer]["kernel"], created[1][layer]["kernel"])
@@ -90,8 +90,8 @@ def test_all_arms_of_a_seed_begin_with_the_same_weights_and_see_the_same_batches
 
 def test_frozen_groups_are_drawn_once(trainer):
     """The losses of a network that cannot learn are those of its batches, in groups drawn once."""
-    setting = SETTING._replace(rate=0.0, regrouped=False)
-    (record,) = trainer.train([Run("frozen", setting, 0)])
+    network = NETWORK.replace(rate=0.0, regrouped=False)
+    (record,) = trainer.train([("frozen", network)], [0])
     init_key, run_key = jax.random.split(jax.random.key(0))
     model = reference(functools.partial(nn.BatchNorm, epsilon=1e-5))
     variables = model.init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
@@ -114,8 +114,9 @@ def test_frozen_groups_are_drawn_once(trainer):
 def test_population_statistics_and_evaluation_by_hand(trainer, group_size):
     """Algorithm 2 over all groups, and the three sets' scores, in float64 with numpy."""
     states = []
-    run = Run("BN", SETTING._replace(group_size=group_size), 1)
-    (record,) = trainer.train([run], measure=lambda setting, state: states.append(state) or {})
+    network = NETWORK.replace(group_size=group_size)
+    keep = lambda network, state: states.append(state) or {}  # noqa: E731
+    (record,) = trainer.train([("BN", network)], [1], measure=keep)
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), states[0].params)
     flat = [np.asarray(b.image, np.float64).reshape(len(b.label), -1) for b in DATA]
     hidden = [x @ params["dense1"]["kernel"] + params["dense1"]["bias"] for x in flat]
@@ -136,7 +137,7 @@ def test_population_statistics_and_evaluation_by_hand(trainer, group_size):
 
 def test_the_rate_falls_to_zero_by_a_cosine():
     """θ ← θ − η_t·v, v ← 0.9·v + 1, of a gradient of 1: against the recursion."""
-    sgd = optimizer(hyper(SETTING), 10)
+    sgd = optimizer(NETWORK, 10)
     theta, state = jnp.zeros(()), sgd.init(jnp.zeros(()))
     expected, v = 0.0, 0.0
     for step in range(10):
@@ -147,48 +148,77 @@ def test_the_rate_falls_to_zero_by_a_cosine():
 
 
 def test_norms_by_name():
-    assert make_model(SETTING._replace(norm="none")).placement == "none"
+    assert make_model(NETWORK.replace(norm="none")).placement == "none"
     for norm in NORMS[2:]:
-        setting = SETTING._replace(norm=norm)
-        assert setting.stochastic
-        layer = make_model(setting).norm(name="x", use_running_average=False)
+        network = NETWORK.replace(norm=norm)
+        assert network.stochastic
+        layer = make_model(network).norm(name="x", use_running_average=False)
         assert layer.noise == ("none" if norm == "population" else norm)
         assert layer.population == "running" and layer.group_size == 4
-    assert not SETTING.stochastic
-    assert SETTING._replace(dropout_placement="after").stochastic
+    assert not NETWORK.stochastic
+    assert NETWORK.replace(dropout_placement="after").stochastic
 
 
 def test_the_state_that_is_measured_is_not_the_trainings(trainer):
     """Statistics under another dropout are those of the same weights, elsewhere."""
-    setting = SETTING._replace(dropout_placement="before", dropout=0.5, group_size=0)
+    network = NETWORK.replace(dropout_placement="before", dropout=0.5, group_size=0)
     found = []
 
-    def measure(setting, state):
+    def measure(network, state):
         assert isinstance(state, TrainState)
-        found.extend([state, trainer.with_population_stats(setting, state, dropout=0.0)])
+        off = trainer.with_population_stats(network.replace(dropout=0.0), state)
+        found.extend([state, off])
         return {"extra": 1.0}
 
-    (record,) = trainer.train([Run("dropout", setting, 0)], measure=measure)
+    (record,) = trainer.train([("dropout", network)], [0], measure=measure)
     assert record["extra"] == 1.0
     on, off = (s.batch_stats["batch_norm1"]["var"] for s in found)
     assert np.all(np.asarray(on) > 1.2 * np.asarray(off))  # (var + p·mean²)/(1 − p), p = 1/2
 
 
-def test_choose_takes_the_lowest_mean_and_no_lost_run():
-    def record(rate, loss, diverged=0):
-        return {
-            **SETTING._replace(rate=rate)._asdict(),
-            "validation_loss": loss,
-            "diverged": diverged,
-        }
+# --- the noise in the logits ---
 
-    runs = [
-        record(0.1, 0.5),
-        record(0.1, 0.1),
-        record(0.2, 0.2),
-        record(0.2, 0.3),
-        record(0.3, 0.0),
-        record(0.3, 0.0, diverged=1),
-        record(0.4, None),
-    ]
-    assert choose(runs)["rate"] == 0.2
+
+@pytest.fixture
+def short(trainer):
+    """Of examples that do not fill whole batches."""
+    examples = jax.tree.map(lambda leaf: leaf[:18], DATA.train)
+    return dataclasses.replace(trainer, data=DATA._replace(train=examples))
+
+
+def state_of(network):
+    variables = make_model(network).init(jax.random.key(1), jnp.zeros((1, 2, 2, 1)), train=False)
+    stats = variables.get("batch_stats", {})
+    return TrainState(jnp.int32(0), variables["params"], stats, (), jax.random.key(0))
+
+
+def test_dose_of_groups_by_hand(short):
+    """Eight orders of sixteen examples, in groups of four, in float64."""
+    state = state_of(NETWORK)
+    params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), state.params)
+    x = np.asarray(DATA.train.image[:16], np.float64).reshape(16, -1)
+    hidden = x @ params["dense1"]["kernel"] + params["dense1"]["bias"]
+    z = np.empty((8, 16, 3))
+    for number, key in enumerate(jax.random.split(jax.random.key(40_000), 8)):
+        order = np.asarray(jax.random.permutation(jax.random.split(key)[0], 16))
+        for group in order.reshape(4, 4):
+            h = hidden[group]
+            h = (h - h.mean(axis=0)) / np.sqrt(h.var(axis=0) + 1e-5)
+            z[number, group] = np.maximum(h, 0) @ params["dense2"]["kernel"]
+    z += params["dense2"]["bias"]
+    z -= z.mean(axis=2, keepdims=True)
+    noise = z.var(axis=0, ddof=1).mean(axis=0).sum()
+    signal = z.mean(axis=0).var(axis=0).sum()
+    assert dose(short, NETWORK, state)["dose"] == pytest.approx(noise / signal, rel=1e-4)
+
+
+def test_what_adds_no_noise_has_no_dose(short):
+    """Without BN, and by the statistics of the whole set, whatever its order."""
+    for network in (NETWORK.replace(norm="none"), NETWORK.replace(group_size=0, batch_size=16)):
+        assert dose(short, network, state_of(network))["dose"] < 1e-10
+
+
+def test_drawn_noise_has_a_dose(short):
+    for norm in ("measured", "borrowed", "additive"):
+        network = NETWORK.replace(norm=norm, population="batch", batch_size=16)
+        assert dose(short, network, state_of(network))["dose"] > 1e-3

@@ -1,100 +1,38 @@
-"""Tests of experiments.regularization.noise: measurements, verdicts, a run at smoke size."""
+"""Tests of experiments.batch_noise."""
 
 import copy
 import dataclasses
-import json
 
 import jax
 import numpy as np
 import pytest
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.images import load_images
-from bn_research.lab.runner import Runner
-from bn_research.lab.workdir import Ledger
 from bn_research.probes.batch_noise import exact_moments
 from bn_research.probes.batch_noise_sampling import describe_population
-from experiments.regularization import noise
-from experiments.regularization.noise_figures import draw
-from experiments.regularization.noise_verdicts import law_deviation, shown_size
+from experiments.batch_noise import PRESETS, measurements
+from experiments.batch_noise.verdicts import judge, law_deviation, shown_size
 
-
-@dataclasses.dataclass(frozen=True)
-class Config:
-    seeds: int = 2
-    dataset: str = "digits"
-    law_sizes: tuple = (8, 128)
-    law_points: tuple = (2.0, 0.0)
-    law_samples: int = 500
-    law_batches: int = 100
-    law_examples: int = 16
-    law_images: int = 400
-    law_network: str = "c4 P c4 f8 f10"
-    law_steps: int = 10
-    law_rate: float = 0.05
-    law_batch_size: int = 32
-    law_steps_per_dispatch: int = 5
-
-
-CONFIG = Config()
-IDS = ["batch-noise-law", "batch-noise-law-of-real-features", "pixels-are-not-examples"]
+CONFIG = dataclasses.replace(PRESETS["smoke"], law_points=(2.0, 0.0), law_batch_size=32)
 
 
 @pytest.fixture(scope="module")
 def images():
-    noise.check(CONFIG)
-    found = load_images("digits", data_dir="", manual_dir="", scale="standardized")
-    noise.check_images(CONFIG, found)
-    return found
+    return measurements.prepare(CONFIG)
 
 
-def run(path, images):
-    steps = noise.total_steps(CONFIG)
-    ledger = Ledger(path / "metrics.jsonl")
-    with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
-        return noise.measure(CONFIG, images, runner)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, images):
-    path = tmp_path_factory.mktemp("noise")
-    return path, run(path, images)
-
-
-# --- the run ---
-
-
-def test_records_are_those_of_the_ledger(finished):
-    path, records = finished
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    by_name = {line["name"]: line for line in lines}
-    assert all(by_name[r["name"]] == r for group in records.values() for r in group)
-    assert [r["seed"] for r in records["features"]] == [0, 1]
-    layers = records["features"][0]["layers"]
-    assert [(one["layer"], one["positions"], one["features"]) for one in layers] == [
+def test_the_layers_of_every_seed_are_measured(images, tmp_path):
+    records = measurements.measure(CONFIG, images, tmp_path)
+    assert [record["seed"] for record in records["features"]] == [0, 1]
+    layers = [record["layers"] for record in records["features"]]
+    assert [(one["layer"], one["positions"], one["features"]) for one in layers[0]] == [
         ("conv1", 64, 4),
         ("conv2", 16, 4),
         ("dense3", 1, 8),
     ]
-    assert records["features"][0]["layers"] != records["features"][1]["layers"]
-
-
-def test_what_the_ledger_lost_is_measured_again_to_the_same_bits(finished, images, tmp_path):
-    path, records = finished
-    lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    kept = [line for line in lines if b"seed=1" not in line]
-    assert len(kept) == len(lines) - 2
-    (tmp_path / "metrics.jsonl").write_bytes(b"".join(kept))
-    assert run(tmp_path, images) == records
-
-
-def test_findings_and_figures(finished, tmp_path):
-    records = finished[1]
-    findings = noise.judge(CONFIG, records)
-    assert [f.claim.id for f in findings] == IDS == [claim.id for claim in noise.CLAIMS]
-    assert all(np.isfinite(value) for f in findings for value in f.measured.values())
-    figures = draw(CONFIG, records, tmp_path)
-    assert len(figures) == 3 and all(figure.path.stat().st_size > 5000 for figure in figures)
+    assert layers[0] != layers[1]
+    measured = [value for f in judge(CONFIG, records) for value in f.measured.values()]
+    assert np.isfinite(measured).all()
 
 
 # --- measurements ---
@@ -102,21 +40,22 @@ def test_findings_and_figures(finished, tmp_path):
 
 def test_gaussian_samples_have_the_exact_variance():
     config = dataclasses.replace(CONFIG, law_sizes=(3, 8, 50), law_samples=20_000)
-    found = noise.gaussian_variances(config, 7)["variances"]
+    found = measurements.gaussian_variances(config, 7)["variances"]
     for m in config.law_sizes:
         exact = exact_moments(config.law_points, m).var
         np.testing.assert_allclose(found[str(m)], exact, rtol=0.1)
-    assert found != noise.gaussian_variances(config, 8)["variances"]
+    assert found != measurements.gaussian_variances(config, 8)["variances"]
 
 
 def test_pre_activations_are_normalized_by_the_whole_set(images):
     """The dense layer from the convolution before it, by NumPy."""
     image = images.train.image[: CONFIG.law_images]
     network = CONFIG.law_network
-    create = noise._create_program(network, (1, *image.shape[1:]))
-    params = jax.device_get(create(jax.random.key(0), np.float32(0.1)).params)
+    setting = measurements.Trained(network, CONFIG.law_batch_size, 0.1)
+    create = measurements.programs(setting, (1, *image.shape[1:]), 1).create
+    params = jax.device_get(create(jax.random.key(0), setting.traced).params)
     params = jax.tree.map(lambda leaf: leaf + 0.1, params)  # scale and bias are no longer 1 and 0
-    sown = noise._forward(network)(params, image)
+    sown = measurements._forward(network)(params, image)
     _, conv, dense = (np.asarray(features, np.float64) for features in sown)
     norm = params["batch_norm2"]
     normalized = (conv - conv.mean(axis=(0, 1, 2))) / np.sqrt(conv.var(axis=(0, 1, 2)) + 1e-5)
@@ -132,7 +71,9 @@ def test_a_layer_of_known_positions(equal, worth):
     draw_normal = np.random.default_rng(3).standard_normal
     features = draw_normal((800, 1 if equal else 2, 1 if equal else 2, 6))
     features = np.broadcast_to(features, (800, 2, 2, 6))
-    layer = noise.measure_layer(config, describe_population(features), np.random.default_rng(0))
+    layer = measurements.measure_layer(
+        config, describe_population(features), np.random.default_rng(0)
+    )
     size = layer["sizes"]["128"]
     for statistic in ("mean", "var"):
         effective = size["effective"][statistic]
@@ -199,7 +140,7 @@ def made_up(seeds=5):
 
 
 def verdicts(records, config=CONFIG):
-    return [finding.verdict for finding in noise.judge(config, records)]
+    return [finding.verdict for finding in judge(config, records)]
 
 
 def changed(change, seeds=range(5)):
@@ -213,7 +154,7 @@ def changed(change, seeds=range(5)):
 
 def test_all_hold_where_all_is_as_expected():
     assert verdicts(made_up()) == [REPRODUCED] * 3
-    law, features, pixels = noise.judge(CONFIG, made_up())
+    law, features, pixels = judge(CONFIG, made_up())
     assert law.interval[0] == pytest.approx(0.0564, abs=1e-4)
     assert features.measured["largest median of |measured/law − 1|"] == pytest.approx(0.032)
     assert pixels.measured["largest effective size/(m·h·w)"] == pytest.approx(5 / 16)
@@ -275,7 +216,7 @@ def test_one_seed_decides_nothing_and_what_went_wrong_is_said():
     records = made_up()
     records["features"][3]["diverged"] = 4
     records["features"][0]["layers"][1]["constant"] = 2
-    for finding in noise.judge(CONFIG, records)[1:]:
+    for finding in judge(CONFIG, records)[1:]:
         assert "Of 5 runs 1 had steps" in finding.note
         assert "2 constant features" in finding.note
 
@@ -286,31 +227,16 @@ def test_one_seed_decides_nothing_and_what_went_wrong_is_said():
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("law_sizes", ()),
         ("law_sizes", (2, 8)),
-        ("law_sizes", (8, 8)),
-        ("law_points", ()),
-        ("law_points", (-1.0,)),
-        ("law_points", (float("nan"),)),
-        ("law_samples", 1),
-        ("law_batches", 1),
-        ("law_examples", 0),
         ("law_images", 3),
-        ("law_rate", 0.0),
-        ("law_steps", 0),
         ("law_steps", 7),
-        ("law_steps_per_dispatch", 0),
-        ("law_batch_size", 1),
         ("law_network", "f8 f10"),
         ("law_network", "c4 f10"),
-        ("law_network", "c4 x f10"),
     ],
 )
 def test_bad_fields(field, value):
-    with pytest.raises(ValueError) as error:
-        noise.check(dataclasses.replace(CONFIG, **{field: value}))
-    text = str(error.value)
-    assert "\n" not in text and (field in text or "network" in text)
+    with pytest.raises(ValueError, match=field):
+        dataclasses.replace(CONFIG, **{field: value})
 
 
 @pytest.mark.parametrize(
@@ -323,7 +249,7 @@ def test_bad_fields(field, value):
         ("law_network", "c4 P P P P f8 f10"),
     ],
 )
-def test_fields_that_the_images_do_not_allow(field, value, images):
+def test_fields_that_the_images_do_not_allow(field, value):
     with pytest.raises(ValueError) as error:
-        noise.check_images(dataclasses.replace(CONFIG, **{field: value}), images)
+        measurements.prepare(dataclasses.replace(CONFIG, **{field: value}))
     assert "\n" not in str(error.value)

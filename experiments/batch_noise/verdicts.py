@@ -1,22 +1,22 @@
-"""The claims of `experiments.regularization` about the noise of batches, and what decides them."""
+"""Claims about the noise of batches, and how records decide them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 
 from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import Estimate, estimate
 from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide
+from bn_research.claims.judging import Record, listed, lost, numbers, with_intervals
 from bn_research.probes.batch_noise import exact_moments, noise_law
+from experiments.batch_noise import Config
 
 REACH = 2  # |x̃|, from the centre: 95 % of Gaussian features
 LEAST_SIZE = 128  # from which the first order is held to its 10 %
 _TAIL = 3
 _LAW, _SAMPLES = 0.10, 0.05  # relative deviations
 _SHARE, _LEAST_WORTH = 0.5, 0.9
-_STATISTICS = ("mean", "var")
-_SPELLED = {"mean": "mean", "var": "variance"}
+_STATISTICS = {"mean": "mean", "var": "variance"}
 
 CLAIMS = (
     Claim(
@@ -59,29 +59,27 @@ CLAIMS = (
     ),
 )
 
+Records = Mapping[str, Sequence[Record]]
 
-def large_sizes(config: Any) -> list[int]:
+
+def large_sizes(config: Config) -> list[int]:
     """Sizes that the criteria are about; all where there are none."""
     return [m for m in config.law_sizes if m >= LEAST_SIZE] or list(config.law_sizes)
 
 
-def shown_size(config: Any) -> int:
+def shown_size(config: Config) -> int:
     """The size whose curves are kept."""
     return min(large_sizes(config))
 
 
-def judge(config: Any, records: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Finding]:
-    """Findings of all claims of this part.
+def layers_of(record: Record, kind: str | None = None) -> list[Record]:
+    """Layers of a network, of one kind or all."""
+    return [layer for layer in record["layers"] if kind in (None, layer["kind"])]
 
-    Args:
-      config: of the run.
-      records: of `regularization_noise.measure`.
-    """
-    return [
-        _judge_law(config, records["gaussian"]),
-        _judge_features(config, records["features"]),
-        _judge_pixels(config, records["features"]),
-    ]
+
+def layer_named(record: Record, name: str) -> Record:
+    """The layer of this name."""
+    return next(layer for layer in record["layers"] if layer["layer"] == name)
 
 
 def law_deviation(m: int, reach: float, *, above: float = 0.0) -> float:
@@ -91,8 +89,17 @@ def law_deviation(m: int, reach: float, *, above: float = 0.0) -> float:
     return float(deviations[np.argmax(np.abs(deviations))])
 
 
-def _judge_law(config, gaussian) -> Finding:
-    def off(record):
+def judge(config: Config, records: Records) -> list[Finding]:
+    """Findings of CLAIMS, in their order."""
+    return [
+        _judge_law(config, records["gaussian"]),
+        _judge_features(config, records["features"]),
+        _judge_pixels(config, records["features"]),
+    ]
+
+
+def _judge_law(config: Config, gaussian: Sequence[Record]) -> Finding:
+    def off(record: Record) -> float:
         return max(
             np.max(np.abs(np.array(var) / exact_moments(config.law_points, int(m)).var - 1))
             for m, var in record["variances"].items()
@@ -101,123 +108,112 @@ def _judge_law(config, gaussian) -> Finding:
     samples = estimate([off(record) for record in gaussian])
     sizes = [LEAST_SIZE, *(m for m in config.law_sizes if m > LEAST_SIZE)]
     worst = max(abs(law_deviation(m, REACH)) for m in sizes)
-    measured = {
-        f"largest |exact/law − 1|, m ≥ {LEAST_SIZE}, |x̃| ≤ {REACH}": worst,
-        f"likewise, |x̃| ≤ {_TAIL}": max(abs(law_deviation(m, _TAIL)) for m in sizes),
-        **_with_interval("largest |samples/exact − 1|", samples),
-    }
+    measured = with_intervals(
+        {
+            f"largest |exact/law − 1|, m ≥ {LEAST_SIZE}, |x̃| ≤ {REACH}": worst,
+            f"likewise, |x̃| ≤ {_TAIL}": max(abs(law_deviation(m, _TAIL)) for m in sizes),
+            "largest |samples/exact − 1|": samples,
+        }
+    )
     for m in sorted(config.law_sizes):
         for x in (0, REACH, _TAIL):
             measured[f"exact/law, m = {m}, |x̃| = {x}"] = 1 + law_deviation(m, x, above=x)
-    small = [m for m in sorted(config.law_sizes) if m < LEAST_SIZE]
     note = (
         "interval: the exact number, which no seed changes. The exact curve was known when the "
         f"range of x̃ was chosen; up to |x̃| = {_TAIL} the law would fail. Large values are less "
         "noisy than the law says: x̂ never leaves ±√(m − 1). Samples: "
         f"{config.law_samples} batches of each size and seed"
     )
-    if small:
-        note += f". Below the criterion's m: {', '.join(f'{m}' for m in small)}"
+    small = [str(m) for m in sorted(config.law_sizes) if m < LEAST_SIZE]
+    note += listed("Below the criterion's m", small)
     verdict = conjunction(decide((worst, worst), at_most=_LAW), decide(samples, at_most=_SAMPLES))
     return Finding(CLAIMS[0], measured, (worst, worst), verdict, note)
 
 
-def _judge_features(config, features) -> Finding:
-    large = large_sizes(config)
+def _at_large(
+    config: Config, record: Record, kind: str | None = None
+) -> list[tuple[Record, Record]]:
+    """Layers of a kind, each with its record of every large size."""
+    sizes = large_sizes(config)
+    return [(layer, layer["sizes"][str(m)]) for layer in layers_of(record, kind) for m in sizes]
 
-    def over(key: str, pick: Callable, kind: str | None = None) -> Estimate:
+
+def _judge_features(config: Config, features: Sequence[Record]) -> Finding:
+    def largest(key: str, kind: str | None = None) -> Estimate:
         return estimate(
-            [
-                pick(layer["sizes"][str(m)][key] for layer in _layers(record, kind) for m in large)
-                for record in features
-            ]
+            [max(size[key] for _, size in _at_large(config, one, kind)) for one in features]
         )
 
-    off = over("deviation", max)
-    measured = {
-        **_with_interval("largest median of |measured/law − 1|", off),
-        **_with_interval("largest, dense layers", over("deviation", max, "dense")),
-        **_with_interval("largest, convolutions", over("deviation", max, "conv")),
-        **_with_interval("largest, Gaussian formula, dense layers", over("gaussian", max, "dense")),
-        "scatter of the measurement": 0.6745 * float(np.sqrt(2 / config.law_batches)),
-    }
+    off = largest("deviation")
+    measured = with_intervals(
+        {
+            "largest median of |measured/law − 1|": off,
+            "largest, dense layers": largest("deviation", "dense"),
+            "largest, convolutions": largest("deviation", "conv"),
+            "largest, Gaussian formula, dense layers": largest("gaussian", "dense"),
+            "scatter of the measurement": 0.6745 * float(np.sqrt(2 / config.law_batches)),
+        }
+    )
     for layer in features[0]["layers"]:
         name = layer["layer"]
-        own = [_named(record, name) for record in features]
-        measured[f"kurtosis, {name}"] = float(np.mean([one["kurtosis"] for one in own]))
-        measured[f"|skewness|, {name}"] = float(np.mean([one["skewness"] for one in own]))
-        measured[f"share of |x̃| ≤ {REACH}, {name}"] = float(
-            np.mean([one["within reach"] for one in own])
-        )
+        own = [layer_named(record, name) for record in features]
+        measured[f"kurtosis, {name}"] = numbers(own, "kurtosis").mean()
+        measured[f"|skewness|, {name}"] = numbers(own, "skewness").mean()
+        measured[f"share of |x̃| ≤ {REACH}, {name}"] = numbers(own, "within reach").mean()
         for m in sorted(config.law_sizes):
-            ratios = [one["sizes"][str(m)]["ratio"] for one in own]
-            measured[f"measured/law, m = {m}, {name}"] = float(np.mean(ratios))
-    losses = [record["loss"] for record in features]
+            of_size = [one["sizes"][str(m)] for one in own]
+            measured[f"measured/law, m = {m}, {name}"] = numbers(of_size, "ratio").mean()
     note = (
         "interval: over seeds, of the largest of all layers and sizes. "
         f"{config.law_batches} batches of each size, without replacement from {config.law_images} "
         "training images at most, whose finiteness the law allows for; the measurement's own "
         "scatter is in the deviation. Pre-activations of a network after "
-        f"{config.law_steps} steps, training loss {_mean(losses):.3g}; each layer is normalized by "
-        "the whole set"
+        f"{config.law_steps} steps, training loss {numbers(features, 'loss').mean():.3g}; each "
+        "layer is normalized by the whole set"
     )
-    note += _strange(features)
-    return Finding(
-        CLAIMS[1], measured, off.interval, _held(config, decide(off, at_most=_LAW)), note
-    )
+    verdict = _held(config, decide(off, at_most=_LAW))
+    return Finding(CLAIMS[1], measured, off.interval, verdict, note + _strange(features))
 
 
-def _judge_pixels(config, features) -> Finding:
-    large = large_sizes(config)
-
-    def over(
-        key: str,
-        pick: Callable,
-        *,
-        of_all: bool = False,
-        statistics: Sequence[str] = _STATISTICS,
-    ) -> Estimate:
+def _judge_pixels(config: Config, features: Sequence[Record]) -> Finding:
+    def extreme(pick: Callable[..., float], key: str, *of: str, share: bool = False) -> Estimate:
+        """Over the statistics named, or both; as a share of m·h·w or as it is, that is over m."""
         return estimate(
             [
                 pick(
-                    layer["sizes"][str(m)]["effective"][statistic][key]
-                    / (layer["positions"] if of_all else 1)
-                    for layer in _layers(record, "conv")
-                    for m in large
-                    for statistic in statistics
+                    size["effective"][one][key] / (layer["positions"] if share else 1)
+                    for layer, size in _at_large(config, record, "conv")
+                    for one in of or _STATISTICS
                 )
                 for record in features
             ]
         )
 
-    share = over("measured", max, of_all=True)
-    worth, error = over("measured", min), over("error", max)
-    measured = {
-        **_with_interval("largest effective size/(m·h·w)", share),
-        **_with_interval(
-            "largest, of the mean", over("measured", max, of_all=True, statistics=("mean",))
-        ),
-        **_with_interval(
-            "largest, of the variance", over("measured", max, of_all=True, statistics=("var",))
-        ),
-        **_with_interval("smallest effective size/m", worth),
-        **_with_interval("largest median of |measured/predicted − 1|", error),
-    }
+    share = extreme(max, "measured", share=True)
+    worth, error = extreme(min, "measured"), extreme(max, "error")
+    measured = with_intervals(
+        {
+            "largest effective size/(m·h·w)": share,
+            "largest, of the mean": extreme(max, "measured", "mean", share=True),
+            "largest, of the variance": extreme(max, "measured", "var", share=True),
+            "smallest effective size/m": worth,
+            "largest median of |measured/predicted − 1|": error,
+        }
+    )
     shown = str(shown_size(config))
-    for layer in _layers(features[0], "conv"):
+    for layer in layers_of(features[0], "conv"):
         name = layer["layer"]
-        own = [_named(record, name)["sizes"][shown] for record in features]
+        own = [layer_named(record, name)["sizes"][shown] for record in features]
         measured[f"h·w, {name}"] = layer["positions"]
-        for statistic in _STATISTICS:
+        for statistic, spelled in _STATISTICS.items():
             worths = [one["effective"][statistic] for one in own]
-            words = f"values an image is worth, {_SPELLED[statistic]}, {name}"
-            measured |= _with_interval(words, estimate([one["measured"] for one in worths]))
-            measured[f"{words}: predicted"] = _mean([one["predicted"] for one in worths])
+            words = f"values an image is worth, {spelled}, {name}"
+            measured |= with_intervals({words: estimate(numbers(worths, "measured"))})
+            measured[f"{words}: predicted"] = numbers(worths, "predicted").mean()
             measured[f"{words}: least feature"] = min(one["least"] for one in worths)
             measured[f"{words}: most feature"] = max(one["most"] for one in worths)
-        measured[f"noise over that of m·h·w values, {name}"] = _mean(
-            [one["per value"] for one in own]
-        )
+        noise = numbers(own, "per value").mean()
+        measured[f"noise over that of m·h·w values, {name}"] = noise
     verdict = conjunction(
         decide(share, at_most=_SHARE),
         decide(worth, at_least=_LEAST_WORTH),
@@ -233,34 +229,12 @@ def _judge_pixels(config, features) -> Finding:
     return Finding(CLAIMS[2], measured, share.interval, _held(config, verdict), note)
 
 
-def _layers(record: Mapping[str, Any], kind: str | None) -> list[Mapping[str, Any]]:
-    return [layer for layer in record["layers"] if kind in (None, layer["kind"])]
-
-
-def _named(record: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    return next(layer for layer in record["layers"] if layer["layer"] == name)
-
-
-def _with_interval(name: str, found: Estimate) -> dict[str, float]:
-    return {name: found.mean, f"{name}, low": found.low, f"{name}, high": found.high}
-
-
-def _mean(values: Sequence[float | None]) -> float:
-    return float(np.mean([np.nan if value is None else value for value in values]))
-
-
-def _held(config: Any, verdict: str) -> str:
+def _held(config: Config, verdict: str) -> str:
     """Inconclusive without a size that the criterion is about."""
     return verdict if max(config.law_sizes) >= LEAST_SIZE else INCONCLUSIVE
 
 
-def _strange(features: Sequence[Mapping[str, Any]]) -> str:
+def _strange(features: Sequence[Record]) -> str:
     """What a reader must know of runs that went wrong."""
-    words = ""
-    diverged = sum(record["diverged"] > 0 for record in features)
     constant = sum(layer["constant"] for record in features for layer in record["layers"])
-    if diverged:
-        words += f". Of {len(features)} runs {diverged} had steps that were not finite"
-    if constant:
-        words += f". Left out: {constant} constant features"
-    return words
+    return lost(features) + (f". Left out: {constant} constant features" if constant else "")
