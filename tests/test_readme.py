@@ -8,7 +8,7 @@ import flax.linen as nn
 import pytest
 
 from bn_research.lab.launch import main
-from bn_research.lab.pages import ROOT, folder_of, pages, render
+from bn_research.lab.pages import ROOT, pages, render, written
 from bn_research.lab.rooms import load
 from experiments import imagenet, init_sensitivity
 
@@ -21,9 +21,8 @@ _QUOTE = re.compile(r"<!--([=\"]).*?-->.*?<!--/-->|<!--\"-->.*?<!--/-->", re.DOT
 
 @pytest.mark.parametrize("page", PAGES)
 def test_results_are_those_committed(page):
-    text = (ROOT / page).read_text()
-    assert render(text, ROOT / "docs", folder=folder_of(ROOT / page)) == text, (
-        f"{page} differs from docs/results: run `python -m experiments.readme`"
+    assert written(ROOT / page) == (ROOT / page).read_text(), (
+        f"{page} differs from docs/results or its story: run `python -m experiments.readme`"
     )
 
 
@@ -100,7 +99,7 @@ def test_every_experiment_with_results_has_its_page():
     pages = {path.stem for path in (ROOT / "docs" / "experiments").glob("*.md")}
     assert pages == {path.parent.name for path in (ROOT / "docs").glob("results/*/results.json")}
     for name in pages:
-        text = (ROOT / "docs" / "experiments" / f"{name}.md").read_text()
+        text = (ROOT / "experiments" / name / "story.md").read_text()
         assert f"<!-- results:{name} -->" in text and f"<!-- figures:{name} -->" in text
 
 

@@ -7,9 +7,10 @@ No number that a run has measured is typed by hand. In README.md and docs:
     <!-- verdicts:notes --> …                             a row for each claim of the review
     <!-- verdicts:all --> …                               a row for each claim
     <!-- benchmark:NAME --> …                             docs/benchmarks/NAME.md
-    <!--=CLAIM; NUMBER; FORMAT-->0.48<!--/-->             one number: readme_quotations.py
+    <!--=CLAIM; NUMBER; FORMAT-->0.48<!--/-->             one number: quotations.py
 
-A test fails where a page differs from what this writes.
+docs/experiments/NAME.md is written from experiments/NAME/story.md, whose marks are empty; the other
+pages are filled where they are. A test fails where a page differs from what this writes.
 """
 
 import json
@@ -33,7 +34,23 @@ _BLOCK = re.compile(r"(<!-- (\w+):(\w+) -->\n).*?(<!-- /\2:\3 -->)", re.DOTALL)
 def pages(root: Path = ROOT) -> list[Path]:
     """README.md and the pages of docs that people read."""
     docs = root / "docs"
-    return [root / "README.md", *sorted(docs.glob("*.md")), *sorted(docs.glob("experiments/*.md"))]
+    rooms = [path.parent.name for path in sorted(root.glob("experiments/*/story.md"))]
+    stories = [docs / "experiments" / f"{room}.md" for room in rooms]
+    return [root / "README.md", *sorted(docs.glob("*.md")), *stories]
+
+
+def written(page: Path) -> str:
+    """The text that a page must have.
+
+    Raises:
+      QuoteError: as of `render`.
+    """
+    folder = folder_of(page)
+    if page.parent.name != "experiments":
+        return render(page.read_text(), ROOT / "docs", folder=folder)
+    story = f"experiments/{page.stem}/story.md"
+    text = render((ROOT / story).read_text(), ROOT / "docs", folder=folder)
+    return f"<!-- Written from {story}: change that, then run make pages. -->\n\n{text}"
 
 
 def folder_of(page: Path) -> str:
@@ -129,19 +146,19 @@ def _cell(text: str) -> str:
 def main() -> int:
     """Exit status, after every page that differs is written; 2 where a number is missing."""
     for name in read_results(ROOT / "docs"):
-        page = ROOT / "docs" / "experiments" / f"{name}.md"
+        story = ROOT / "experiments" / name / "story.md"
         wanted = [f"<!-- {kind}:{name} -->" for kind in ("figures", "results")]
-        if not page.exists() or not all(block in page.read_text() for block in wanted):
-            page_name = page.relative_to(ROOT)
-            print(f"readme: {page_name} must be there with {' and '.join(wanted)}", file=sys.stderr)
+        if not story.exists() or not all(block in story.read_text() for block in wanted):
+            place = story.relative_to(ROOT)
+            print(f"readme: {place} must be there with {' and '.join(wanted)}", file=sys.stderr)
             return 2
     for path in pages():
         try:
-            text = render(path.read_text(), ROOT / "docs", folder=folder_of(path))
+            text = written(path)
         except QuoteError as error:
             print(f"readme: {path.relative_to(ROOT)}: {error}", file=sys.stderr)
             return 2
-        if text != path.read_text():
+        if not path.exists() or text != path.read_text():
             atomic.write_bytes(path, text.encode())
             print(f"written: {path.relative_to(ROOT)}")
     return 0
