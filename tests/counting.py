@@ -138,4 +138,4 @@ if __name__ == "__main__":
 
     CLAIM = Claim("sum-is-known", "The sum is known", "Gauss", "any", "n(n-1)/2 a step")
     CLAIMS = (CLAIM,)
-    sys.exit(main(Experiment(__name__, "Counting", {"quick": Config()}, distributed=True)))
+    sys.exit(main(Experiment(__name__, {"quick": Config()}, distributed=True)))

@@ -45,16 +45,16 @@ class Experiment:
 
     Attributes:
       room: `__name__` of the package or file.
-      title: of the report.
       presets: name -> Config, a frozen dataclass with at least `dataset` and `seeds`.
+      title: of the report; where none is given, the first line of the docstring.
       distributed: whether its run can span devices and processes. It then takes the flags for
         that, and `measure` the keyword `parallel`: auto, jit, pmap or shard_map. The records of
         process 0 are judged.
     """
 
     room: str
-    title: str
     presets: Mapping[str, Any]
+    title: str = ""
     distributed: bool = False
 
     def __post_init__(self) -> None:
@@ -66,11 +66,13 @@ class Experiment:
                     f"{self.room}: the config of preset {name!r} must have the fields dataset and "
                     f"seeds, it has {', '.join(sorted(fields))}"
                 )
+        if not self.title:
+            object.__setattr__(self, "title", self.question.partition("\n")[0])
 
     @property
     def question(self) -> str:
         """What it asks: the docstring of its room."""
-        return inspect.cleandoc(importlib.import_module(self.room).__doc__ or self.title)
+        return inspect.cleandoc(importlib.import_module(self.room).__doc__ or self.room)
 
     @property
     def command(self) -> str:

@@ -3,16 +3,17 @@
     seeds: Count = 3
     rates: Some[Positive] = (0.1, 0.3)
 
-A config is a `pydantic.dataclasses.dataclass(frozen=True)`, whose field types are checked whenever
-one is made. Checks between fields stand in its `__post_init__` and raise ValueError in one line:
-NAME=VALUE is not allowed, and what is. Other bounds are written where they are needed, as
-`Annotated[int, Field(ge=3)]`.
+A config is a `pydantic.dataclasses.dataclass(frozen=True)`, often of `OnDataset` or `OnImages`. Its
+field types are checked whenever one is made. Checks between fields stand in its `__post_init__` and
+raise ValueError in one line: NAME=VALUE is not allowed, and what is. Other bounds are written where
+they are needed, as `Annotated[int, Field(ge=3)]`.
 """
 
 from typing import Annotated, Any, Literal, TypeVar
 
 import pydantic
 from pydantic import AfterValidator, Field
+from pydantic.dataclasses import dataclass
 
 from bn_research.models.spec import num_logits
 
@@ -64,6 +65,22 @@ Ascending = Annotated[tuple[T, ...], Field(min_length=1), AfterValidator(_ascend
 Network = Annotated[str, AfterValidator(_spec)]  # a spec that ends in logits
 Strategy = Literal["auto", "in_turn", "devices", "vmap"]  # of sweeps; auto measures
 CompilerLevel = Annotated[int, Field(ge=0, le=3, strict=True)]  # see `compiler.compiler_options`
+
+
+@dataclass(frozen=True)
+class OnDataset:
+    """What a config says of its data."""
+
+    dataset: str = "digits"
+    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
+    manual_dir: str = ""  # where source files lie; "" is the set's default
+
+
+@dataclass(frozen=True)
+class OnImages(OnDataset):
+    """Likewise, of images that are resized."""
+
+    image_size: OrNone = 0  # height and width; 0 keeps the set's own
 
 
 def whole_dispatches(config: Any, *names: str, least: int = 1) -> None:

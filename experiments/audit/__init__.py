@@ -28,20 +28,17 @@ from typing import Literal, get_args
 from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import Count, Inside, OrNone, Positive, Several
+from bn_research.lab.fields import Count, Inside, OnDataset, OrNone, Positive, Several
 
 Model = Literal["cnn", "mlp", "resnet", "preactivation_resnet", "inception"]
 MODELS: tuple[Model, ...] = get_args(Model)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnDataset):
     """Settings of a run."""
 
     seeds: Count = 3
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
     image_size: OrNone = 0  # height and width of the images; 0: theirs, and 32 for inception
     model: Model = "resnet"
     network: str = ""  # spec of cnn and mlp; "" is their default
@@ -69,4 +66,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(__name__, "Which weights of a network are scale-invariant?", PRESETS)
+EXPERIMENT = Experiment(__name__, PRESETS, title="Which weights of a network are scale-invariant?")

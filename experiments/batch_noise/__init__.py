@@ -36,7 +36,7 @@ from bn_research.lab.fields import (
     Count,
     Network,
     NonNegative,
-    OrNone,
+    OnImages,
     Positive,
     Several,
     Some,
@@ -46,14 +46,10 @@ from bn_research.models.spec import Conv, Dense, parse_spec
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
 
     law_network: Network = "c8 P c16 f32 f32 f10"
     law_images: Annotated[int, Field(ge=4, strict=True)] = 10_000  # at most: the population
@@ -106,6 +102,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(
-    __name__, title="How noisy is an example seen in conjunction with others?", presets=PRESETS
-)
+EXPERIMENT = Experiment(__name__, PRESETS)

@@ -51,6 +51,7 @@ from bn_research.lab.fields import (
     Count,
     Network,
     NonNegative,
+    OnDataset,
     OrNone,
     Positive,
     Several,
@@ -64,13 +65,10 @@ Activation = Literal["sigmoid", "relu", "tanh", "gelu", "silu", "softplus"]  # o
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnDataset):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …; the next one chooses the settings and enters no verdict
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
     network: Network = "f100 f100 f100 f10"
     activations: Some[Activation] = ("sigmoid",)  # the claims are about the first
     batch_size: Several = 60
@@ -126,8 +124,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(
-    __name__,
-    title="Does batch normalization reduce internal covariate shift?",
-    presets=PRESETS,
-)
+EXPERIMENT = Experiment(__name__, PRESETS)

@@ -59,6 +59,7 @@ from bn_research.lab.fields import (
     CompilerLevel,
     Count,
     NonNegative,
+    OnImages,
     OrNone,
     Positive,
     Several,
@@ -69,14 +70,10 @@ from bn_research.lab.fields import (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # ensembles of each kind
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     train_examples: Several = 800
     eval_examples: OrNone = 0  # of the test set; 0 is all of it
     width: Positive = 0.0625  # times the channels of figure 5
@@ -127,7 +124,5 @@ PRESETS = {
 }
 
 EXPERIMENT = Experiment(
-    __name__,
-    title="How much less do six batch-normalized networks err together?",
-    presets=PRESETS,
+    __name__, PRESETS, title="How much less do six batch-normalized networks err together?"
 )

@@ -35,18 +35,16 @@ from typing import Literal
 from pydantic.dataclasses import dataclass
 
 from bn_research.lab import Experiment
-from bn_research.lab.fields import Count, OrNone, Positive, whole_dispatches
+from bn_research.lab.fields import Count, OnDataset, OrNone, Positive, whole_dispatches
 from bn_research.models.spec import num_logits
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnDataset):
     """A job."""
 
     setting: Literal["inception", "bn_baseline", "bn_x5", "bn_x30", "bn_x5_sigmoid"] = "bn_x30"
     dataset: str = "imagenet2012"  # the figures are of this one
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
     # "inception", or a spec such as "c16 P c32 f10" of a network that a laptop trains: it has the
     # setting's BN, activation, rates and L2; dropout and LRN are Inception's own.
     network: str = "inception"
@@ -121,7 +119,7 @@ PRESETS = {
 
 EXPERIMENT = Experiment(
     __name__,
+    PRESETS,
     title="BN-Inception on ImageNet: the published figures, and a job that can test them",
-    presets=PRESETS,
     distributed=True,
 )

@@ -40,6 +40,7 @@ from bn_research.lab.fields import (
     Distinct,
     Network,
     NonNegative,
+    OnImages,
     OrNone,
     Positive,
     Several,
@@ -66,15 +67,11 @@ Optimizer = Literal["sgd", "adam"]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
     examples: OrNone = 0  # of each split; 0 is all
-    image_size: OrNone = 0  # height and width that networks are trained at; 0 keeps the set's own
     network: Network = NETWORKS[4]  # the trained one
     a: Positive = 1e-3  # the bad initialization: weights from U(-a, a)
     batch_size: Several = 32
@@ -168,6 +165,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(
-    __name__, "Does batch normalization rescue a badly initialized CNN?", PRESETS
-)
+EXPERIMENT = Experiment(__name__, PRESETS)

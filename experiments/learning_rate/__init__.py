@@ -44,6 +44,7 @@ from bn_research.lab.fields import (
     Count,
     Distinct,
     Network,
+    OnImages,
     OrNone,
     Positive,
     Several,
@@ -60,15 +61,11 @@ Placements = Annotated[Some[Placement], holding("none", "all")]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
     examples: OrNone = 0  # of each split; 0 is all
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     cnn: Network = "c8 P c16 P f64 f10"
     cnn_batch_sizes: Annotated[Some[Several], holding(PUBLISHED_BATCH)] = (8, 32)
     mlp: Network = "f100 f100 f100 f10"
@@ -137,6 +134,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(
-    __name__, "How much larger may the learning rate be with batch normalization?", PRESETS
-)
+EXPERIMENT = Experiment(__name__, PRESETS)

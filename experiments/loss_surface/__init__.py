@@ -37,18 +37,23 @@ fallen as the square of its norm.
 from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import Count, Network, OrNone, Positive, Several, Some, whole_dispatches
+from bn_research.lab.fields import (
+    Count,
+    Network,
+    OnImages,
+    OrNone,
+    Positive,
+    Several,
+    Some,
+    whole_dispatches,
+)
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     network: Network = "c8 c8 P c16 P f32 f10"
     batch_size: Several = 64  # of SGD
     rates: Some[Positive] = (0.03, 0.1, 0.3, 1.0, 3.0)  # of SGD, both arms choose from them
@@ -103,4 +108,6 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(__name__, "Is the loss surface smoother with batch normalization?", PRESETS)
+EXPERIMENT = Experiment(
+    __name__, PRESETS, title="Is the loss surface smoother with batch normalization?"
+)

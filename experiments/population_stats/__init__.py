@@ -44,6 +44,7 @@ from bn_research.lab.fields import (
     Count,
     Inside,
     Network,
+    OnImages,
     OrNone,
     Positive,
     Several,
@@ -53,15 +54,11 @@ from bn_research.lab.fields import (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
     examples: OrNone = 0  # of each split; 0 is all. The whole training set is one batch for truth
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     network: Network = "c8 P c16 P f32 f10"
     batch_sizes: Some[Several] = (16, 64)
     momenta: Some[Inside] = (0.9, 0.99, 0.999)  # of the moving averages, Flax's convention
@@ -115,8 +112,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(
-    __name__,
-    title="Which statistics should inference with batch normalization use?",
-    presets=PRESETS,
-)
+EXPERIMENT = Experiment(__name__, PRESETS)

@@ -63,7 +63,7 @@ from bn_research.lab.fields import (
     Inside,
     Network,
     NonNegative,
-    OrNone,
+    OnImages,
     Positive,
     Several,
     Some,
@@ -74,14 +74,10 @@ from bn_research.models.spec import num_weight_layers
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run; those of one part begin with its name."""
 
     seeds: Count = 3  # 0, 1, …; settings are chosen on others
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     train_examples: Several = 512  # at most; few, so that the networks can overfit
     validation_examples: Count = (
         256  # after them in the training split: settings are chosen by these
@@ -197,4 +193,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(__name__, title="Why does batch normalization regularize?", presets=PRESETS)
+EXPERIMENT = Experiment(__name__, PRESETS)

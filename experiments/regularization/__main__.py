@@ -1,9 +1,7 @@
 """python -m experiments.regularization."""
 
-import sys
-
-from bn_research.lab.launch import main
+from bn_research.lab import main
 from experiments.regularization import EXPERIMENT
 
 if __name__ == "__main__":
-    sys.exit(main(EXPERIMENT))
+    raise SystemExit(main(EXPERIMENT))

@@ -52,7 +52,7 @@ from bn_research.lab.experiment import Experiment
 from bn_research.lab.fields import (
     Count,
     Network,
-    OrNone,
+    OnImages,
     Positive,
     Several,
     Share,
@@ -62,14 +62,10 @@ from bn_research.lab.fields import (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     network: Network = "c4 P c8 P f16 f10"  # small, so that it does not fit its training set
     wide_network: Network = "c16 P c32 P f64 f10"  # a control, nearer to fitting it
     scales: Some[Positive] = tuple(10.0 ** (k / 2) for k in range(-6, 7))  # a
@@ -125,7 +121,5 @@ PRESETS = {
 
 
 EXPERIMENT = Experiment(
-    __name__,
-    title="What does it mean that BN does not see the scale of the weights?",
-    presets=PRESETS,
+    __name__, PRESETS, title="What does it mean that BN does not see the scale of the weights?"
 )

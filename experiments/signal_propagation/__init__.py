@@ -47,20 +47,17 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import Count, OrNone, Positive, Several, Some, whole_dispatches
+from bn_research.lab.fields import Count, OnImages, Positive, Several, Some, whole_dispatches
 
 Examples = Annotated[int, Field(ge=4, strict=True)]  # in a batch; E[1/σ²] is infinite below
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …
     dataset: str = "digits"  # of the training; all else has Gaussian input
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     batch_sizes: Some[Examples] = (8, 16, 32, 64, 128)  # of the gradients
     gradient_width: Several = 1024
     gradient_depth: Annotated[int, Field(ge=8, strict=True)] = 32  # below are no middle layers
@@ -121,7 +118,5 @@ PRESETS = {
 }
 
 EXPERIMENT = Experiment(
-    __name__,
-    title="Where do deep BN networks fail at initialization?",
-    presets=PRESETS,
+    __name__, PRESETS, title="Where do deep BN networks fail at initialization?"
 )

@@ -53,7 +53,7 @@ from bn_research.lab.fields import (
     CompilerLevel,
     Count,
     NonNegative,
-    OrNone,
+    OnImages,
     Positive,
     Several,
     Share,
@@ -63,14 +63,10 @@ from bn_research.lab.fields import (
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     train_examples: Several = 800  # few enough for many epochs, as in the paper
     eval_examples: Count = 400  # of the test set, at most
     width: Positive = 0.0625  # times the channels of figure 5
@@ -134,7 +130,5 @@ PRESETS = {
 }
 
 EXPERIMENT = Experiment(
-    __name__,
-    title="How many times fewer training steps with batch normalization?",
-    presets=PRESETS,
+    __name__, PRESETS, title="How many times fewer training steps with batch normalization?"
 )

@@ -38,19 +38,16 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import Count, NonNegative, OrNone, Several, Some
+from bn_research.lab.fields import Count, NonNegative, OnDataset, OrNone, Several, Some
 
 Sizes = Annotated[Some[Several], Field(min_length=2)]  # a slope is asked of them
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnDataset):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …; a seed draws the random layers, the controls and the batches
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
     examples: OrNone = 0  # of the training split; 0 is all
     batch_sizes: Sizes = (8, 16, 32, 64, 128, 256)
     pairs: Count = 64  # of disjoint batches, for each size and seed; they take the ε in turn
@@ -87,6 +84,4 @@ PRESETS = {
 }
 
 
-EXPERIMENT = Experiment(
-    __name__, title="What does batch normalization do to its input?", presets=PRESETS
-)
+EXPERIMENT = Experiment(__name__, PRESETS, title="What does batch normalization do to its input?")

@@ -1,9 +1,7 @@
 """python -m experiments.transform."""
 
-import sys
-
-from bn_research.lab.launch import main
+from bn_research.lab import main
 from experiments.transform import EXPERIMENT
 
 if __name__ == "__main__":
-    sys.exit(main(EXPERIMENT))
+    raise SystemExit(main(EXPERIMENT))

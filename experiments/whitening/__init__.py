@@ -38,21 +38,17 @@ from pydantic.dataclasses import dataclass
 
 from bn_research.lab import fields
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import Count, NonNegative, OrNone, Positive, Several, Some
+from bn_research.lab.fields import Count, NonNegative, OnImages, OrNone, Positive, Several, Some
 
 ConditionNumber = Annotated[float, Field(ge=1, allow_inf_nan=False, strict=True)]
 
 
 @dataclass(frozen=True)
-class Config:
+class Config(OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
-    dataset: str = "digits"
-    data_dir: str = ""  # where tfds keeps prepared sets; "" is its default
-    manual_dir: str = ""  # where source files lie; "" is the set's default
     examples: OrNone = 0  # of each split; 0 is all
-    image_size: OrNone = 0  # height and width the images are resized to; 0 keeps theirs
     features: Several = 16  # of the regression
     condition_numbers: Some[ConditionNumber] = (1.0, 10.0, 100.0)
     mean_norms: Some[NonNegative] = (0.0, 1.0, 3.0, 10.0)
@@ -120,4 +116,4 @@ PRESETS = {
     ),
 }
 
-EXPERIMENT = Experiment(__name__, "Do networks converge faster on whitened inputs?", PRESETS)
+EXPERIMENT = Experiment(__name__, PRESETS)

@@ -53,9 +53,7 @@ def draw(config, total, folder):
 
 
 CLAIMS = (CLAIM,)
-EXPERIMENT = Experiment(
-    __name__, "Adding", {"quick": Config(), "big": Config(term=3.0, terms=(5.0,))}
-)
+EXPERIMENT = Experiment(__name__, {"quick": Config(), "big": Config(term=3.0, terms=(5.0,))})
 NAME = EXPERIMENT.name
 
 

@@ -53,7 +53,7 @@ def draw(config, number, folder):
 
 PRESETS = {"smoke": Config(), "quick": Config(seeds=5)}
 CLAIMS = [CLAIM]
-EXPERIMENT = Experiment(__name__, "Is NAME steady?", PRESETS)
+EXPERIMENT = Experiment(__name__, PRESETS, title="Is NAME steady?")
 
 if __name__ == "__main__":
     sys.exit(main(EXPERIMENT))

@@ -233,7 +233,7 @@ def draw(config, record, folder):
 
 
 CLAIMS = (CLAIM,)
-EXPERIMENT = Experiment(__name__, "One", {"quick": Config()})
+EXPERIMENT = Experiment(__name__, {"quick": Config()})
 
 
 def start(path, *flags):
