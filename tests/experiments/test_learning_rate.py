@@ -43,16 +43,6 @@ def launch(workdir, *flags):
     return main(EXPERIMENT, ["learning_rate", "--preset=smoke", f"--workdir={workdir}", *flags])
 
 
-@pytest.fixture(scope="module")
-def smoke_run(tmp_path_factory):
-    def run(name):
-        workdir = tmp_path_factory.mktemp("runs") / name
-        assert launch(workdir) == 0
-        return workdir
-
-    return run
-
-
 # --- the search ---
 
 
