@@ -10,7 +10,7 @@ the noise regularizes is the question of `experiments.regularization`.
 
     smoke     digits, 2 seeds: every line runs, verdicts may be inconclusive
     quick     digits, 3 seeds: a first answer in 30 s on 2 CPU cores
-    standard  Fashion-MNIST at 14×14, 5 seeds: within 10 min on 2 CPU cores
+    standard  Fashion-MNIST at 14×14, 5 seeds: within 40 min on 2 CPU cores
 
 With x̃ = (x − μ)/σ, normalized by the population of skewness γ₁ and kurtosis κ, and m examples that
 share statistics, to first order
