@@ -323,44 +323,6 @@ def test_linen_and_nnx_are_one(dtype, param_dtype, masked):
         assert np.all(np.isnan(flax[1][~kept]))
 
 
-@each_library
-@pytest.mark.parametrize(
-    ("x_dtype", "options", "expected"),
-    [
-        (jnp.bfloat16, {}, jnp.float32),
-        (jnp.bfloat16, dict(param_dtype=jnp.bfloat16), jnp.bfloat16),
-        (jnp.bfloat16, dict(use_scale=False, use_bias=False), jnp.bfloat16),
-        (jnp.float32, dict(dtype=jnp.bfloat16), jnp.bfloat16),
-        (jnp.float16, dict(dtype=jnp.float32), jnp.float32),
-    ],
-)
-def test_dtypes(step, flax, own, x_dtype, options, expected):
-    """The result's dtype is Flax's: `dtype`, or the promotion of input and parameters.
-
-    flax.nnx promotes with its running statistics too, which makes float32 of the third line's
-    result there; ours follows.
-    """
-    x = jnp.asarray(normal((8, 3)), x_dtype)
-    ours, theirs = jax.eval_shape(lambda x: (step(own, x, **options), step(flax, x, **options)), x)
-    if step is nnx_step and options.get("dtype") is None:
-        expected = jnp.float32
-    assert ours[0].dtype == theirs[0].dtype == expected
-    assert [v.dtype for v in ours[1:]] == [jnp.float32] * 2
-
-
-@pytest.mark.parametrize(
-    ("step", "own"), [(linen_step, linen.BatchNorm), (nnx_step, own_nnx.BatchNorm)]
-)
-def test_float64_input_keeps_the_statistics_float32(step, own):
-    """In flax.linen they turn float64 with the first step, which a scan refuses."""
-    with jax.enable_x64(True):
-        x = np.random.default_rng(0).standard_normal((8, 3))
-        ours = jax.eval_shape(lambda x: step(own, x), x)
-        theirs = jax.eval_shape(lambda x: linen_step(nn.BatchNorm, x), x)
-    assert ours[0].dtype == theirs[0].dtype == theirs[1].dtype == jnp.float64
-    assert [v.dtype for v in ours[1:]] == [jnp.float32] * 2
-
-
 # Flax's own files. This module runs itself: as a program it is pytest for one checkout.
 
 

@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance import steps
+from conformance.steps import exact, fresh
 from flax import nnx
 
 from bn_research.layers import linen
 from bn_research.layers import nnx as own_nnx
-from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
+from bn_research.normalization import BatchStats, batch_norm, update_batch_stats
 from bn_research.normalization.renorm import batch_renorm
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
@@ -24,6 +26,7 @@ if keras.backend.backend() != "jax":
     pytest.skip("keras runs on another backend", allow_module_level=True)
 
 EPSILON = 1e-3
+inference = functools.partial(steps.inference, epsilon=EPSILON)
 KEY = jax.random.key(0)
 
 
@@ -31,24 +34,10 @@ def normal(shape, seed=0, mean=5.0, std=10.0):
     return np.random.default_rng(seed).normal(mean, std, shape).astype(np.float32)
 
 
-@functools.cache
-def training(axis=-1, momentum=0.99, epsilon=EPSILON):
-    """(x, stats, scale, bias, mask) -> output and running statistics, jitted."""
-
-    def run(x, stats, scale=None, bias=None, where=None):
-        y, moments = batch_norm(x, scale, bias, feature_axes=axis, epsilon=epsilon, where=where)
-        return y, update_batch_stats(stats, moments, momentum=momentum)
-
-    return jax.jit(run)
-
-
-@functools.cache
-def inference(axis=-1, epsilon=EPSILON):
-    return jax.jit(functools.partial(normalize, feature_axes=axis, epsilon=epsilon))
-
-
-def fresh(features):
-    return BatchStats(jnp.zeros(features), jnp.ones(features))
+def training(x, stats, bias=None, mask=None, **options):
+    """Output and running statistics."""
+    y, *_, new = steps.training(x, None, bias, stats, where=mask, epsilon=EPSILON, **options)
+    return y, new
 
 
 def peer(shape, **options):
@@ -95,18 +84,17 @@ def test_correctness(axis, shape, mean, var):
     """
     x, features = normal(shape), shape[axis]
     stats = BatchStats(jnp.full(features, mean), jnp.full(features, var))
-    step, evaluate = training(axis, momentum=0.0), inference(axis)
     y = x
     for _ in range(3):
-        y, stats = step(y, stats)
+        y, stats = training(y, stats, axis=axis, momentum=0.0)
     reduced = tuple(i for i in range(len(shape)) if i != axis % len(shape))
     np.testing.assert_allclose(np.mean(y, reduced), np.zeros(features), atol=1e-3)
     np.testing.assert_allclose(np.std(y, reduced), np.ones(features), atol=1e-3)
     close(stats, fresh(features), rtol=0, atol=1e-3)
 
-    y, after = step(x, stats)
-    assert np.abs(evaluate(x, *stats) - y).max() > 0.1
-    close(evaluate(x, *after), y, atol=1e-4)
+    y, after = training(x, stats, axis=axis, momentum=0.0)
+    assert np.abs(inference(x, None, None, stats, axis=axis)[0] - y).max() > 0.1
+    close(inference(x, None, None, after, axis=axis)[0], y, atol=1e-4)
 
 
 def test_mask_in_inference():
@@ -145,7 +133,7 @@ def test_input_fully_masked():
     np.testing.assert_array_equal(theirs(x * 0, mask=mask, training=True), np.zeros((4, 5)))
     np.testing.assert_allclose(moving(theirs).var, np.full(5, 0.99), rtol=1e-6)
     bias = np.arange(5, dtype=np.float32)
-    y, stats = training()(x, fresh(5), None, bias, mask[:, None])
+    y, stats = training(x, fresh(5), bias, mask[:, None])
     np.testing.assert_array_equal(y, np.broadcast_to(bias, x.shape))
     np.testing.assert_array_equal(stats, fresh(5))
 
@@ -164,7 +152,7 @@ def test_masked_values_are_ignored(padding):
     expected = theirs(x, mask=kept, training=True)
     bias = np.float32([2, 3])
     theirs.beta.assign(bias)
-    own, stats = training(momentum=0.0)(x, fresh(2), None, bias, kept[..., None])
+    own, stats = training(x, fresh(2), bias, kept[..., None], momentum=0.0)
     close(stats, tuple(np.float32([[1.5, 5.0], [0.25, 0.0]])))
     close(stats, moving(theirs))
     close(own[kept], np.array(expected)[kept] + bias)
@@ -172,7 +160,7 @@ def test_masked_values_are_ignored(padding):
     assert np.abs(np.array(expected)[~kept]).max() > 1
 
     dirty = np.where(kept[..., None], x, np.nan)
-    again, _ = training(momentum=0.0)(dirty, fresh(2), None, bias, kept[..., None])
+    again, _ = training(dirty, fresh(2), bias, kept[..., None], momentum=0.0)
     np.testing.assert_array_equal(again, own)
     assert np.all(np.isnan(np.array(theirs(dirty, mask=kept, training=True))[~kept]))
 
@@ -180,7 +168,7 @@ def test_masked_values_are_ignored(padding):
 def test_mask_of_lower_rank():
     """Follows test_masked_broadcast_normalization; the mask has an axis less there, none here."""
     x, mask = np.ones((1, 2, 3, 4), np.float32), np.ones((1, 2, 1), np.float32)
-    y, stats = training(momentum=0.0)(x, fresh(4), None, None, mask[..., None])
+    y, stats = training(x, fresh(4), None, mask[..., None], momentum=0.0)
     np.testing.assert_array_equal(y, np.zeros(x.shape))
     np.testing.assert_array_equal(stats, (np.ones(4), np.zeros(4)))
     theirs = peer(x.shape, momentum=0.0)
@@ -260,7 +248,7 @@ def test_running_statistics_converge():
     x = normal((500, 2))
     for _ in range(40):
         theirs(x, training=True)
-        _, stats = training(momentum=0.8)(x, stats)
+        _, stats = training(x, stats, momentum=0.8)
         share *= 0.8
     mean, var = (f(x.astype(np.float64), axis=0) for f in (np.mean, np.var))
     close(stats, ((1 - share) * mean, share + (1 - share) * var))
@@ -313,40 +301,29 @@ def test_side_by_side(shape, axis, masked):
         (_, aux), (grads, dx) = jax.value_and_grad(loss, (0, 1), has_aux=True)(weights, x)
         return *aux, dx, *grads
 
-    @jax.jit
-    def own_step(scale, bias, stats, x, g):
-        where = None if mask is None else mask[..., None]
-
-        def loss(scale, bias, x):
-            y, moments = batch_norm(x, scale, bias, feature_axes=axis, epsilon=EPSILON, where=where)
-            return jnp.sum(g * y), (y, update_batch_stats(stats, moments, momentum=0.9))
-
-        (_, aux), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(scale, bias, x)
-        return *aux, grads[2], grads[0], grads[1]
-
+    where = None if mask is None else mask[..., None]
+    options = dict(axis=axis, momentum=0.9, epsilon=EPSILON)
     stats, keras_stats = fresh(features), [np.zeros(features), np.ones(features)]
     keep = np.ones(shape, bool) if mask is None else np.broadcast_to(mask[..., None], shape)
     for step in range(3):
         x = normal(shape, 10 + step, step, 2)
         g = np.where(keep, normal(shape, 20 + step, 0, 1), 0)
-        y, stats, *grads = own_step(scale, bias, stats, x, g)
+        y, *grads, stats = steps.training(x, scale, bias, stats, g, where, **options)
         expected, keras_stats, *keras_grads = keras_step([scale, bias], keras_stats, x, g)
         close(y[keep], expected[keep], atol=2e-5)
         for a, b in zip(grads, keras_grads, strict=True):
             close(a, b, rtol=0, atol=2e-5 * max(1, np.abs(b).max()))
         close(stats, keras_stats)
     expected, _ = theirs.stateless_call([scale, bias], keras_stats, x, training=False)
-    close(inference(axis)(x, *stats, scale, bias), expected, atol=2e-5)
+    close(inference(x, scale, bias, stats, axis=axis)[0], expected, atol=2e-5)
 
 
 def test_large_mean():
     """At 1e4 standard deviations Keras' output, x·a + b, is off by 1e-3 and ours by 1e-5."""
     x = normal((256, 3), 0, 1e5, 10)
-    exact = x.astype(np.float64)
-    exact = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + EPSILON)
-    own, _ = training()(x, fresh(3))
-    assert np.abs(own - exact).max() < 2e-5
-    assert np.abs(peer(x.shape)(x, training=True) - exact).max() > 2e-4
+    own, _ = training(x, fresh(3))
+    assert np.abs(own - exact(x, EPSILON)).max() < 2e-5
+    assert np.abs(peer(x.shape)(x, training=True) - exact(x, EPSILON)).max() > 2e-4
 
 
 # Batch renormalization, `renorm=True` there. Keras keeps running standard deviations with epsilon
@@ -448,7 +425,7 @@ def test_renorm_inference():
             getattr(layer, name).assign(value)
     x = normal((4, 10), 5, 0, 1)
     stats = values["moving_mean"], values["moving_variance"]
-    own = inference()(x, *stats, values["gamma"], values["beta"])
+    own, *_ = inference(x, values["gamma"], values["beta"], stats)
     for layer in layers:
         close(own, layer(x, training=False))
 

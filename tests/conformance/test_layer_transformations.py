@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from both_layers import APIS, KEY, linen_step
+from devices import spread
 from flax import nnx
 from jax import export
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -20,7 +22,6 @@ from bn_research.layers import linen
 from bn_research.layers import nnx as own_nnx
 
 DEVICES, FEATURES, MOMENTUM = 2, 3, 0.9
-KEY = jax.random.key(0)
 PARAMS = {"scale": np.float32([1.5, -2, 0.5]), "bias": np.float32([0.1, 0.2, -3])}
 STATS = {"mean": np.float32([0.5, 1, -1]), "var": np.float32([1, 2, 3])}
 WEIGHT = np.random.default_rng(9).standard_normal((2, FEATURES)).astype(np.float32)
@@ -33,25 +34,8 @@ def data(shape, seed=0):
     )
 
 
-def linen_layer(params, stats, x, mask=None, *, layer=linen.BatchNorm, train=True, **options):
-    """Output and new statistics, a pure function of all that the layer has."""
-    layer = layer(use_running_average=not train, momentum=MOMENTUM, **options)
-    variables = {"params": params, "batch_stats": stats}
-    y, new = layer.apply(variables, x, mask=mask, mutable=["batch_stats"])
-    return y, new["batch_stats"]
-
-
-def nnx_layer(params, stats, x, mask=None, *, layer=own_nnx.BatchNorm, train=True, **options):
-    features = x.shape[options.get("axis", -1)]
-    options |= dict(use_running_average=not train, momentum=MOMENTUM, rngs=nnx.Rngs(0))
-    layer = layer(features, **options)
-    for name, value in {**params, **stats}.items():
-        getattr(layer, name).set_value(jnp.asarray(value))
-    y = layer(x, mask=mask)
-    return y, {name: getattr(layer, name).get_value() for name in stats}
-
-
-each_layer = pytest.mark.parametrize("layer", [linen_layer, nnx_layer])
+LAYERS = {name: functools.partial(api.own, momentum=MOMENTUM) for name, api in APIS.items()}
+each_layer = pytest.mark.parametrize("layer", LAYERS.values(), ids=LAYERS)
 
 
 def loss_of(y, stats, g):
@@ -168,7 +152,7 @@ def test_gradient_outside_of_a_transformation(layer, wrapper, masked):
 
     def one(params, stats, x, g):
         mask = ~jnp.isnan(x[:, :1]) if masked else None
-        y, new = layer(params, stats, x, mask, axis_name=axis_name)
+        y, new = layer(x, mask, params, stats, axis_name=axis_name)
         return loss_of(y, new, g)
 
     def total(params, stats, x):
@@ -236,17 +220,10 @@ def test_nnx_grad_of_nnx_vmap(wrap):
     np.testing.assert_allclose(layer.mean[...], new, rtol=1e-5)
 
 
-@pytest.fixture
-def strict():
-    """JAX casts nothing and gives nothing another rank by itself."""
-    with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
-        yield
-
-
 @each_layer
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize(("masked", "dtype"), [(False, jnp.float32), (True, jnp.bfloat16)])
-def test_strict_promotion(strict, layer, train, masked, dtype):
+def test_strict_promotion(strict_arrays, layer, train, masked, dtype):
     """Values, statistics and gradients, in training and inference."""
     x, mask = data((4, 2, FEATURES)), np.array([[1, 0]], bool)[..., None] if masked else None
     x = x.astype(dtype)
@@ -255,7 +232,7 @@ def test_strict_promotion(strict, layer, train, masked, dtype):
     @jax.jit
     def run(params, x):
         def loss(params, x):
-            y, new = layer(params, kept, x, mask, train=train)
+            y, new = layer(x, mask, params, kept, train=train)
             return jnp.sum(y * y), (y, new)
 
         return jax.grad(loss, (0, 1), has_aux=True)(params, x)
@@ -273,9 +250,9 @@ def test_strict_promotion(strict, layer, train, masked, dtype):
     np.testing.assert_allclose(gradient[0]["bias"], 2 * np.sum(truth, (0, 1)), rtol=1e-3)
 
 
-def test_strict_promotion_of_frozen_layers(strict):
+def test_strict_promotion_of_frozen_layers(strict_arrays):
     x = data((4, FEATURES)).astype(jnp.bfloat16)
-    y, new = linen_layer(PARAMS, STATS, x, frozen=True)
+    y, new = LAYERS["linen"](x, None, PARAMS, STATS, frozen=True)
     layer = own_nnx.BatchNorm(FEATURES, rngs=nnx.Rngs(0))
     nnx.update(layer, nnx.State({**PARAMS, **STATS}))
     layer.frozen = True
@@ -302,7 +279,7 @@ def test_explicitly_sharded_features_and_examples(layer, spec, masked):
             return jax.device_put(tree, NamedSharding(mesh, PartitionSpec(*spec)))
 
         def loss(params, stats, x):
-            y, new = layer(params, stats, x, mask)
+            y, new = layer(x, mask, params, stats)
             return jnp.sum(put_inside(g, y) * y), (y, new)
 
         def put_inside(value, like):
@@ -331,7 +308,7 @@ def test_exported_with_a_symbolic_batch(layer, dims):
     """One program of a training step for every size of batch, gradient included."""
 
     def loss(params, stats, x):
-        y, new = layer(params, stats, x)
+        y, new = layer(x, None, params, stats)
         return jnp.sum(y**3), (y, new)
 
     size = export.symbolic_shape("b")
@@ -349,6 +326,7 @@ def test_exported_with_a_symbolic_batch(layer, dims):
         close((y, new), spelled_out(PARAMS, STATS, x.astype(np.float64)))
 
 
+CALLER = linen_step.__code__.co_filename
 ONE = np.ones((2, 1, FEATURES), np.float32)  # two devices or steps, one value of each feature
 
 
@@ -362,15 +340,10 @@ def told(caplog, monkeypatch):
         jax.block_until_ready(run())
         jax.effects_barrier()
         found = [r.getMessage() for r in caplog.records if r.name == "bn_research"]
-        assert all("1 value(s) per feature" in line and __file__ in line for line in found)
+        assert all("1 value(s) per feature" in line and CALLER in line for line in found)
         return found
 
     return run_and_read
-
-
-def on_mesh(f):
-    mesh, spec = Mesh(np.array(jax.devices()[:2]), ("d",)), PartitionSpec("d")
-    return jax.jit(jax.shard_map(f, mesh=mesh, in_specs=spec, out_specs=spec))
 
 
 @each_layer
@@ -385,14 +358,14 @@ def on_mesh(f):
         lambda f: jax.lax.scan(lambda c, x: (c, f(x)), 0, ONE),
         lambda f: jax.vmap(f)(ONE),
         lambda f: jax.pmap(f)(ONE),
-        lambda f: on_mesh(f)(ONE[:, 0]),
+        lambda f: spread("shard_map", f, 2)(ONE),
     ],
 )
 def test_a_single_value_is_told_where_numbers_are_computed(layer, program, told):
     """Once, with the line that called; however often the program runs."""
 
     def f(x):
-        return layer(PARAMS, STATS, x)[0]
+        return layer(x, None, PARAMS, STATS)[0]
 
     run = functools.partial(program, f)
     assert len(told(lambda: [run(), run()])) == 1
@@ -403,7 +376,7 @@ def test_a_single_value_is_no_matter_where_nothing_is_computed(layer, told):
     """Nor does a mask count, which is data, nor inference, nor devices that have two together."""
 
     def f(x, **options):
-        return layer(PARAMS, STATS, x, **options)[0]
+        return layer(x, params=PARAMS, stats=STATS, **options)[0]
 
     x = ONE[0]
     for quiet in (
@@ -441,7 +414,7 @@ def test_gradient_of_complex_input(layer):
         stats = {"mean": 0.9 * STATS["mean"] + 0.1 * mean, "var": 0.9 * STATS["var"] + 0.1 * var}
         return loss(y, stats)
 
-    found = jax.jit(jax.value_and_grad(lambda x: loss(*layer(PARAMS, STATS, x))))(x)
+    found = jax.jit(jax.value_and_grad(lambda x: loss(*layer(x, None, PARAMS, STATS))))(x)
     with jax.enable_x64(True):
         expected = jax.value_and_grad(spelled)(jnp.asarray(x, jnp.complex128))
     close(found, expected)

@@ -11,8 +11,9 @@ import functools
 import jax
 import numpy as np
 import pytest
+from conformance import steps
 
-from bn_research.normalization import BatchStats, batch_norm, normalize, update_batch_stats
+from bn_research.normalization import BatchStats, normalize
 
 helper = pytest.importorskip("onnx.helper")
 reference = pytest.importorskip("onnx.reference")
@@ -50,25 +51,16 @@ def arguments(shape, dtype=np.float32, shift=0.0):
     return [v.astype(dtype) for v in (x, scale, bias, mean, rng.uniform(0.1, 2, shape[1]))]
 
 
-@functools.cache
-def inference(epsilon=1e-5):
-    """Our normalize with the operator's order of arguments."""
-    return jax.jit(
-        lambda x, scale, bias, mean, var: normalize(
-            x, mean, var, scale, bias, feature_axes=1, epsilon=epsilon
-        )
-    )
+def inference(x, scale, bias, mean, var, epsilon=1e-5):
+    y, *_ = steps.inference(x, scale, bias, (mean, var), axis=1, epsilon=epsilon)
+    return y
 
 
-@functools.cache
-def training(momentum=0.9, epsilon=1e-5):
-    """Our training step with the operator's order of arguments and of results."""
-
-    def run(x, scale, bias, mean, var):
-        y, moments = batch_norm(x, scale, bias, feature_axes=1, epsilon=epsilon)
-        return y, *update_batch_stats(BatchStats(mean, var), moments, momentum=momentum)
-
-    return jax.jit(run)
+def training(x, scale, bias, mean, var, momentum=0.9, epsilon=1e-5):
+    """The operator's order of arguments and of results."""
+    options = dict(axis=1, momentum=momentum, epsilon=epsilon)
+    y, *_, stats = steps.training(x, scale, bias, BatchStats(mean, var), **options)
+    return y, *stats
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -76,7 +68,7 @@ def test_inference(shape):
     """Follows test_batchnorm_example of onnx."""
     values = arguments(shape)
     (expected,) = operator(False)(*values)
-    np.testing.assert_allclose(inference()(*values), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(inference(*values), expected, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -84,7 +76,7 @@ def test_training(shape):
     """Follows test_batchnorm_example_training_mode of onnx; its default momentum is 0.9."""
     values = arguments(shape)
     expected = operator(True)(*values)
-    for own, onnx_value in zip(training()(*values), expected, strict=True):
+    for own, onnx_value in zip(training(*values), expected, strict=True):
         assert own.shape == onnx_value.shape and own.dtype == onnx_value.dtype
         np.testing.assert_allclose(own, onnx_value, rtol=1e-5, atol=2e-6)
 
@@ -94,7 +86,7 @@ def test_momentum_is_the_share_of_the_old_value(momentum):
     """The attribute momentum: 0 takes the batch's statistics, 1 keeps the running ones."""
     values = arguments(SHAPES[2])
     expected = operator(True, momentum=momentum)(*values)[1:]
-    stats = training(momentum)(*values)[1:]
+    stats = training(*values, momentum)[1:]
     for own, onnx_value in zip(stats, expected, strict=True):
         np.testing.assert_allclose(own, onnx_value, rtol=1e-5, atol=1e-6)
     if momentum == 1:
@@ -105,9 +97,9 @@ def test_epsilon():
     """Follows test_batchnorm_epsilon and test_batchnorm_epsilon_training_mode of onnx."""
     values = arguments(SHAPES[2])
     (expected,) = operator(False, epsilon=0.01)(*values)
-    np.testing.assert_allclose(inference(0.01)(*values), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(inference(*values, 0.01), expected, rtol=1e-5, atol=1e-6)
     expected, *_ = operator(True, epsilon=0.01)(*values)
-    np.testing.assert_allclose(training(0.9, 0.01)(*values)[0], expected, rtol=1e-5, atol=2e-6)
+    np.testing.assert_allclose(training(*values, 0.9, 0.01)[0], expected, rtol=1e-5, atol=2e-6)
 
 
 def test_steps_in_a_row():
@@ -115,7 +107,7 @@ def test_steps_in_a_row():
     own = theirs = arguments(SHAPES[1])[3:]
     for seed in range(5):
         x, scale, bias, *_ = arguments(SHAPES[1], shift=seed)
-        _, *own = training()(x, scale, bias, *own)
+        _, *own = training(x, scale, bias, *own)
         _, *theirs = operator(True)(x, scale, bias, *theirs)
     for a, b in zip(own, theirs, strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-5)
@@ -126,7 +118,7 @@ def test_float64():
     values = arguments(SHAPES[2], np.float64)
     momentum, epsilon = map(float, np.float32([0.9, 1e-5]))
     with jax.enable_x64(True):
-        evaluated, trained = inference(epsilon)(*values), training(momentum, epsilon)(*values)
+        evaluated, trained = inference(*values, epsilon), training(*values, momentum, epsilon)
     expected = [*operator(False, "float64")(*values), *operator(True, "float64")(*values)]
     for own, onnx_value in zip((evaluated, *trained), expected, strict=True):
         assert own.dtype == np.float64
@@ -137,7 +129,7 @@ def test_half_precision():
     """The operator squares in the input's precision; ours reduces in float32."""
     values = arguments(SHAPES[2], np.float16)
     (evaluated,) = operator(False, "float16")(*values)
-    own = inference()(*values)
+    own = inference(*values)
     assert own.dtype == evaluated.dtype == np.float16
     np.testing.assert_allclose(own, evaluated, rtol=1e-2, atol=1e-2)
 
@@ -146,7 +138,7 @@ def test_half_precision():
     with np.errstate(over="ignore"):
         theirs = operator(True, "float16")(x, *np.float16([one, zero, zero, one]))
     np.testing.assert_array_equal(theirs[0], np.zeros_like(x))
-    y, mean, var = training(0.0)(x, *np.float16([one, zero]), *np.float32([zero, one]))
+    y, mean, var = training(x, *np.float16([one, zero]), *np.float32([zero, one]), 0.0)
     np.testing.assert_allclose(y, np.sign(x), rtol=1e-3)
     np.testing.assert_allclose([mean, var], [[0], [9e4]], rtol=1e-6)
 
@@ -159,7 +151,7 @@ def test_large_mean():
     values = arguments((512, 3), shift=1e4)
     double = [v.astype(np.float64) for v in values]
     exact = operator(True, "float64")(*double)
-    theirs, own = operator(True)(*values), training()(*values)
+    theirs, own = operator(True)(*values), training(*values)
     np.testing.assert_allclose(own[1], exact[1], rtol=1e-6)
     np.testing.assert_allclose(own[2], exact[2], rtol=1e-5)
     assert np.abs(own[0] - exact[0]).max() < 2e-5

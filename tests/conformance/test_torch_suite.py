@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conformance.steps import fresh, inference, training
 
 from bn_research.normalization import (
     BatchStats,
@@ -66,32 +67,8 @@ def array(tensor):
 
 
 @jax.jit
-def training(x, scale, bias, stats, g, momentum, epsilon):
-    """Output, gradients of Σ g·y, and the running statistics after this batch."""
-
-    def loss(x, scale, bias):
-        y, moments = batch_norm(x, scale, bias, feature_axes=1, epsilon=epsilon)
-        return jnp.sum(g * y), (y, moments)
-
-    (_, (y, moments)), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
-    if stats is not None:
-        stats = update_batch_stats(stats, moments, momentum=momentum, unbiased=True)
-    return y, *grads, stats
-
-
-@jax.jit
 def forward(x, scale=None, bias=None, epsilon=1e-5):
     return batch_norm(x, scale, bias, feature_axes=1, epsilon=epsilon)
-
-
-@jax.jit
-def inference(x, scale, bias, stats, g, epsilon):
-    def loss(x, scale, bias):
-        y = normalize(x, *stats, scale, bias, feature_axes=1, epsilon=epsilon)
-        return jnp.sum(g * y), y
-
-    (_, y), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
-    return y, *grads
 
 
 def theirs(layer, x, g):
@@ -127,7 +104,7 @@ def test_layers_over_four_batches(shape, options, dtype):
     stats = None
     with jax.enable_x64(dtype == "float64"):
         if settings["track_running_stats"]:
-            stats = BatchStats(jnp.zeros(shape[1], dtype), jnp.ones(shape[1], dtype))
+            stats = fresh(shape[1], dtype)
         for step in range(4):
             layer.train(step < 3)
             x, g = normal(shape, 10 + step, dtype, shift=step), normal(shape, 20 + step, dtype)
@@ -136,10 +113,11 @@ def test_layers_over_four_batches(shape, options, dtype):
             else:
                 momentum = 1 - settings["momentum"]
             expected = theirs(layer, x, g)
+            given, options = (x, scale, bias, stats, g), dict(axis=1, epsilon=settings["eps"])
             if layer.training or stats is None:
-                *own, stats = training(x, scale, bias, stats, g, momentum, settings["eps"])
+                *own, stats = training(*given, momentum=momentum, unbiased=True, **options)
             else:
-                own = inference(x, scale, bias, stats, g, settings["eps"])
+                own = inference(*given, **options)
             close(own, expected, TOLERANCE[dtype])
             if stats is not None:
                 buffers = [array(layer.running_mean), array(layer.running_var)]
@@ -174,8 +152,7 @@ def test_one_value_per_channel(shape):
         peer(shape)(torch.tensor(x))
     y, moments = forward(x, None, bias)
     np.testing.assert_array_equal(y, bias.reshape(shape))
-    stats = BatchStats(jnp.zeros(10), jnp.ones(10))
-    stats = update_batch_stats(stats, moments, momentum=0.0, unbiased=True)
+    stats = update_batch_stats(fresh(10), moments, momentum=0.0, unbiased=True)
     np.testing.assert_array_equal(stats.mean, x.reshape(10))
     np.testing.assert_array_equal(stats.var, np.ones(10))
     # In evaluation one example is as good as many, in both.
@@ -245,8 +222,7 @@ def test_momentum_out_of_range():
     layer(torch.tensor(x * 0.01))
     assert np.all(array(layer.running_var) < 0)
     with pytest.raises(ValueError, match=r"momentum=-2.0 is not allowed: it must lie in \[0, 1\]"):
-        stats = BatchStats(jnp.zeros(10), jnp.ones(10))
-        update_batch_stats(stats, forward(x)[1], momentum=1 - 3.0, unbiased=True)
+        update_batch_stats(fresh(10), forward(x)[1], momentum=1 - 3.0, unbiased=True)
 
 
 @pytest.mark.parametrize("shape", [(4, 8, 10, 10), (4, 1, 9, 9), (4, 9, 1, 1)])
@@ -295,7 +271,7 @@ def test_gradient_of_statistics():
     PyTorch refuses to differentiate in its buffers. Here new statistics carry the gradient of the
     batch's, 1/n and 2(x − μ)/n of each element, unless it is cut.
     """
-    stats = BatchStats(jnp.zeros(3), jnp.ones(3))
+    stats = fresh(3)
 
     def new_stats(x, stop_gradient):
         new = update_batch_stats(stats, forward(x)[1], stop_gradient=stop_gradient)
@@ -318,9 +294,8 @@ def test_large_mean():
     exact = peer(x.shape, "float64", affine=False)
     y64 = array(exact(torch.tensor(x.astype(np.float64))))
     layer = peer(x.shape, affine=False)
-    stats = BatchStats(jnp.zeros(3), jnp.ones(3))
     y, moments = forward(x)
-    stats = update_batch_stats(stats, moments, momentum=0.9, unbiased=True)
+    stats = update_batch_stats(fresh(3), moments, momentum=0.9, unbiased=True)
     assert np.abs(array(layer(torch.tensor(x))) - y64).max() > 1e-4
     assert np.abs(y - y64).max() < 2e-5
     np.testing.assert_allclose(stats.var, array(exact.running_var), rtol=1e-5)

@@ -22,6 +22,19 @@ def close(got, expected, rtol=1e-5):
     np.testing.assert_allclose(got, expected, rtol=0, atol=rtol * np.abs(expected).max())
 
 
+def all_equal_xla(x, kernel, wrap=lambda f: f, **options):
+    """Of values and gradients in images and kernel; returns the values of "explicit"."""
+    results = []
+    for implementation in ("explicit", "patches", "xla"):
+        conv = functools.partial(conv2d, implementation=implementation, **options)
+        y, pull = jax.vjp(wrap(conv), x, kernel)
+        results.append((y, *pull(data(y.shape, 2))))
+    for explicit, patches, xla in zip(*results, strict=True):
+        close(explicit, xla)
+        close(patches, xla)
+    return results[0][0]
+
+
 def by_loops(x, kernel):
     """Zero padding of k − 1 in all, the smaller half first, as "SAME"."""
     x, kernel = np.asarray(x, np.float64), np.asarray(kernel, np.float64)
@@ -38,33 +51,16 @@ def by_loops(x, kernel):
 
 @pytest.mark.parametrize("kernel_size", KERNELS)
 def test_all_equal_xla_and_loops(kernel_size):
-    """Values, and gradients in images and kernel; images may be smaller than the kernel."""
+    """Images may be smaller than the kernel."""
     x, kernel = data((2, 6, 3, 3)), data((*kernel_size, 3, 4), 1)
-    g = data((2, 6, 3, 4), 2)
-    results = []
-    for implementation in ("explicit", "patches", "xla"):
-        conv = functools.partial(conv2d, implementation=implementation)
-        y, pull = jax.vjp(jax.jit(conv), x, kernel)
-        results.append((y, *pull(g)))
-    close(results[0][0], by_loops(x, kernel))
-    for explicit, patches, xla in zip(*results, strict=True):
-        close(explicit, xla)
-        close(patches, xla)
+    close(all_equal_xla(x, kernel, jax.jit), by_loops(x, kernel))
 
 
 @pytest.mark.parametrize("strides", [(2, 2), (2, 1), (3, 2)])
 @pytest.mark.parametrize("kernel_size", [(1, 1), (3, 3), (2, 2), (7, 3)])
 @pytest.mark.parametrize("size", [(6, 3), (7, 8)])
 def test_strided_equal_xla(kernel_size, strides, size):
-    x, kernel = data((2, *size, 3)), data((*kernel_size, 3, 4), 1)
-    results = []
-    for implementation in ("explicit", "patches", "xla"):
-        conv = functools.partial(conv2d, strides=strides, implementation=implementation)
-        y, pull = jax.vjp(conv, x, kernel)
-        results.append((y, *pull(data(y.shape, 2))))
-    for explicit, patches, xla in zip(*results, strict=True):
-        close(explicit, xla)
-        close(patches, xla)
+    all_equal_xla(data((2, *size, 3)), data((*kernel_size, 3, 4), 1), strides=strides)
 
 
 @pytest.mark.parametrize("batch", [0, 1, 8, 9, 16, 19])

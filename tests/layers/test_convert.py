@@ -38,6 +38,21 @@ def elements(shape):
     return int(np.prod(shape[:-1]))
 
 
+def descent(run):
+    """A step of gradient descent in params, where run(params, state, x) -> y, new state."""
+
+    @jax.jit
+    def step(params, state, x, g):
+        def loss(params):
+            y, new = run(params, state, x)
+            return jnp.sum(y * g), (y, new)
+
+        grads, (y, new) = jax.grad(loss, has_aux=True)(params)
+        return y, jax.tree.map(lambda p, d: p - RATE * d, params, grads), new
+
+    return step
+
+
 class Torch:
     """PyTorch's layer, channels second."""
 
@@ -114,20 +129,10 @@ class Haiku:
 
         self.options = options
         self.net = hk.transform_with_state(lambda x, train: Net()(x, train))
-
-        @jax.jit
-        def step(params, state, x, g):
-            def loss(params):
-                y, new = self.net.apply(params, state, None, x, True)
-                return jnp.sum(y * g), (y, new)
-
-            grads, (y, new) = jax.grad(loss, has_aux=True)(params)
-            return jax.tree.map(lambda p, d: p - RATE * d, params, grads), new, y
-
-        self.compiled = step
+        self.compiled = descent(lambda p, state, x: self.net.apply(p, state, None, x, True))
 
     def step(self, x, g):
-        self.params, self.state, y = self.compiled(self.params, self.state, x, g)
+        y, self.params, self.state = self.compiled(self.params, self.state, x, g)
         return y
 
     def evaluate(self, x):
@@ -169,22 +174,12 @@ class Keras:
         self.layer = keras.layers.BatchNormalization(**options)
         self.layer.build(shape)
         self.options = options
-
-        @jax.jit
-        def step(trained, other, x, g):
-            def loss(trained):
-                y, new = self.layer.stateless_call(trained, other, x, training=True)
-                return jnp.sum(y * g), (y, new)
-
-            grads, (y, new) = jax.grad(loss, has_aux=True)(trained)
-            return [p - RATE * d for p, d in zip(trained, grads, strict=True)], new, y
-
-        self.compiled = step
+        self.compiled = descent(functools.partial(self.layer.stateless_call, training=True))
 
     def step(self, x, g):
         variables = self.layer.trainable_variables, self.layer.non_trainable_variables
-        trained, other, y = self.compiled(*([v.value for v in group] for group in variables), x, g)
-        for group, values in zip(variables, (trained, other), strict=True):
+        y, *new = self.compiled(*([v.value for v in group] for group in variables), x, g)
+        for group, values in zip(variables, new, strict=True):
             for variable, value in zip(group, values, strict=True):
                 variable.assign(value)
         return y
@@ -215,23 +210,21 @@ def evaluate(layer, x):
     return BatchNorm(**layer.options).apply(layer.variables, x, True)
 
 
-@functools.partial(jax.jit, static_argnames="unbiased")
-def transform_step(params, stats, epsilon, momentum, x, g, unbiased):
-    """One step of the pure functions: y, params and running statistics."""
-
-    def loss(params):
+@functools.cache
+def transform_step(unbiased):
+    def run(params, state, x):
+        stats, epsilon, momentum = state
         y, moments = batch_norm(x, **params, epsilon=epsilon)
-        return jnp.sum(y * g), (y, moments)
+        return y, update_batch_stats(stats, moments, momentum=momentum, unbiased=unbiased)
 
-    grads, (y, moments) = jax.grad(loss, has_aux=True)(params)
-    stats = update_batch_stats(stats, moments, momentum=momentum, unbiased=unbiased)
-    return y, jax.tree.map(lambda p, d: p - RATE * d, params, grads), stats
+    return descent(run)
 
 
 def own_step(layer, x, g, unbiased=False, momentum=None):
+    """One step of the pure functions."""
     momentum = layer.momentum if momentum is None else momentum
-    stats = BatchStats(**layer.batch_stats)
-    y, params, stats = transform_step(layer.params, stats, layer.epsilon, momentum, x, g, unbiased)
+    state = BatchStats(**layer.batch_stats), layer.epsilon, momentum
+    y, params, stats = transform_step(unbiased)(layer.params, state, x, g)
     return y, layer._replace(params=params, batch_stats=stats._asdict())
 
 
@@ -244,6 +237,13 @@ def linen_step(layer, x):
 def close(got, expected):
     expected = np.asarray(expected)
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max())
+
+
+def close_stats(layer, theirs, factor=1):
+    """Means and, up to a factor of ours, variances."""
+    mean, var = theirs.stats()
+    close(layer.batch_stats["mean"], mean)
+    close(layer.batch_stats["var"] * factor, var)
 
 
 def own_layer(features, use_scale=True, use_bias=True, epsilon=1e-3):
@@ -272,8 +272,7 @@ def test_from_a_trained_peer(peer, shape, use_scale, use_bias):
     momentum = theirs.next_momentum()
     y, ours = own_step(ours, x, g, theirs.unbiased, momentum)
     close(y, theirs.step(x, g))
-    for own, their in zip(ours.batch_stats.values(), theirs.stats(), strict=True):
-        close(own, their)
+    close_stats(ours, theirs)
     x, _ = data(shape, 11)
     close(evaluate(ours, x), theirs.evaluate(x))
 
@@ -289,8 +288,7 @@ def test_to_a_fresh_peer(peer, shape, use_scale, use_bias):
         x, g = data(shape, seed)
         y, ours = own_step(ours, x, g, theirs.unbiased)
         close(theirs.step(x, g), y)
-        for own, their in zip(ours.batch_stats.values(), theirs.stats(), strict=True):
-            close(their, own)
+        close_stats(ours, theirs)
     close(theirs.evaluate(x), evaluate(ours, x))
     # And back.
     returned = theirs.portable()
@@ -312,9 +310,7 @@ def test_pytorch_continues_as_linen_up_to_the_factor_of_bessel(shape, steps):
         x, g = data(shape, seed)
         y, ours = linen_step(ours, x)
         close(theirs.step(x, 0 * g), y)
-        mean, var = theirs.stats()
-        close(ours.batch_stats["mean"], mean)
-        close(ours.batch_stats["var"] * n / (n - 1), var)
+        close_stats(ours, theirs, n / (n - 1))
 
 
 def test_pytorch_started_from_one_instead_differs_by_what_the_docstring_says():
@@ -338,9 +334,7 @@ def test_to_pytorch_with_the_factor_of_bessel(shape):
         x, g = data(shape, seed)
         ours = linen_step(ours, x)[1]
         theirs.step(x, 0 * g)
-        mean, var = theirs.stats()
-        close(mean, ours.batch_stats["mean"])
-        close(var, ours.batch_stats["var"] * n / (n - 1))
+        close_stats(ours, theirs, n / (n - 1))
     returned = theirs.portable(elements=n)
     close(returned.batch_stats["var"], ours.batch_stats["var"])
 
@@ -416,8 +410,7 @@ def test_linen_continues_haiku_once_its_correction_is_negligible():
     x, g = data(shape, 50)
     ours = linen_step(ours, x)[1]
     theirs.step(x, g)
-    for own, their in zip(ours.batch_stats.values(), theirs.stats(), strict=True):
-        close(own, their)
+    close_stats(ours, theirs)
 
 
 def test_haiku_with_channels_first():

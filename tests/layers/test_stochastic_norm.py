@@ -21,6 +21,7 @@ from bn_research.layers.stochastic_norm import (
 
 EPSILON = 1e-2  # large enough to be seen where it is forgotten
 KEY = jax.random.key(0)
+noisy = functools.partial(StochasticBatchNorm, epsilon=EPSILON)
 
 
 def data(shape, seed=0):
@@ -64,7 +65,7 @@ def apply(layer, variables, x, key=KEY, *, mutable=("batch_stats", MOMENTS)):
 @pytest.mark.parametrize("shape", [(32, 3), (16, 2, 3, 4)])
 def test_variables_moments_and_inference_are_those_of_batch_norm(shape):
     x, variables = data(shape), variables_of(shape[-1])
-    own = StochasticBatchNorm(noise="measured", group_size=4, epsilon=EPSILON, momentum=0.7)
+    own = noisy(noise="measured", group_size=4, momentum=0.7)
     batch_norm = BatchNorm(epsilon=EPSILON, momentum=0.7)
     created = [n.init(KEY, x, use_running_average=len(shape) > 2) for n in (own, batch_norm)]
     jax.tree.map(np.testing.assert_array_equal, *created)
@@ -92,7 +93,7 @@ def test_by_its_own_groups_it_is_batch_norm_by_groups(shape, group_size):
     x, variables = data(shape), variables_of(shape[-1])
     expected, _ = apply(BatchNorm(epsilon=EPSILON, group_size=group_size), variables, x)
     unit = {**variables, "params": {"scale": jnp.ones(shape[-1]), "bias": jnp.zeros(shape[-1])}}
-    x_tilde, _ = apply(StochasticBatchNorm(epsilon=EPSILON), unit, x)
+    x_tilde, _ = apply(noisy(), unit, x)
     floor = EPSILON / (x.var(tuple(range(x.ndim - 1))) + EPSILON)
     found = normalize_by_groups(x_tilde, group_statistics(x_tilde, group_size, floor=floor))
     scale, bias = variables["params"].values()
@@ -103,9 +104,7 @@ def test_by_its_own_groups_it_is_batch_norm_by_groups(shape, group_size):
 @pytest.mark.parametrize("population", ["batch", "running"])
 def test_borrowed_statistics_are_those_of_the_next_group(population, shape):
     x, variables = data(shape), variables_of(shape[-1])
-    layer = StochasticBatchNorm(
-        noise="borrowed", group_size=4, population=population, epsilon=EPSILON, momentum=0.5
-    )
+    layer = noisy(noise="borrowed", group_size=4, population=population, momentum=0.5)
     y, new = apply(layer, variables, x)
     used = None
     if population == "running":
@@ -143,7 +142,7 @@ def test_additive_noise_has_the_power_of_the_groups_and_no_structure():
     np.testing.assert_allclose(noise_power(jnp.float32(x_tilde), groups), power, rtol=1e-4)
     variables = {"params": {"scale": np.ones(4, np.float32), "bias": np.zeros(4, np.float32)}}
     variables |= {"batch_stats": variables_of(4)["batch_stats"]}
-    layer = StochasticBatchNorm(noise="additive", group_size=4, epsilon=EPSILON)
+    layer = noisy(noise="additive", group_size=4)
     noise = np.asarray(apply(layer, variables, x)[0] - x_tilde, np.float64)
     np.testing.assert_allclose(noise.var((0, 1)), power, rtol=5 * np.sqrt(2 / 1024))
     # Of a mean of 8 elements that shared their noise the variance would be 8 times as large.
@@ -159,9 +158,7 @@ def test_additive_noise_has_the_power_of_the_groups_and_no_structure():
 def test_measured_noise_is_shared_by_a_group_in_each_feature(population):
     x = data((32, 3))
     variables = variables_of(3)
-    layer = StochasticBatchNorm(
-        noise="measured", group_size=8, population=population, epsilon=EPSILON
-    )
+    layer = noisy(noise="measured", group_size=8, population=population)
     y, _ = apply(layer, variables, x)
     again, _ = apply(layer, variables, x, jax.random.key(1))
     assert np.abs(np.asarray(y - again)).min() > 1e-6
@@ -181,7 +178,7 @@ def test_without_noise_values_and_gradients_are_those_of_batch_norm():
         y, _ = apply(layer, {**variables, "params": params}, x)
         return jnp.sum(g * y)
 
-    layers = StochasticBatchNorm(epsilon=EPSILON), BatchNorm(epsilon=EPSILON)
+    layers = noisy(), BatchNorm(epsilon=EPSILON)
     found, expected = (
         jax.grad(loss, (1, 2))(layer, variables["params"], jnp.array(x)) for layer in layers
     )
@@ -197,9 +194,7 @@ def test_gradient_is_that_of_differences_with_the_noise_held_fixed(noise, popula
     with jax.enable_x64(True):
         x = data((8, 2)).astype(np.float64)
         g, variables = np.random.default_rng(3).standard_normal((8, 2)), variables_of(2)
-        layer = StochasticBatchNorm(
-            noise=noise, group_size=4, population=population, epsilon=EPSILON
-        )
+        layer = noisy(noise=noise, group_size=4, population=population)
 
         def loss(x):
             y, new = apply(layer, variables, x)

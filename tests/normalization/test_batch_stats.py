@@ -167,28 +167,25 @@ def layers(batch):
     return {"a": {"moments": batch_moments(batch)}, "b": batch_norm(3 * batch)[1]}
 
 
-@pytest.mark.parametrize("sizes", [(8,), (8, 8, 8), (4, 16, 7)])
-def test_algorithm2(sizes):
-    """E[x] is the mean of the batches' means, Var[x] the mean of m/(m − 1)·σ²."""
+@pytest.mark.parametrize(
+    ("method", "sizes"),
+    [
+        *(("algorithm2", sizes) for sizes in ((8,), (8, 8, 8), (4, 16, 7))),
+        *(("merged", sizes) for sizes in ((8,), (4, 16, 7), (1, 1, 30))),
+    ],
+)
+def test_population_statistics(sizes, method):
+    """Means over the batches of the mean and of m/(m − 1)·σ²; merged, those of the union."""
     batches = batches_of(*sizes)
-    mean = np.mean([b.astype(float).mean(0) for b in batches], 0)
-    var = np.mean([b.astype(float).var(0, ddof=1) for b in batches], 0)
-    stats = population_stats(layers, iter(batches))
+    parts = batches if method == "algorithm2" else [np.concatenate(batches)]
+    mean = np.mean([b.mean(0, dtype=float) for b in parts], 0)
+    var = np.mean([b.var(0, ddof=1, dtype=float) for b in parts], 0)
+    stats = population_stats(layers, iter(batches), method=method)
     assert isinstance(stats["b"], BatchStats) and isinstance(stats["a"]["moments"], BatchStats)
     np.testing.assert_allclose(stats["a"]["moments"].mean, mean, rtol=1e-6)
     np.testing.assert_allclose(stats["a"]["moments"].var, var, rtol=1e-5)
     np.testing.assert_allclose(stats["b"].mean, 3 * mean, rtol=1e-6)
     np.testing.assert_allclose(stats["b"].var, 9 * var, rtol=1e-5)
-
-
-@pytest.mark.parametrize("sizes", [(8,), (4, 16, 7), (1, 1, 30)])
-def test_merged_is_exact_for_unequal_batches(sizes):
-    batches = batches_of(*sizes)
-    union = np.concatenate(batches).astype(float)
-    stats = population_stats(layers, batches, method="merged")
-    np.testing.assert_allclose(stats["a"]["moments"].mean, union.mean(0), rtol=1e-6)
-    np.testing.assert_allclose(stats["a"]["moments"].var, union.var(0, ddof=1), rtol=1e-5)
-    np.testing.assert_allclose(stats["b"].var, 9 * union.var(0, ddof=1), rtol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["algorithm2", "merged"])
@@ -215,12 +212,14 @@ def test_features_without_elements_carry_no_weight(method):
         np.testing.assert_allclose(found.var, var, rtol=1e-13)
 
 
-@pytest.mark.parametrize("method", ["algorithm2", "merged"])
-def test_no_batches(method):
-    with pytest.raises(ValueError, match="batches is empty.*at least one"):
-        population_stats(layers, [], method=method)
-
-
-def test_unknown_method():
-    with pytest.raises(ValueError, match="method='ema' is unknown: allowed are 'algorithm2' and"):
-        population_stats(layers, batches_of(4), method="ema")
+@pytest.mark.parametrize(
+    ("method", "sizes", "message"),
+    [
+        ("algorithm2", (), "batches is empty.*at least one"),
+        ("merged", (), "batches is empty.*at least one"),
+        ("ema", (4,), "method='ema' is unknown: allowed are 'algorithm2' and"),
+    ],
+)
+def test_bad_arguments_of_population_statistics(method, sizes, message):
+    with pytest.raises(ValueError, match=message):
+        population_stats(layers, batches_of(*sizes), method=method)

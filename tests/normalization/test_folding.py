@@ -38,10 +38,10 @@ def numbers(shape, seed):
     return np.random.default_rng(seed).standard_normal(shape)
 
 
-def statistics(features, seed=10):
+def statistics(features, dtype=np.float32):
     """Variances from 1e-30 to 1e4, means of the size of the standard deviation."""
     var = np.geomspace(1e-30, 1e4, features)
-    return BatchStats(numbers(features, seed) * np.sqrt(var), var)
+    return BatchStats((numbers(features, 10) * np.sqrt(var)).astype(dtype), var.astype(dtype))
 
 
 MAPS = {
@@ -84,7 +84,7 @@ def test_the_folded_map_equals_map_and_transform(name, dtype, tolerance):
         run = compiled(name)
         outputs = kernel.shape[-1]
         scale, offset = (numbers(outputs, seed).astype(dtype) for seed in (4, 5))
-        stats = BatchStats(*(v.astype(dtype) for v in statistics(outputs)))
+        stats = statistics(outputs, dtype)
         new_kernel, new_bias = fold_after(kernel, bias, stats, scale, offset)
         assert new_kernel.dtype == new_bias.dtype == dtype and new_kernel.shape == kernel.shape
         got = run(x, new_kernel, new_bias)
@@ -93,7 +93,7 @@ def test_the_folded_map_equals_map_and_transform(name, dtype, tolerance):
             assert_close(got[..., feature], expected[..., feature], tolerance)
 
         scale, offset = (numbers(CHANNELS, seed).astype(dtype) for seed in (6, 7))
-        stats = BatchStats(*(v.astype(dtype) for v in statistics(CHANNELS)))
+        stats = statistics(CHANNELS, dtype)
         x = (stats.mean + np.sqrt(stats.var) * x).astype(dtype)
         new_kernel, new_bias = fold_before(
             kernel, bias, stats, scale, offset, feature_group_count=groups
@@ -126,7 +126,8 @@ def test_a_transposed_convolution_with_either_layout(transpose_kernel, padding, 
         apply = jax.jit(
             lambda kernel, bias: layer.apply({"params": dict(kernel=kernel, bias=bias)}, x)
         )
-        stats, scale, offset = statistics(outputs), numbers(outputs, 4), numbers(outputs, 5)
+        stats = statistics(outputs, float)
+        scale, offset = numbers(outputs, 4), numbers(outputs, 5)
         expected = closed_form(apply(kernel, bias), stats, scale, offset, 1e-5)
         folded = fold_after(kernel, bias, stats, scale, offset, transpose_kernel=transpose_kernel)
         error = np.abs(apply(*folded) - expected).max(axis=tuple(range(len(window) + 1)))
@@ -155,7 +156,6 @@ def test_zero_padding_is_right_after_and_wrong_at_the_borders_before():
     same = jax.jit(functools.partial(linear, padding="SAME"))
 
     stats, offset = statistics(OUTPUTS), numbers(OUTPUTS, 5).astype(np.float32)
-    stats = BatchStats(*(v.astype(np.float32) for v in stats))
     expected = closed_form(same(x, kernel, bias), stats, None, offset, 1e-5)
     assert_close(same(x, *fold_after(kernel, bias, stats, None, offset)), expected, 1e-5)
 
@@ -175,7 +175,7 @@ def test_half_precision_rounds_once(fold):
     """Computed in float32: the result is the float64 one, rounded to the kernel's dtype."""
     features = OUTPUTS if fold is fold_after else CHANNELS
     kernel, bias, _ = case("dense", jnp.bfloat16)
-    stats = BatchStats(*(v.astype(np.float32) for v in statistics(features)))
+    stats = statistics(features)
     wide = fold(kernel.astype(np.float32), bias.astype(np.float32), stats)
     for bias_dtype in (jnp.bfloat16, jnp.float32):
         new_kernel, new_bias = fold(kernel, bias.astype(bias_dtype), stats)
@@ -190,13 +190,13 @@ def test_half_precision_rounds_once(fold):
 
 def test_tiny_variances_without_epsilon():
     kernel, bias, _ = case("conv", np.float32)
-    stats = BatchStats(*(v.astype(np.float32) for v in statistics(OUTPUTS)))
+    stats = statistics(OUTPUTS)
     mean, std = stats.mean.astype(np.float64), np.sqrt(stats.var.astype(np.float64))
     new_kernel, new_bias = fold_after(kernel, bias, stats, epsilon=0.0)
     np.testing.assert_allclose(new_kernel, kernel / std, rtol=1e-6)
     np.testing.assert_allclose(new_bias, (bias - mean) / std, rtol=1e-6)
 
-    stats = BatchStats(*(v.astype(np.float32) for v in statistics(CHANNELS)))
+    stats = statistics(CHANNELS)
     mean, std = stats.mean.astype(np.float64), np.sqrt(stats.var.astype(np.float64))
     new_kernel, new_bias = fold_before(kernel, bias, stats, epsilon=0.0)
     np.testing.assert_allclose(new_kernel, kernel / std[:, None], rtol=1e-6)
@@ -223,7 +223,7 @@ def test_no_spread_and_no_epsilon_leaves_the_offset():
 def test_a_traced_call_equals_an_eager_one(fold):
     kernel, bias, _ = case("dense", np.float32)
     features = OUTPUTS if fold is fold_after else CHANNELS
-    stats = BatchStats(*(v.astype(np.float32) for v in statistics(features)))
+    stats = statistics(features)
     traced = jax.jit(fold)(kernel, bias, stats, epsilon=0.1)
     for got, expected in zip(traced, fold(kernel, bias, stats, epsilon=0.1), strict=True):
         np.testing.assert_allclose(got, expected, rtol=1e-5)
@@ -252,7 +252,8 @@ def test_against_pytorch(name):
         CHANNELS, OUTPUTS, kernel.shape[:2], stride, groups=groups, dtype=torch.float64
     ).eval()
     bn = torch.nn.BatchNorm2d(OUTPUTS, eps=1e-3, dtype=torch.float64).eval()
-    stats, scale, offset = statistics(OUTPUTS), numbers(OUTPUTS, 4), numbers(OUTPUTS, 5)
+    stats = statistics(OUTPUTS, float)
+    scale, offset = numbers(OUTPUTS, 4), numbers(OUTPUTS, 5)
     with torch.no_grad():
         values = (kernel.transpose(3, 2, 0, 1), bias, scale, offset, *stats)
         tensors = (conv.weight, conv.bias, bn.weight, bn.bias, bn.running_mean, bn.running_var)
@@ -314,44 +315,6 @@ def test_error_of_check_folding(original, folded, error):
 def test_check_folding_refuses_to_broadcast():
     with pytest.raises(ValueError, match=r"folded_fn gives shape \(3,\).*original_fn, \(2, 3\)"):
         check_folding(lambda x: np.ones((2, 3)), lambda x: np.ones(3), None)
-
-
-@pytest.mark.parametrize(
-    ("fold", "kwargs", "message"),
-    [
-        (fold_after, dict(kernel=np.ones(4)), r"kernel has shape \(4,\): it must be \(..., inp"),
-        (fold_after, dict(kernel=np.ones((4, 6), int)), "kernel has dtype int32: allowed are fl"),
-        (fold_after, dict(bias=np.ones(4)), r"bias has shape \(4,\): it must be \(6,\), the outp"),
-        (fold_after, dict(bias=np.ones(6, int)), "bias has dtype int32"),
-        (fold_after, dict(stats=(np.ones(4), np.ones(6))), r"stats.mean has shape \(4,\).*\(6,\)"),
-        (fold_after, dict(stats=(np.ones(6), np.ones(()))), r"stats.var has shape \(\).*\(6,\)"),
-        (fold_after, dict(scale=np.ones((1, 6))), r"scale has shape \(1, 6\).*\(6,\)"),
-        (fold_after, dict(offset=np.ones(5)), r"offset has shape \(5,\).*\(6,\)"),
-        (
-            fold_after,
-            dict(transpose_kernel=True),
-            r"stats.mean has shape \(6,\): it must be \(4,\), the outputs of the kernel.*\(4, 6\)",
-        ),
-        (fold_after, dict(epsilon=-1.0), "epsilon=-1.0 is not allowed: it must be ≥ 0"),
-        (fold_before, dict(epsilon=-1.0), "epsilon=-1.0 is not allowed: it must be ≥ 0"),
-        (fold_before, dict(bias=np.ones(4)), r"bias has shape \(4,\).*\(6,\), the outputs"),
-        (fold_before, dict(scale=np.ones(6)), r"scale has shape \(6,\).*\(4,\), the inputs"),
-        (
-            fold_before,
-            dict(feature_group_count=2),
-            r"mean has shape \(4,\): it must be \(8,\), the inputs·groups",
-        ),
-        (fold_before, dict(feature_group_count=4), "feature_group_count=4 must be a divisor.*6 "),
-        (fold_before, dict(feature_group_count=0), "feature_group_count=0 must be a divisor"),
-        (fold_before, dict(feature_group_count=2.0), "feature_group_count=2.0 must be a divisor"),
-    ],
-)
-def test_bad_arguments(fold, kwargs, message):
-    features = OUTPUTS if fold is fold_after else CHANNELS
-    stats = BatchStats(np.zeros(features), np.ones(features))
-    kwargs = dict(kernel=np.ones((CHANNELS, OUTPUTS)), bias=None, stats=stats) | kwargs
-    with pytest.raises(ValueError, match=message):
-        fold(**kwargs)
 
 
 @pytest.mark.parametrize("window", [(), (3,), (3, 2)])

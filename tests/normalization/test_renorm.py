@@ -6,14 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
+from devices import spread
+from normalization.closed_forms import (
+    close_per_feature,
+    close_with_gradients,
+    closed_form,
+    compiled,
+    copies,
+    correction,
+    masked_give_bias,
+    normal,
+    normal_on_devices,
+    weights,
+    with_gradients,
+)
 
 from bn_research.normalization import BatchStats, batch_norm, normalize
 from bn_research.normalization.renorm import batch_renorm
 
 pytestmark = pytest.mark.usefixtures("strict_arrays")
 
-RATIOS = (0.0, 1e2, 1e3, 1e4)  # mean/std, one per feature
 DEVICES = 4
 INF = float("inf")
 UNBOUNDED = dict(r_max=INF, d_max=INF)
@@ -24,15 +36,6 @@ PAPER = dict(r_max=3.0, d_max=5.0)
 MEAN_OFF, STD_OFF = np.array([-200.0, 8.0, -1.0, 0.3]), np.array([0.2, 0.7, 5.0, 1.2])
 
 
-def normal(shape, *, std=1.0, seed=0, ratios=RATIOS):
-    noise = np.random.default_rng(seed).standard_normal((*shape, len(ratios)))
-    return ((noise + np.array(ratios)) * std).astype(np.float32)
-
-
-def weights(shape, seed=100):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
 def running(x, dtype=np.float32, mean_off=MEAN_OFF, std_off=STD_OFF):
     """Running statistics off those of x, whose features are on the last axis."""
     axes = tuple(range(x.ndim - 1))
@@ -41,73 +44,13 @@ def running(x, dtype=np.float32, mean_off=MEAN_OFF, std_off=STD_OFF):
     return BatchStats(mean.astype(dtype), np.square(std_off * std).astype(dtype))
 
 
-def correction(v, mean, var, r_max, d_max, epsilon):
-    """Both corrections, r and d, of one feature, whose valid elements are v; 1/0 is 0."""
-    sigma = np.sqrt(var + epsilon)
-    inverse = 1 / sigma if sigma > 0 else 0.0
-    r = np.clip(np.sqrt(v.var() + epsilon) * inverse, 1 / r_max, r_max)
-    return r, np.clip((v.mean() - mean) * inverse, -d_max, d_max)
-
-
-def closed_form(x, stats, scale, bias, g, *, r_max, d_max, epsilon=1e-5, where=None):
-    """Values and gradients of Σ g·y in x, scale and bias; x of shape (elements, features)."""
-    x, scale, bias, g, *stats = (np.asarray(v, np.float64) for v in (x, scale, bias, g, *stats))
-    where = np.ones(x.shape, bool) if where is None else where
-    y, dx = np.broadcast_to(bias, x.shape).copy(), np.zeros(x.shape)
-    dscale = np.zeros(x.shape[1])
-    for j, keep in enumerate(where.T):
-        v = x[keep, j]
-        if not v.size:
-            continue
-        r, d = correction(v, stats[0][j], stats[1][j], r_max, d_max, epsilon)
-        spread = v.var() + epsilon
-        rstd = 1 / np.sqrt(spread) if spread > 0 else 0.0
-        x_hat, dx_hat = (v - v.mean()) * rstd, g[keep, j] * scale[j] * r
-        y[keep, j] += scale[j] * (x_hat * r + d)
-        dx[keep, j] = rstd * (dx_hat - dx_hat.mean() - x_hat * np.mean(x_hat * dx_hat))
-        dscale[j] = np.sum(g[keep, j] * (x_hat * r + d))
-    return y, dx, dscale, g.sum(0)
-
-
-def close_per_feature(got, expected, rtol):
-    """Largest error of each feature (last axis), relative to its largest entry."""
-    got, expected = np.asarray(got, np.float64), np.asarray(expected)
-    axes = tuple(range(expected.ndim - 1))
-    error, size = np.abs(got - expected).max(axes), np.abs(expected).max(axes)
-    assert np.all(error <= rtol * size), f"relative errors {error / size}"
-
-
-def with_gradients(**options):
-    """(x, stats, scale, bias, g, where, r_max, d_max) -> y, gradients of Σ g·y in x, γ and β."""
-
-    def run(x, stats, scale, bias, g, where=None, r_max=3.0, d_max=5.0):
-        def loss(x, scale, bias):
-            bounds = dict(r_max=r_max, d_max=d_max)
-            y, _ = batch_renorm(x, stats, scale, bias, where=where, **bounds, **options)
-            return jnp.sum(g * y), y
-
-        (_, y), grads = jax.value_and_grad(loss, (0, 1, 2), has_aux=True)(x, scale, bias)
-        return (y, *grads)
-
-    return run
-
-
-default_run = jax.jit(with_gradients())
-bare_run = jax.jit(with_gradients(epsilon=0.0))
-
-
 @pytest.mark.parametrize("bounds", [BATCH_NORM, dict(r_max=1.1, d_max=0.2), PAPER, UNBOUNDED])
 @pytest.mark.parametrize(("std", "epsilon"), [(1.0, 1e-5), (1e-18, 0.0), (1e15, 0.0)])
 def test_values_and_gradients_at_large_means(std, epsilon, bounds):
     x = normal((2048,), std=std)
     stats, scale, bias, g = running(x), weights(4, 1), weights(4, 2), weights(x.shape, 3)
-    run = default_run if epsilon else bare_run
-    y, dx, dscale, dbias = run(x, stats, scale, bias, g, **bounds)
-    expected = closed_form(x, stats, scale, bias, g, epsilon=epsilon, **bounds)
-    close_per_feature(y, expected[0], 1e-5)
-    close_per_feature(dx, expected[1], 1e-4)
-    np.testing.assert_allclose(dscale, expected[2], rtol=1e-3, atol=1e-2)
-    np.testing.assert_allclose(dbias, expected[3], rtol=1e-4, atol=1e-3)
+    got = compiled(batch_renorm, epsilon=epsilon)(x, scale, bias, g, stats=stats, **bounds)
+    close_with_gradients(got, closed_form(x, scale, bias, g, epsilon, stats=stats, **bounds))
 
 
 def test_the_running_statistics_are_off_by_enough_to_meet_each_bound():
@@ -204,31 +147,9 @@ def test_masked_elements(garbage):
     where = np.random.default_rng(13).random(x.shape) < np.array([0.5, 0.2, 0.8, 0.0])
     scale, bias, g = weights(4, 14), weights(4, 15), weights(x.shape, 16)
     dirty = np.where(where, x, np.float32(garbage))
-    y, dx, dscale, dbias = default_run(dirty, stats, scale, bias, g, where)
-    np.testing.assert_array_equal(np.asarray(y)[~where], np.broadcast_to(bias, x.shape)[~where])
-    assert np.all(np.asarray(dx)[~where] == 0)
-    expected = closed_form(x, stats, scale, bias, g, where=where, **PAPER)
-    close_per_feature(y, expected[0], 1e-5)
-    close_per_feature(dx, expected[1], 1e-4)
-    np.testing.assert_allclose(dscale, expected[2], rtol=1e-3, atol=1e-2)
-    np.testing.assert_allclose(dbias, expected[3], rtol=1e-4, atol=1e-3)
-
-
-def spread(kind, fn):
-    """Maps fn over a leading axis of devices, named "batch"."""
-    if kind == "vmap":
-        return jax.jit(jax.vmap(fn, axis_name="batch"))
-    assert jax.device_count() >= DEVICES
-    devices = jax.devices()[:DEVICES]
-    if kind == "pmap":
-        return jax.pmap(fn, axis_name="batch", devices=devices)
-
-    def local(*args):
-        one = jax.tree.map(lambda leaf: leaf[0], args)
-        return jax.tree.map(lambda leaf: leaf[None], fn(*one))
-
-    mesh, spec = Mesh(np.array(devices), ("batch",)), PartitionSpec("batch")
-    return jax.jit(jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec))
+    got = compiled(batch_renorm)(dirty, scale, bias, g, where, stats=stats, **PAPER)
+    masked_give_bias(got, bias, where)
+    close_with_gradients(got, closed_form(x, scale, bias, g, where=where, stats=stats, **PAPER))
 
 
 @pytest.mark.parametrize(
@@ -236,19 +157,18 @@ def spread(kind, fn):
 )
 def test_synced_with_masks(kind, groups):
     """Devices with unequal counts, one with none, are corrected by the statistics of all."""
-    x = normal((DEVICES, 32), seed=17)
-    x += np.arange(DEVICES, dtype=np.float32)[:, None, None]
+    x = normal_on_devices((DEVICES, 32), seed=17)
     where = np.random.default_rng(18).random(x.shape) < 0.6
     where[3] = False
     stats, scale, bias, g = running(x), weights(4, 19), weights(4, 20), weights(x.shape, 21)
     dirty = np.where(where, x, np.float32(np.nan))
-    copies = jax.tree.map(lambda leaf: np.broadcast_to(leaf, (DEVICES, 4)), (stats, scale, bias))
-    run = spread(kind, with_gradients(axis_name="batch", axis_index_groups=groups))
-    y, dx, _, _ = (np.asarray(a) for a in run(dirty, *copies, g, where))
-    for group in groups or [range(DEVICES)]:
-        group = list(group)
+    options = dict(stats=stats, axis_name="batch", axis_index_groups=groups, **PAPER)
+    run = spread(kind, with_gradients(batch_renorm, **options))
+    y, dx, _, _ = map(np.asarray, run(dirty, *copies((scale, bias), DEVICES), g, where))
+    for group in groups or [list(range(DEVICES))]:
         flat = [a[group].reshape(-1, 4) for a in (x, g, where)]
-        expected = closed_form(flat[0], stats, scale, bias, flat[1], where=flat[2], **PAPER)
+        bounds = dict(where=flat[2], stats=stats, **PAPER)
+        expected = closed_form(flat[0], scale, bias, flat[1], **bounds)
         close_per_feature(y[group].reshape(-1, 4), expected[0], 2e-5)
         close_per_feature(dx[group].reshape(-1, 4), expected[1], 2e-4)
 
@@ -260,8 +180,9 @@ def test_features_without_spread_and_without_epsilon(bounds):
     x = np.stack([np.full(64, 0.1), line, np.full(64, -3e4), line], 1).astype(np.float32)
     stats = BatchStats(np.array([0.4, 2, 7, 0.3], np.float32), np.array([4, 0, 0, 0.2], np.float32))
     scale, bias, g = weights(4, 22), weights(4, 23), weights(x.shape, 24)
-    y, dx, dscale, _ = bare_run(x, stats, scale, bias, g, **bounds)
-    expected = closed_form(x, stats, scale, bias, g, epsilon=0.0, **bounds)
+    bare = compiled(batch_renorm, epsilon=0.0)
+    y, dx, dscale, _ = bare(x, scale, bias, g, stats=stats, **bounds)
+    expected = closed_form(x, scale, bias, g, 0.0, stats=stats, **bounds)
     for got, reference in zip((y, dx, dscale), expected[:3], strict=True):
         np.testing.assert_allclose(got, reference, rtol=1e-4, atol=1e-4)
     np.testing.assert_array_equal(y[:, 2], np.full(64, bias[2]))
@@ -284,7 +205,7 @@ def test_a_schedule_of_bounds_compiles_once():
 
     one, zero, g = np.ones(4), np.zeros(4), np.zeros(x.shape)
     for r_max, d_max in ((1.0, 0.0), (1.5, 2.0), (3.0, 5.0), (INF, INF)):
-        expected = closed_form(x, stats, one, zero, g, r_max=r_max, d_max=d_max)[0]
+        expected = closed_form(x, one, zero, g, stats=stats, r_max=r_max, d_max=d_max)[0]
         close_per_feature(step(x, r_max, d_max), expected, 1e-5)
     assert compilations == 1
 
@@ -299,44 +220,3 @@ def test_feature_axes():
     np.testing.assert_allclose(y, s * (x - m) / np.sqrt(v + 1e-5) + b, rtol=1e-4, atol=1e-5)
     expected = batch_norm(x, feature_axes=(1, 3))[1]
     jax.tree.map(np.testing.assert_array_equal, moments, expected)
-
-
-@pytest.mark.parametrize(
-    ("x", "scale", "dtype", "expected"),
-    [
-        ("bfloat16", None, None, "bfloat16"),
-        ("bfloat16", "float32", None, "float32"),
-        ("float32", "float32", "bfloat16", "bfloat16"),
-    ],
-)
-def test_dtype_of_the_result(x, scale, dtype, expected):
-    """Promotion of x, scale and bias, unless dtype says otherwise; statistics do not count."""
-    x = jnp.asarray(weights((8, 2)), x)
-    params = (None, None) if scale is None else (jnp.ones(2, scale), jnp.zeros(2, scale))
-    stats = BatchStats(jnp.zeros(2), jnp.ones(2))
-    renorm = functools.partial(batch_renorm, dtype=dtype, **PAPER)
-    y, moments = jax.eval_shape(renorm, x, stats, *params)
-    assert y.dtype == expected and moments.mean.dtype == moments.m2.dtype == jnp.float32
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        (dict(r_max=0.99), "r_max=0.99 is not allowed: it must be ≥ 1"),
-        (dict(r_max=float("nan")), "r_max=nan is not allowed"),
-        (dict(d_max=-1e-9), "d_max=-1e-09 is not allowed: it must be ≥ 0"),
-        (dict(stats=BatchStats(np.zeros(2), np.ones(3))), r"stats.mean has shape \(2,\).*\(3,\)"),
-        (dict(stats=BatchStats(np.zeros(3), np.ones((3, 1)))), r"stats.var has shape \(3, 1\)"),
-        (dict(x=np.ones((6, 3), np.complex64)), "x has dtype complex64: allowed are real"),
-        (dict(feature_axes=2), "feature_axes=2 is out of range.*-2 to 1"),
-        (dict(epsilon=-1.0), "epsilon=-1.0 is not allowed: it must be ≥ 0"),
-        (dict(scale=np.ones(4, np.float32)), r"scale has shape \(4,\).*\(3,\)"),
-        (dict(where=np.ones((3, 6), bool)), r"where has shape \(3, 6\).*\(6, 3\)"),
-        (dict(axis_index_groups=[[0]]), r"axis_index_groups=\[\[0\]\] needs axis_name"),
-    ],
-)
-def test_bad_arguments(kwargs, message):
-    stats = BatchStats(np.zeros(3, np.float32), np.ones(3, np.float32))
-    kwargs = dict(x=np.ones((6, 3), np.float32), stats=stats, **PAPER) | kwargs
-    with pytest.raises(ValueError, match=message):
-        batch_renorm(**kwargs)
