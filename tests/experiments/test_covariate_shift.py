@@ -39,10 +39,8 @@ CONFIG = dataclasses.replace(PRESETS["quick"], network="f5 f4 f10", momenta=(0.9
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(EXPERIMENT, ["covariate_shift", "--preset=smoke", f"--workdir={workdir}"]) == 0
-    return workdir
+def finished(smoke_run):
+    return smoke_run("covariate_shift")
 
 
 # --- what is observed ---

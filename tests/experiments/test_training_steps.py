@@ -47,10 +47,8 @@ STANDARD = PRESETS["standard"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(EXPERIMENT, ["training_steps", "--preset=smoke", f"--workdir={workdir}"]) == 0
-    return workdir
+def finished(smoke_run):
+    return smoke_run("training_steps")
 
 
 def records_of(workdir):
