@@ -34,18 +34,11 @@ def examples():
     return prepare(CONFIG)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert launch(workdir) == 0
-    return workdir
-
-
 # --- whole runs ---
 
 
-def test_verdicts_at_smoke_size(finished):
-    results = json.loads((finished / "results.json").read_text())
+def test_verdicts_at_smoke_size(smoke_run):
+    results = json.loads((smoke_run("scale_invariance") / "results.json").read_text())
     verdicts = {claim["id"]: claim["verdict"] for claim in results["claims"]}
     assert verdicts == {
         "scale-invariant-backprop": REPRODUCED,

@@ -50,13 +50,6 @@ def launch(workdir, *flags):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert launch(workdir) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
 def images():
     return prepare(CONFIG)
 
@@ -422,8 +415,11 @@ def test_verdict_of_training(made_up, verdict):
 # --- whole runs ---
 
 
-def test_what_is_tuned_has_a_seed_apart_and_no_test_set(finished):
-    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+def test_what_is_tuned_has_a_seed_apart_and_no_test_set(smoke_run):
+    records = [
+        json.loads(line)
+        for line in (smoke_run("signal_propagation") / "metrics.jsonl").read_text().splitlines()
+    ]
     assert len(records) == 2 * (3 + 2 + 4) + 4 * 2
     tuned = [record for record in records if record["name"].startswith("tune")]
     assert {record["seed"] for record in tuned} == {networks.TUNING_SEED}
