@@ -48,17 +48,9 @@ bias of BN and the head's kernel have a rate of their own and no decay, in both 
 
 from pydantic.dataclasses import dataclass
 
+from bn_research.lab import fields
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Network,
-    OrNone,
-    Positive,
-    Several,
-    Share,
-    Some,
-    whole_dispatches,
-)
+from bn_research.lab.fields import Count, Network, OrNone, Positive, Several, Share, Some
 
 
 @dataclass(frozen=True)
@@ -88,7 +80,7 @@ class Config:
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        whole_dispatches(self, "equilibrium_steps")
+        fields.whole_dispatches(self, "equilibrium_steps")
         if self.wide_network == self.network:
             raise ValueError(
                 f"wide_network={self.wide_network!r} is not allowed: network is the same"
@@ -123,9 +115,6 @@ PRESETS = {
     ),
 }
 
-
 EXPERIMENT = Experiment(
-    __name__,
-    title="What does it mean that BN does not see the scale of the weights?",
-    presets=PRESETS,
+    __name__, "What does it mean that BN does not see the scale of the weights?", PRESETS
 )
