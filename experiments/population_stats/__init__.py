@@ -62,16 +62,14 @@ class Config(fields.OnImages):
     def __post_init__(self) -> None:
         """A training ends with a dispatch; population batches are seen in chunks."""
         fields.whole_dispatches(self, "tuning_steps")
-        if any(step % self.steps_per_dispatch for step in self.snapshots):
-            raise ValueError(
-                f"snapshots={self.snapshots} is not allowed: each must be a multiple of "
-                f"steps_per_dispatch={self.steps_per_dispatch}"
-            )
-        if self.most_population_batches % self.population_batches:
-            raise ValueError(
-                f"most_population_batches={self.most_population_batches} is not allowed: it must "
-                f"be a multiple of population_batches={self.population_batches}"
-            )
+        for name, values, unit in (
+            ("snapshots", self.snapshots, "steps_per_dispatch"),
+            ("most_population_batches", [self.most_population_batches], "population_batches"),
+        ):
+            each = getattr(self, unit)
+            if any(value % each for value in values):
+                must = f"must be a multiple of {unit}={each}"
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: {must}")
 
 
 PRESETS = {
