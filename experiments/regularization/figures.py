@@ -171,10 +171,7 @@ def tuned_curve(tuning: Runs, norm: str) -> list[dict[str, float]]:
     for dropout in sorted({run["dropout"] for run in tuning}):
         found = by_seed(tuning, norm=norm, dropout=dropout)
         settings = [by_seed(found, rate=rate) for rate in sorted({run["rate"] for run in found})]
-        means = [
-            {"dropout": dropout, **{key: numbers(runs, key).mean() for key in keys}}
-            for runs in settings
-        ]
+        means = [{"dropout": dropout} | {k: numbers(r, k).mean() for k in keys} for r in settings]
         curve.append(max(means, key=lambda mean: mean["validation_accuracy"]))
     return curve
 

@@ -15,7 +15,6 @@ from bn_research.lab.fields import at_most
 from bn_research.lab.images import check_network, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
-from bn_research.models.cnn import DROPOUT_PLACEMENTS
 from bn_research.normalization import batch_moments, population_stats
 from bn_research.training.compiler import compiler_options
 from bn_research.training.cores import use_cpu_cores
@@ -34,18 +33,15 @@ def prepare(config: Config) -> Data:
     """The three sets; each core becomes a device, for the sweeps."""
     use_cpu_cores()
     images = images_of(config, scale="standardized")
-    train, rest, whole = config.train_examples, config.validation_examples, len(images.train.label)
-    if train + rest > whole:
-        raise ValueError(
-            f"train_examples={train} and validation_examples={rest} are not allowed: "
-            f"{config.dataset} has {whole} together"
-        )
+    train, whole = config.train_examples, len(images.train.label)
+    at_most(config, whole, f"those of {config.dataset}", "train_examples")
+    at_most(config, whole - train, f"the others of {config.dataset}", "validation_examples")
     at_most(config, len(images.test.label), f"those of {config.dataset}", "test_examples")
     for network in (config.groups_network, config.dropout_network):
         check_network(network, images, config.dataset)
     return Data(
         _cut(images.train, 0, train),
-        _cut(images.train, train, train + rest),
+        _cut(images.train, train, train + config.validation_examples),
         _cut(images.test, 0, config.test_examples),
     )
 
@@ -61,7 +57,7 @@ def total_steps(config: Config) -> int:
     if config.groups_slower:
         groups += len(config.groups_sizes) * config.seeds
     dropout = len(_rates_of_dropout(config)) * config.dropout_tuning_seeds
-    dropout += len(CELLS) * config.dropout_seeds + len(DROPOUT_PLACEMENTS) * config.seeds
+    dropout += len(CELLS) * config.dropout_seeds + len(verdicts.PLACED) * config.seeds
     return groups * config.groups_steps + dropout * config.dropout_steps
 
 
@@ -106,8 +102,8 @@ def measure_groups(config: Config, data: Data, runner: Runner) -> Records:
         for norm in ("batch", "none")
     )
     groups = train(_arms(config, rate, plain_rate).items(), range(config.groups_seeds))
-    slower = _ladder(config, rate / config.groups_slower) if config.groups_slower else {}
-    slower = train(slower.items(), range(config.seeds))
+    ladder = _ladder(config, rate / config.groups_slower) if config.groups_slower else {}
+    slower = train(ladder.items(), range(config.seeds))
     return {"groups_tuning": tuning, "groups": groups, "groups_slower": slower}
 
 
@@ -197,7 +193,7 @@ def measure_dropout(config: Config, data: Data, runner: Runner) -> Records:
     tuning = trainer.train(_rates_of_dropout(config), _tuning_seeds(config, "dropout"))
     cells = {cell: most_accurate(of_cell(tuning, cell)) for cell in CELLS}
     bn = cells["BN, no dropout"].replace(dropout=config.dropout_shift_rate)
-    placements = [(place, bn.replace(dropout_placement=place)) for place in DROPOUT_PLACEMENTS]
+    placements = [(place, bn.replace(dropout_placement=place)) for place in verdicts.PLACED]
     return {
         "dropout_tuning": tuning,
         "dropout": trainer.train(cells.items(), range(config.dropout_seeds), measure=shift),
