@@ -32,8 +32,8 @@ def batch_noise_gaussian(config: Config, records: Records):
     for index, m in enumerate(sorted(config.law_sizes)[:_MOST_CURVES]):
         look: dict[str, Any] = dict(marker=_MARKERS[index], markersize=5, linestyle="none")
         axis.plot(x, m * exact_moments(x, m).var, label=f"exact, m = {m}", color=PALETTE[index])
-        samples = m * numbers(records["gaussian"], lambda record, m=m: record["variances"][str(m)])
-        means = samples[:, order].mean(axis=0)
+        samples = [record["variances"][str(m)] for record in records["gaussian"]]
+        means = (m * np.array(samples))[:, order].mean(axis=0)
         axis.plot(np.sort(config.law_points), means, color=PALETTE[index], **look)
     axis.set(xlabel="x̃, the value in units of the population", ylabel="m · Var(x̂ | x̃)")
     axis.set_ylim(bottom=0)
@@ -99,7 +99,7 @@ def pixels_are_not_examples(config: Config, records: Records):
             np.array([numbers(own, key) for own in found])
             for key in ("measured", "predicted", "least", "most")
         )
-        x, look = places + shift, dict(color=color, linestyle="none")
+        x, look = places + shift, dict[str, Any](color=color, linestyle="none")
         axis.vlines(x, least.min(axis=1), most.max(axis=1), color=color, alpha=0.35, linewidth=4)
         axis.plot(x, measured.mean(axis=1), marker="o", label=words, **look)
         look |= dict(marker="_", markersize=16, markeredgewidth=1.6)

@@ -129,7 +129,7 @@ def measure_layer(
     x = population.normalized[chosen].astype(np.float64)
     near = np.abs(x) <= REACH  # false for constant features, which are NaN
     shape = {"skewness": population.skewness, "kurtosis": population.kurtosis}
-    count, draws = population.num_examples, {"num_batches": config.law_batches, "rng": rng}
+    count, draws = population.num_examples, dict[str, Any](num_batches=config.law_batches, rng=rng)
     sizes, curve = {}, {}
     for m in config.law_sizes:
         infinite = (count - 1) / (count - m)  # noise of an infinite set, over that of ours

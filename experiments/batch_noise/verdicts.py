@@ -149,8 +149,8 @@ def _judge_features(config: Config, features: Sequence[Record]) -> Finding:
         measured[f"|skewness|, {name}"] = numbers(own, "skewness").mean()
         measured[f"share of |x̃| ≤ {REACH}, {name}"] = numbers(own, "within reach").mean()
         for m in sorted(config.law_sizes):
-            ratios = numbers(own, lambda one, m=m: one["sizes"][str(m)]["ratio"])
-            measured[f"measured/law, m = {m}, {name}"] = ratios.mean()
+            of_size = [one["sizes"][str(m)] for one in own]
+            measured[f"measured/law, m = {m}, {name}"] = numbers(of_size, "ratio").mean()
     note = (
         "interval: over seeds, of the largest of all layers and sizes. "
         f"{config.law_batches} batches of each size, without replacement from {config.law_images} "

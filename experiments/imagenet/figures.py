@@ -23,12 +23,12 @@ def _accuracy(config: Config, records: Sequence[Record]) -> Any:
     fig, axis = new_figure()
     steps = np.arange(1, config.num_steps // config.evaluate_every + 1) * config.evaluate_every
     curves = [[100 * seen["accuracy"] for seen in record["curve"]] for record in records]
-    look = dict(label=f"measured, {config.setting}", color=PALETTE.blue)
-    band(axis, steps, padded(curves, len(steps)), **look)
+    measured = f"measured, {config.setting}"
+    band(axis, steps, padded(curves, len(steps)), label=measured, color=PALETTE.blue)
     caption = f"Mean and range of {len(records)} seed(s), on the whole evaluation split."
     if config.dataset == "imagenet2012":
         name, best, _ = PUBLISHED[config.setting]
-        look = dict(color=PALETTE.black, linewidth=1.5, label="published, best")
+        look: dict[str, Any] = dict(color=PALETTE.black, linewidth=1.5, label="published, best")
         reference(axis, y=100 * best, **look)
         caption += f" Dashed: the best that the paper reports of {name}."
     axis.set(xlabel="steps", ylabel="top-1 accuracy (%)")

@@ -12,7 +12,7 @@ from bn_research.claims.figures import GREY, PALETTE, Figure, new_figure, save_a
 from bn_research.claims.judging import numbers
 from bn_research.claims.plots import bands, log_ticks, over_seeds, padded, reference, running_mean
 from bn_research.models.spec import num_weight_layers
-from experiments.learning_rate import PUBLISHED_BATCH, PUBLISHED_FACTOR, Config, verdicts
+from experiments.learning_rate import PUBLISHED_BATCH, PUBLISHED_FACTOR, Config, Placement, verdicts
 from experiments.learning_rate.search import Setting
 from experiments.learning_rate.training import BOOSTED, Records
 from experiments.learning_rate.verdicts import NAMES, NOT_BELOW, REPRODUCED_FROM, TRAINS
@@ -174,7 +174,8 @@ def _sigmoid(config: Config, records: Records) -> Any:
     """Deep networks of sigmoids."""
     networks, guessing = config.sigmoid_networks, 1 / records.num_classes
     fig, axis = new_figure(width=5.2, height=3.6)
-    for placement, shift in (("none", -0.06), ("all", 0.06)):
+    shifts: dict[Placement, float] = {"none": -0.06, "all": 0.06}
+    for placement, shift in shifts.items():
         rows = np.array([numbers(records.sigmoid[n, placement], "accuracy") for n in networks])
         x, look = np.arange(len(networks)) + shift, _LOOKS[placement]
         axis.plot(x, rows, linestyle="none", alpha=0.5, markersize=5, **look)

@@ -216,13 +216,12 @@ def dropout(config: Config, records: verdicts.Records):
 def _mark_cells(axis: Axes, runs: Runs, norm: str, look: Look) -> None:
     """The two cells of a network, at their dropout rates, with their intervals over seeds."""
     x_shift = 0.008 if norm == "batch" else -0.008
-    look = {**look, "markersize": 9, "markerfacecolor": "none", "linestyle": "none"}
+    look = dict(look, markersize=9, markerfacecolor="none", linestyle="", elinewidth=1.6, capsize=3)
     for cell in (cell for cell, (of_norm, _) in verdicts.CELLS.items() if of_norm == norm):
         own = verdicts.of_cell(runs, cell)
         found = estimate(100 * numbers(own, "test_accuracy"))
         half = found.high - found.mean if np.isfinite(found.high) else None
-        x = own[0]["dropout"] + x_shift
-        axis.errorbar(x, found.mean, yerr=half, elinewidth=1.6, capsize=3, **look)
+        axis.errorbar(own[0]["dropout"] + x_shift, found.mean, yerr=half, **look)
 
 
 def _intervals(axis: Axes, rows: dict[str, tuple[Estimate, str]], what: str) -> None:

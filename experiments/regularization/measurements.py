@@ -112,7 +112,7 @@ def _rates_of_groups(config: Config) -> list[tuple[str, Network]]:
     batch = config.groups_sizes[-1]
     arms = (ladder_arm(batch), "batch", batch), (PLAIN, "none", config.groups_size)
     rates = config.groups_rates
-    return [(arm, _network(config, *setting, rate)) for arm, *setting in arms for rate in rates]
+    return [(arm, _network(config, norm, m, rate)) for arm, norm, m in arms for rate in rates]
 
 
 def _arms(config: Config, rate: float, plain_rate: float) -> dict[str, Network]:

@@ -162,9 +162,9 @@ def make_model(network: Network) -> CNN:
         group_size=network.group_size or None,
         momentum=0.9,  # of the running statistics, which no result rests on
     )
+    options: dict[str, Any] = dict(population=network.population)
     if network.norm in NORMS[2:]:
-        noise = "none" if network.norm == "population" else network.norm
-        options = dict(population=network.population, noise=noise)
+        options |= dict(noise="none" if network.norm == "population" else network.norm)
         norm = functools.partial(StochasticBatchNorm, **norm.keywords, **options)
     options = dict(kernel_init=kernel_initializer("he"))
     if network.dropout_placement != "none":
@@ -232,11 +232,13 @@ def _moments_program(compiler_level: int):
         if network.norm == "batch" and network.group_size:
             groups = network.batch_size // network.group_size
 
-        def of_groups(found: Moments) -> Moments:
+        def of_groups(found):
             """Moments whose m2/(count − 1) is unbiased, where m2 is about the means of groups.
 
             Algorithm 2 then gives the mean over groups of m/(m − 1)·σ_g², m the size of a group.
             """
+            if not isinstance(found, Moments):
+                return found
             return found._replace(m2=found.m2 * (found.count - 1) / (found.count - groups))
 
         found = apply_training(network, variables, image, keys)[1][MOMENTS]

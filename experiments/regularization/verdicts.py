@@ -211,9 +211,8 @@ def _judge_noise(
 
 def _judge_reshuffling(config: Config, main: Runs) -> Finding:
     own = ladder_arm(config.groups_size)
-    regrouped, frozen, plain, plain_frozen = (
-        TEST.of_arm(main, arm) for arm in (own, FROZEN, PLAIN, PLAIN_FROZEN)
-    )
+    arms = (own, FROZEN, PLAIN, PLAIN_FROZEN)
+    regrouped, frozen, plain, plain_frozen = (TEST.of_arm(main, arm) for arm in arms)
     gain = paired_difference(regrouped, frozen)
     excess = paired_difference(regrouped - frozen, plain - plain_frozen)
     found = {
