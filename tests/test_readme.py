@@ -110,7 +110,9 @@ def test_the_claims_of_the_results_are_those_of_the_code(name):
     fields = ("id", "statement", "source", "criterion", "expected")
     measured = [tuple(claim[field] for field in fields) for claim in results["claims"]]
     asked = [tuple(getattr(claim, field) for field in fields) for claim in load(name).claims]
-    assert sorted(measured) == sorted(asked)
+    assert sorted(measured) == sorted(asked), (
+        f"docs/results/{name} was measured for other claims: measure again (CONTRIBUTING, step 5)"
+    )
 
 
 def test_the_review_s_claims_stand_on_the_first_screen():
