@@ -201,10 +201,8 @@ def judge_batches(searches: Searches, batch_sizes: Mapping[str, Sequence[int]]) 
         for placement in ("all", *OTHERS):
             if len(sizes) < 2 or Setting(network, placement, sizes[0]) not in searches:
                 continue
-            slope, name = (
-                advantage_slope(searches, network, sizes, placement),
-                network_name(network),
-            )
+            name = network_name(network)
+            slope = advantage_slope(searches, network, sizes, placement)
             measured |= with_intervals({f"slope, {NAMES[placement]}, {name}": slope})
             if placement == "all":
                 slopes[name] = slope
