@@ -21,7 +21,7 @@ def draw(config: Config, records: Sequence[Record], folder: Path) -> list[Figure
 
 def _accuracy(config: Config, records: Sequence[Record]) -> Any:
     fig, axis = new_figure()
-    steps = np.arange(1, config.num_steps // config.evaluate_every + 1) * config.evaluate_every
+    steps = np.arange(config.evaluate_every, config.num_steps + 1, config.evaluate_every)
     curves = [[100 * seen["accuracy"] for seen in record["curve"]] for record in records]
     look = dict(label=f"measured, {config.setting}", color=PALETTE.blue)
     band(axis, steps, padded(curves, len(steps)), **look)
@@ -45,8 +45,7 @@ def _accuracy(config: Config, records: Sequence[Record]) -> Any:
 def _loss(config: Config, records: Sequence[Record]) -> Any:
     """Training loss."""
     fig, axis = new_figure()
-    steps = np.arange(1, config.num_steps // config.steps_per_dispatch + 1)
-    steps *= config.steps_per_dispatch
+    steps = np.arange(config.steps_per_dispatch, config.num_steps + 1, config.steps_per_dispatch)
     losses = padded([record["loss"] for record in records], len(steps))
     band(axis, steps, losses, label=config.setting, color=PALETTE.vermillion)
     axis.set(xlabel="steps", ylabel="training loss (nats)", yscale="log")
