@@ -23,13 +23,12 @@ def _accuracy(config: Config, records: Sequence[Record]) -> Any:
     fig, axis = new_figure()
     steps = np.arange(config.evaluate_every, config.num_steps + 1, config.evaluate_every)
     curves = [[100 * seen["accuracy"] for seen in record["curve"]] for record in records]
-    look = dict(label=f"measured, {config.setting}", color=PALETTE.blue)
-    band(axis, steps, padded(curves, len(steps)), **look)
+    label = f"measured, {config.setting}"
+    band(axis, steps, padded(curves, len(steps)), label=label, color=PALETTE.blue)
     caption = f"Mean and range of {len(records)} seed(s), on the whole evaluation split."
     if config.dataset == "imagenet2012":
         name, best, _ = PUBLISHED[config.setting]
-        look = dict(color=PALETTE.black, linewidth=1.5, label="published, best")
-        reference(axis, y=100 * best, **look)
+        reference(axis, y=100 * best, color=PALETTE.black, linewidth=1.5, label="published, best")
         caption += f" Dashed: the best that the paper reports of {name}."
     axis.set(xlabel="steps", ylabel="top-1 accuracy (%)")
     axis.legend(frameon=False)

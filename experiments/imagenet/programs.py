@@ -123,7 +123,7 @@ class Programs:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the whole evaluation split, by running statistics."""
         split = data.EVALUATION_SPLIT[self._config.dataset]
-        options = dict(transform=self._cropping, **self._input)
+        options: dict[str, Any] = dict(transform=self._cropping, **self._input)
         with data.evaluation_batches(self._builder, split, **options) as batches:
             rows = (Batch(*examples) for examples in batches)  # type: ignore[arg-type]
             return evaluate(self._eval_step, state, map(self._parallel.shard, rows))

@@ -12,7 +12,7 @@ from bn_research.claims.figures import GREY, PALETTE, Figure, new_figure, save_a
 from bn_research.claims.judging import numbers
 from bn_research.claims.plots import bands, log_ticks, over_seeds, padded, reference, running_mean
 from bn_research.models.spec import num_weight_layers
-from experiments.learning_rate import PUBLISHED_BATCH, PUBLISHED_FACTOR, Config, verdicts
+from experiments.learning_rate import PUBLISHED_BATCH, PUBLISHED_FACTOR, Config, Placement, verdicts
 from experiments.learning_rate.search import Setting
 from experiments.learning_rate.training import BOOSTED, Records
 from experiments.learning_rate.verdicts import NAMES, NOT_BELOW, REPRODUCED_FROM, TRAINS
@@ -55,7 +55,7 @@ def _largest_stable_rate(config: Config, records: Records) -> Any:
     fig, panels = _panels(config)
     for axis, (network, sizes) in zip(panels.values(), config.batch_sizes.items(), strict=True):
         for place, placement in enumerate(config.placements):
-            look = dict(alpha=0.45, markersize=5, **_LOOKS[placement])
+            look: dict[str, Any] = dict(alpha=0.45, markersize=5, **_LOOKS[placement])
             x = np.array(sizes) * 2 ** (0.09 * (place - (len(config.placements) - 1) / 2))
             means = []
             for at, size in zip(x, sizes, strict=True):
@@ -65,7 +65,7 @@ def _largest_stable_rate(config: Config, records: Records) -> Any:
                     arrow = "$\\uparrow$" if math.isinf(number.high) else "$\\downarrow$"
                     mark = {"marker": arrow} if number.is_censored else {}
                     axis.plot(at, _shown(number), **look | mark)
-            look = dict(color=look["color"], marker="_", markersize=11)
+            look |= dict(alpha=1, marker="_", markersize=11)
             axis.plot(x, means, label=NAMES[placement], **look)
         axis.set_yscale("log", base=2)
         log_ticks(axis, sizes)
@@ -174,7 +174,8 @@ def _sigmoid(config: Config, records: Records) -> Any:
     """Deep networks of sigmoids."""
     networks, guessing = config.sigmoid_networks, 1 / records.num_classes
     fig, axis = new_figure(width=5.2, height=3.6)
-    for placement, shift in (("none", -0.06), ("all", 0.06)):
+    placements: tuple[Placement, ...] = ("none", "all")
+    for placement, shift in zip(placements, (-0.06, 0.06), strict=True):
         rows = np.array([numbers(records.sigmoid[n, placement], "accuracy") for n in networks])
         x, look = np.arange(len(networks)) + shift, _LOOKS[placement]
         axis.plot(x, rows, linestyle="none", alpha=0.5, markersize=5, **look)

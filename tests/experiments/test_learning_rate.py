@@ -117,11 +117,12 @@ def test_limits_of_quadratics_are_those_of_theory():
         assert all(size in (0, *range(4, 9)) for size in sizes.values())
 
 
-def test_a_limit_above_the_grid_is_a_bound():
-    config = dataclasses.replace(SMOKE, num_steps=400)
-    found = find_limits(config, [Setting(CNN, "all", 8)], Quadratic(lambda *_: 1e-2), 10)
-    only = found[Setting(CNN, "all", 8)]
+def test_a_limit_outside_the_grid_is_a_bound():
+    config, setting = dataclasses.replace(SMOKE, num_steps=400), Setting(CNN, "all", 8)
+    only = find_limits(config, [setting], Quadratic(lambda *_: 1e-2), 10)[setting]
     assert only.limits == [Bounded(64.0, math.inf)] * 2 and only.islands == [None] * 2
+    only = find_limits(config, [setting], Quadratic(lambda *_: 1e6), 10)[setting]
+    assert all(0 < low < 1e-30 and high == 2.0**-6 for low, high in only.limits)
 
 
 def exactly(*values):
