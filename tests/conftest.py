@@ -15,6 +15,7 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+_EXPERIMENTS = experiment_names()
 
 
 @pytest.fixture

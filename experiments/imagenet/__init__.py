@@ -93,7 +93,7 @@ class Config(OnDataset):
             num_logits(self.network)
 
 
-_SMALL = Config(
+_TOY = Config(
     setting="bn_x5",
     dataset="digits",
     network="c16 P c32 f10",
@@ -103,19 +103,13 @@ _SMALL = Config(
 )
 PRESETS = {
     "smoke": dataclasses.replace(
-        _SMALL, num_steps=20, steps_per_dispatch=5, evaluate_every=10, checkpoint_every=10
+        _TOY, num_steps=20, steps_per_dispatch=5, evaluate_every=10, checkpoint_every=10
     ),
     "quick": dataclasses.replace(
-        _SMALL,
-        seeds=3,
-        num_steps=600,
-        steps_per_dispatch=20,
-        evaluate_every=60,
-        checkpoint_every=200,
+        _TOY, seeds=3, num_steps=600, steps_per_dispatch=20, evaluate_every=60, checkpoint_every=200
     ),
     "paper": Config(),
 }
-
 
 EXPERIMENT = Experiment(
     __name__,

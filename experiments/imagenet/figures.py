@@ -21,15 +21,14 @@ def draw(config: Config, records: Sequence[Record], folder: Path) -> list[Figure
 
 def _accuracy(config: Config, records: Sequence[Record]) -> Any:
     fig, axis = new_figure()
-    steps = np.arange(1, config.num_steps // config.evaluate_every + 1) * config.evaluate_every
+    steps = np.arange(config.evaluate_every, config.num_steps + 1, config.evaluate_every)
     curves = [[100 * seen["accuracy"] for seen in record["curve"]] for record in records]
-    measured = f"measured, {config.setting}"
-    band(axis, steps, padded(curves, len(steps)), label=measured, color=PALETTE.blue)
+    label = f"measured, {config.setting}"
+    band(axis, steps, padded(curves, len(steps)), label=label, color=PALETTE.blue)
     caption = f"Mean and range of {len(records)} seed(s), on the whole evaluation split."
     if config.dataset == "imagenet2012":
         name, best, _ = PUBLISHED[config.setting]
-        look: dict[str, Any] = dict(color=PALETTE.black, linewidth=1.5, label="published, best")
-        reference(axis, y=100 * best, **look)
+        reference(axis, y=100 * best, color=PALETTE.black, linewidth=1.5, label="published, best")
         caption += f" Dashed: the best that the paper reports of {name}."
     axis.set(xlabel="steps", ylabel="top-1 accuracy (%)")
     axis.legend(frameon=False)
@@ -45,8 +44,7 @@ def _accuracy(config: Config, records: Sequence[Record]) -> Any:
 def _loss(config: Config, records: Sequence[Record]) -> Any:
     """Training loss."""
     fig, axis = new_figure()
-    steps = np.arange(1, config.num_steps // config.steps_per_dispatch + 1)
-    steps *= config.steps_per_dispatch
+    steps = np.arange(config.steps_per_dispatch, config.num_steps + 1, config.steps_per_dispatch)
     losses = padded([record["loss"] for record in records], len(steps))
     band(axis, steps, losses, label=config.setting, color=PALETTE.vermillion)
     axis.set(xlabel="steps", ylabel="training loss (nats)", yscale="log")

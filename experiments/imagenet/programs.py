@@ -25,9 +25,6 @@ from experiments.imagenet import Config
 
 INCEPTION = "inception"
 
-_MOMENTUM = 0.9
-_RATE_FACTOR = 0.96  # at each decay of the rate
-
 
 class Setting(NamedTuple):
     """One of the paper's five; what it does not state is ours, see `experiments.imagenet`."""
@@ -60,10 +57,9 @@ class Programs:
         self._config, self._builder, self._parallel = config, builder, parallel
         setting = SETTINGS[config.setting]
         self._image_shape = builder.info.features["image"].shape
-        self._augmentation = (
-            augment.cifar_augmentation() if config.augmentation == "cifar" else None
-        )
-        self._cropping = None
+        self._augmentation = self._cropping = None
+        if config.augmentation == "cifar":
+            self._augmentation = augment.cifar_augmentation()
         if config.augmentation == "imagenet":
             size = config.image_size
             self._image_shape = (size, size, 3)
@@ -79,25 +75,22 @@ class Programs:
         self._model = create_model(config, num_classes, axis_name=parallel.axis_name)
         examples = builder.info.splits["train"].num_examples
         steps = round(setting.epochs_per_decay * examples / config.batch_size) or 1
-        rate = optax.exponential_decay(setting.learning_rate, steps, _RATE_FACTOR, staircase=True)
+        rate = optax.exponential_decay(setting.learning_rate, steps, 0.96, staircase=True)
         self.optimizer = create_optimizer(
-            "momentum", rate, momentum=_MOMENTUM, weight_decay=setting.weight_decay
+            "momentum", rate, momentum=0.9, weight_decay=setting.weight_decay
         )
         apply_fn = make_apply_fn(self._model, data.FULL_SCALE[config.dataset])
         self._batch_axis = 0 if config.microbatches == 1 else 1
-        self.train_step = parallel.map(
-            make_train_step(
-                apply_fn,
-                self.optimizer,
-                axis_name=parallel.axis_name,
-                accumulated_statistics=config.microbatch_statistics or None,
-                stochastic=config.network == INCEPTION and setting.dropout > 0,
-            ),
-            batch_axis=self._batch_axis,
+        train_step = make_train_step(
+            apply_fn,
+            self.optimizer,
+            axis_name=parallel.axis_name,
+            accumulated_statistics=config.microbatch_statistics or None,
+            stochastic=config.network == INCEPTION and setting.dropout > 0,
         )
-        self._eval_step = parallel.map(
-            make_eval_step(apply_fn, axis_name=parallel.axis_name), donate_state=False
-        )
+        self.train_step = parallel.map(train_step, batch_axis=self._batch_axis)
+        eval_step = make_eval_step(apply_fn, axis_name=parallel.axis_name)
+        self._eval_step = parallel.map(eval_step, donate_state=False)
 
     def create_state(self, seed: int) -> TrainState:
         """The state before the first step, one copy over the devices."""
@@ -130,9 +123,8 @@ class Programs:
     def evaluate(self, state: TrainState) -> dict[str, float]:
         """Loss and accuracy on the whole evaluation split, by running statistics."""
         split = data.EVALUATION_SPLIT[self._config.dataset]
-        with data.evaluation_batches(
-            self._builder, split, transform=self._cropping, **self._input
-        ) as batches:
+        options: dict[str, Any] = dict(transform=self._cropping, **self._input)
+        with data.evaluation_batches(self._builder, split, **options) as batches:
             rows = (Batch(*examples) for examples in batches)  # type: ignore[arg-type]
             return evaluate(self._eval_step, state, map(self._parallel.shard, rows))
 

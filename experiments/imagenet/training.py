@@ -19,8 +19,6 @@ from bn_research.training.state import TrainState, digest
 from experiments.imagenet import Config
 from experiments.imagenet.programs import INCEPTION, Programs
 
-Keep = Callable[[str, Callable[[], dict[str, Any]]], None]  # by name, what is measured now
-
 
 def prepare(config: Config) -> Any:
     """The builder of the data set, for a config that fits it and the devices."""
@@ -90,7 +88,7 @@ def measure(config: Config, builder: Any, path: Path, *, parallel: str) -> list[
 
 
 def _train(
-    config: Config, programs: Programs, seed: int, keep: Keep, on_steps: Any, **loop: Any
+    config: Config, programs: Programs, seed: int, keep: Any, on_steps: Any, **loop: Any
 ) -> None:
     taken = 0
 

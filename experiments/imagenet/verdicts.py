@@ -27,8 +27,7 @@ def claim_id(setting: str) -> str:
     return f"imagenet-{setting.replace('_', '-')}"
 
 
-def _claim(setting: str) -> Claim:
-    label, top1, steps = PUBLISHED[setting]
+def _claim(setting: str, label: str, top1: float, steps: float) -> Claim:
     when = f"after {steps / 1e6:g} million steps" if math.isfinite(steps) else "never reached"
     return Claim(
         id=claim_id(setting),
@@ -41,7 +40,8 @@ def _claim(setting: str) -> Claim:
     )
 
 
-CLAIMS = tuple(_claim(setting) for setting in PUBLISHED) + (
+CLAIMS = (
+    *(_claim(setting, *figures) for setting, figures in PUBLISHED.items()),
     Claim(
         id="imagenet-ensemble-of-six",
         statement="Six BN-Inception networks together reach 4.82 % top-5 error",

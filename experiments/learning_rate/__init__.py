@@ -44,6 +44,7 @@ from bn_research.lab import Experiment, fields
 PUBLISHED_BATCH = 32  # of the paper, and of the first claim's headline
 PUBLISHED_FACTOR = 30  # 0.045 over 0.0015
 Placement = Literal["none", "last", "hidden", "all"]  # of BN
+BatchSizes = Annotated[fields.Some[fields.Several], fields.holding(PUBLISHED_BATCH)]
 Placements = Annotated[fields.Some[Placement], fields.holding("none", "all")]
 
 
@@ -54,10 +55,7 @@ class Config(fields.OnImages):
     seeds: fields.Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
     examples: fields.OrNone = 0  # of each split; 0 is all
     cnn: fields.Network = "c8 P c16 P f64 f10"
-    cnn_batch_sizes: Annotated[fields.Some[fields.Several], fields.holding(PUBLISHED_BATCH)] = (
-        8,
-        32,
-    )
+    cnn_batch_sizes: BatchSizes = (8, 32)
     mlp: fields.Network = "f100 f100 f100 f10"
     mlp_batch_sizes: fields.Distinct[fields.Several] = ()
     placements: Placements = ("none", "last", "hidden", "all")

@@ -55,7 +55,7 @@ def _largest_stable_rate(config: Config, records: Records) -> Any:
     fig, panels = _panels(config)
     for axis, (network, sizes) in zip(panels.values(), config.batch_sizes.items(), strict=True):
         for place, placement in enumerate(config.placements):
-            look = dict(alpha=0.45, markersize=5, **_LOOKS[placement])
+            look: dict[str, Any] = dict(alpha=0.45, markersize=5, **_LOOKS[placement])
             x = np.array(sizes) * 2 ** (0.09 * (place - (len(config.placements) - 1) / 2))
             means = []
             for at, size in zip(x, sizes, strict=True):
@@ -65,7 +65,7 @@ def _largest_stable_rate(config: Config, records: Records) -> Any:
                     arrow = "$\\uparrow$" if math.isinf(number.high) else "$\\downarrow$"
                     mark = {"marker": arrow} if number.is_censored else {}
                     axis.plot(at, _shown(number), **look | mark)
-            look = dict(color=look["color"], marker="_", markersize=11)
+            look |= dict(alpha=1, marker="_", markersize=11)
             axis.plot(x, means, label=NAMES[placement], **look)
         axis.set_yscale("log", base=2)
         log_ticks(axis, sizes)
@@ -174,8 +174,8 @@ def _sigmoid(config: Config, records: Records) -> Any:
     """Deep networks of sigmoids."""
     networks, guessing = config.sigmoid_networks, 1 / records.num_classes
     fig, axis = new_figure(width=5.2, height=3.6)
-    shifts: dict[Placement, float] = {"none": -0.06, "all": 0.06}
-    for placement, shift in shifts.items():
+    placements: tuple[Placement, ...] = ("none", "all")
+    for placement, shift in zip(placements, (-0.06, 0.06), strict=True):
         rows = np.array([numbers(records.sigmoid[n, placement], "accuracy") for n in networks])
         x, look = np.arange(len(networks)) + shift, _LOOKS[placement]
         axis.plot(x, rows, linestyle="none", alpha=0.5, markersize=5, **look)

@@ -1,29 +1,25 @@
-"""The search of `experiments.learning_rate`: bisection for the largest rate that still trains.
+"""The search of `experiments.learning_rate` for the largest rate that still trains.
 
 Rates lie on one logarithmic grid. The tuning grid is every few of them, run on a seed that enters
-no verdict; it gives the best rate, and where the search of each other seed starts. From there the
-bracket is widened until it holds a stable rate below one that is not, and then halved until the two
-are neighbours. So every step of the search is one that could have turned out either way, and both
-ends are run, never assumed.
+no verdict; it gives the best rate, and where the search of each other seed starts.
 """
 
 import collections
 import math
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import jax
 import numpy as np
 
 from bn_research.claims.bounded import Bounded
 from bn_research.claims.judging import Record, final
+from bn_research.claims.threshold import Outcomes, highest_passing, search, threshold
 from bn_research.lab.arms import Arm, Trainer
 from experiments.learning_rate import Config, Placement
 
 ISLANDS = (2, 4)  # grid places above the largest stable rate that are tried as well
 _UNSEEN = float(np.finfo(np.float32).tiny)  # below it a rate is no float32 number
-_Key = TypeVar("_Key", bound=Hashable)
-Outcomes = dict[int, bool]  # place on the grid -> whether that rate was stable
 
 
 class Setting(NamedTuple):
@@ -62,45 +58,6 @@ def is_stable(record: Record, num_classes: int) -> bool:
     return final_loss(record) < math.log(num_classes) / 2
 
 
-def highest_stable(outcomes: Outcomes) -> int | None:
-    """The highest place that was run and is stable; None without any."""
-    return max((place for place, stable in outcomes.items() if stable), default=None)
-
-
-def next_place(outcomes: Outcomes, *, start: int, count: int, stride: int) -> int | None:
-    """The place of the grid to run next; None when the largest stable one is known.
-
-    Outcomes are of places proposed here, the first of which is the start. The stride is the first
-    step upwards from there, and doubles while all were stable. Downwards each step is half of it:
-    the rates that train have a lower end too, which a leap would miss.
-    """
-    if not 0 <= start < count or stride < 1:
-        raise ValueError(
-            f"start={start} must lie in the grid of {count} places, and stride={stride} be ≥ 1"
-        )
-    if not outcomes:
-        return start
-    low = highest_stable(outcomes)
-    high = min((place for place, stable in outcomes.items() if not stable), default=None)
-    if high is None:
-        assert low is not None
-        return None if low == count - 1 else min(low + stride * 2 ** (len(outcomes) - 1), count - 1)
-    if low is None:
-        return None if high == 0 else max(high - max(1, stride // 2), 0)
-    return None if high - low == 1 else (low + high) // 2
-
-
-def limit(outcomes: Outcomes, rates: Sequence[float]) -> Bounded:
-    """Largest stable rate of a finished search, as a number of the grid.
-
-    A bound where the grid ends before the answer: above its last rate, or below its first.
-    """
-    low = highest_stable(outcomes)
-    if low is None:
-        return Bounded(_UNSEEN, rates[0])
-    return Bounded(rates[low], math.inf if low == len(rates) - 1 else rates[low])
-
-
 def start_place(places: Sequence[int], losses: Sequence[float], stable: Sequence[bool]) -> int:
     """Where to start: up from the best place of the tuning grid, before one that is not stable."""
     at = int(np.argmin(losses))
@@ -109,34 +66,9 @@ def start_place(places: Sequence[int], losses: Sequence[float], stable: Sequence
     return places[at]
 
 
-def search(
-    starts: Mapping[_Key, int],
-    run: Callable[[Sequence[tuple[_Key, int]]], Sequence[bool]],
-    *,
-    count: int,
-    stride: int,
-) -> dict[_Key, Outcomes]:
-    """Outcomes of the searches of all keys, run side by side: a place of each in every round.
-
-    `run` takes [(key, place), …] and says whether each was stable; the rest is as of `next_place`.
-    """
-    outcomes: dict[_Key, Outcomes] = {key: {} for key in starts}
-    while True:
-        wanted = [
-            (key, place)
-            for key, start in starts.items()
-            if (place := next_place(outcomes[key], start=start, count=count, stride=stride))
-            is not None
-        ]
-        if not wanted:
-            return outcomes
-        for (key, place), stable in zip(wanted, run(wanted), strict=True):
-            outcomes[key][place] = stable
-
-
 def places_above(outcomes: Outcomes, count: int) -> list[int]:
     """Places above the largest stable one at which to look for islands; none if it is censored."""
-    low = highest_stable(outcomes)
+    low = highest_passing(outcomes)
     return [] if low is None else [low + step for step in ISLANDS if low + step < count]
 
 
@@ -187,7 +119,7 @@ def find_limits(
         return [is_stable(record, num_classes) for record in records]
 
     outcomes = search(starts, run, count=count, stride=stride)
-    limits = {key: limit(found, rates) for key, found in outcomes.items()}
+    limits = {key: threshold(found, rates, floor=_UNSEEN) for key, found in outcomes.items()}
     above = {key: places_above(found, count) for key, found in outcomes.items()}
     wanted = [(key, place) for key in above for place in above[key] if place not in outcomes[key]]
     for (key, place), stable in zip(wanted, run(wanted), strict=True):

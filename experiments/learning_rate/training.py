@@ -1,8 +1,8 @@
 """What `experiments.learning_rate` trains: searches, three rates compared, networks of sigmoids."""
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 from bn_research.claims.judging import Record, choose
 from bn_research.lab.arms import Arm, Trainer
@@ -16,7 +16,6 @@ from experiments.learning_rate.search import Searches, Setting, arm_of, final_lo
 
 BOOSTED = ("plain at its best rate", "BN at 30× that", "BN at its best rate")
 _SEARCH_STEPS = 7  # about, of a search; for the progress bar
-_Key = TypeVar("_Key", bound=Hashable)
 Boosted = Mapping[str, list[Record]]  # by the names of BOOSTED; of the CNN at the paper's batch
 Sigmoids = Mapping[tuple[str, Placement], list[Record]]  # (network, placement) at its best rate
 
@@ -101,7 +100,7 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     with Runner(path, ledger, total_steps=total, strategy=config.strategy) as runner:
         trainer = Trainer(images, runner, steps_per_dispatch=config.steps_per_dispatch)
 
-        def trained(arms: Mapping[_Key, Arm]) -> dict[_Key, list[Record]]:
+        def trained(arms: Mapping[Any, Arm]) -> dict[Any, list[Record]]:
             records = iter(trainer.train([(arm, seed) for arm in arms.values() for seed in seeds]))
             return {key: [next(records) for _ in seeds] for key in arms}
 

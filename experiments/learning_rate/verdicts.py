@@ -23,7 +23,7 @@ NAMES: dict[Placement, str] = {
     "hidden": "BN on the hidden layers",
     "last": "BN on the last layer alone",
 }
-OTHERS: tuple[Placement, ...] = ("hidden", "last")  # which the claims are not about
+BN: tuple[Placement, ...] = ("all", "hidden", "last")  # the claims are about the first
 
 CLAIMS = (
     Claim(
@@ -126,7 +126,7 @@ def judge_rates(searches: Searches, cnn: str, boosted: Boosted, num_classes: int
         measured[f"rate, {name}"] = records[0]["learning_rate"]
     others = "; ".join(
         f"{NAMES[placement]} {advantage(searches, cnn, PUBLISHED_BATCH, placement)}"
-        for placement in OTHERS
+        for placement in BN[1:]
         if Setting(cnn, placement, PUBLISHED_BATCH) in searches
     )
     plain, high, own = (boosted[name] for name in BOOSTED)
@@ -198,13 +198,11 @@ def judge_batches(searches: Searches, batch_sizes: Mapping[str, Sequence[int]]) 
     measured: dict[str, float] = {}
     slopes: dict[str, Estimate] = {}  # with BN on all layers
     for network, sizes in batch_sizes.items():
-        for placement in ("all", *OTHERS):
+        name = network_name(network)
+        for placement in BN:
             if len(sizes) < 2 or Setting(network, placement, sizes[0]) not in searches:
                 continue
-            slope, name = (
-                advantage_slope(searches, network, sizes, placement),
-                network_name(network),
-            )
+            slope = advantage_slope(searches, network, sizes, placement)
             measured |= with_intervals({f"slope, {NAMES[placement]}, {name}": slope})
             if placement == "all":
                 slopes[name] = slope

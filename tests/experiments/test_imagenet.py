@@ -31,12 +31,7 @@ from bn_research.training.step import Batch, make_train_step
 from experiments.imagenet import EXPERIMENT, PRESETS, Config
 from experiments.imagenet.programs import SETTINGS, Programs, create_model, make_apply_fn
 from experiments.imagenet.training import prepare
-from experiments.imagenet.verdicts import (
-    PUBLISHED,
-    is_published_setting,
-    judge,
-    steps_to_target,
-)
+from experiments.imagenet.verdicts import PUBLISHED, is_published_setting, judge, steps_to_target
 
 ROOT = Path(__file__).parents[2]
 SMOKE = PRESETS["smoke"]
@@ -46,37 +41,35 @@ def launch(workdir, *flags):
     return main(EXPERIMENT, ["imagenet", "--preset=smoke", f"--workdir={workdir}", *flags])
 
 
+def configured(**fields):
+    return [f"--config.{name}={value}" for name, value in fields.items()]
+
+
 def measured(workdir):
     """Records of a run by name."""
     lines = (workdir / "metrics.jsonl").read_text().splitlines()
     return {record["name"]: record for record in map(json.loads, lines)}
 
 
-# --- what the settings mean ---
+def count(tree):
+    """Of numbers in its arrays."""
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
-def parameters(variables):
-    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(variables["params"]))
-
-
-CHANNELS = (
-    64
-    + 64
-    + 192
-    + sum(  # of all convolutions: the claims' table, row by row
-        [
-            *(64, 64, 64, 64, 96, 96, 32),
-            *(64, 64, 96, 64, 96, 96, 64),
-            *(128, 160, 64, 96, 96),
-            *(224, 64, 96, 96, 128, 128, 128),
-            *(192, 96, 128, 96, 128, 128, 128),
-            *(160, 128, 160, 128, 160, 160, 128),
-            *(96, 128, 192, 160, 192, 192, 128),
-            *(128, 192, 192, 256, 256),
-            *(352, 192, 320, 160, 224, 224, 128),
-            *(352, 192, 320, 192, 224, 224, 128),
-        ]
-    )
+CHANNELS = np.sum(  # of all convolutions: the claims' table, row by row
+    [
+        *(64, 64, 192),
+        *(64, 64, 64, 64, 96, 96, 32),
+        *(64, 64, 96, 64, 96, 96, 64),
+        *(128, 160, 64, 96, 96),
+        *(224, 64, 96, 96, 128, 128, 128),
+        *(192, 96, 128, 96, 128, 128, 128),
+        *(160, 128, 160, 128, 160, 160, 128),
+        *(96, 128, 192, 160, 192, 192, 128),
+        *(128, 192, 192, 256, 256),
+        *(352, 192, 320, 160, 224, 224, 128),
+        *(352, 192, 320, 192, 224, 224, 128),
+    ]
 )
 
 
@@ -89,11 +82,11 @@ def test_networks_at_full_size(setting):
     shapes = jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), images)
     if setting == "inception":
         assert "batch_stats" not in shapes
-        assert parameters(shapes) == 11_285_224 - CHANNELS
+        assert count(shapes["params"]) == 11_285_224 - CHANNELS
     else:
-        assert parameters(shapes) == 11_285_224
-        stats = jax.tree.leaves(shapes["batch_stats"])
-        assert len(stats) == 2 * 69 and sum(math.prod(leaf.shape) for leaf in stats) == 2 * CHANNELS
+        assert count(shapes["params"]) == 11_285_224
+        stats = shapes["batch_stats"]
+        assert len(jax.tree.leaves(stats)) == 2 * 69 and count(stats) == 2 * CHANNELS
 
 
 def traced_step(devices, group_size):
@@ -109,10 +102,8 @@ def traced_step(devices, group_size):
         ),
         image,
     )
-    batch = Batch(
-        jax.ShapeDtypeStruct((32 * devices, 224, 224, 3), jnp.uint8),
-        jax.ShapeDtypeStruct((32 * devices,), jnp.int32),
-    )
+    shapes = ((32 * devices, 224, 224, 3), jnp.uint8), ((32 * devices,), jnp.int32)
+    batch = Batch(*(jax.ShapeDtypeStruct(*shape) for shape in shapes))
     step = make_train_step(make_apply_fn(model, 255), optimizer, axis_name=parallel.axis_name)
     jaxpr, shapes = jax.make_jaxpr(parallel.map(step), return_shape=True)(state, batch)
     return state, jaxpr, shapes
@@ -166,9 +157,8 @@ def test_the_rate_decays_and_l2_reaches_the_weights():
             np.testing.assert_array_equal(updates["norm"]["scale"], 0)
     # Momentum at its limit of 10 times the gradient, the rate at 0.96 of what it was.
     momentum = sum(0.9**k for k in range(steps_per_decay + 1))
-    np.testing.assert_allclose(
-        updates["conv"]["kernel"], -0.0075 * 0.96 * 8e-6 * momentum, rtol=1e-4
-    )
+    expected = -0.0075 * 0.96 * 8e-6 * momentum
+    np.testing.assert_allclose(updates["conv"]["kernel"], expected, rtol=1e-4)
 
 
 def records(*accuracies):
@@ -205,25 +195,17 @@ def test_verdicts_at_the_published_setting(setting, steps, curve, verdict):
         assert own or "published" in finding.note and not finding.measured
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"dataset": "cifar10"},
-        {"width": 0.5},
-        {"batch_size": 256},
-        {"group_size": 8},
-        {"dtype": "bfloat16"},
-        {"image_size": 192},
-    ],
+OTHERS = dict(
+    dataset="cifar10", width=0.5, batch_size=256, group_size=8, dtype="bfloat16", image_size=192
 )
-def test_another_setting_decides_nothing(change):
-    config = dataclasses.replace(Config(), **change)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_setting_decides_nothing(name):
+    config = dataclasses.replace(Config(), **{name: OTHERS[name]})
     findings = judge(config, [{"curve": records(0.9), **RUN}])
     assert {finding.verdict for finding in findings} == {INCONCLUSIVE}
     assert any("not the published setting" in finding.note for finding in findings)
-
-
-# --- runs ---
 
 
 @pytest.fixture(scope="module")
@@ -235,11 +217,7 @@ def finished(smoke_run):
 
 def test_smoke(finished):
     found = measured(finished)
-    assert set(found) == {
-        "evaluation/seed=0 step=10",
-        "evaluation/seed=0 step=20",
-        "run/seed=0",
-    }
+    assert set(found) == {*(f"evaluation/seed=0 step={n}" for n in (10, 20)), "run/seed=0"}
     assert found["evaluation/seed=0 step=20"]["count"] == 899
     assert found["run/seed=0"]["loss"][-1] < found["run/seed=0"]["loss"][0]
     results = json.loads((finished / "results.json").read_text())
@@ -265,9 +243,8 @@ def test_the_mode_changes_nothing(tmp_path, finished, mode):
 
 def test_a_stream_opened_at_a_step():
     """With microbatches too: the batches from there on, as a stream from the start gives them."""
-    config = dataclasses.replace(
-        SMOKE, batch_size=16, microbatches=2, microbatch_statistics="microbatch"
-    )
+    pieces = dict(microbatches=2, microbatch_statistics="microbatch")
+    config = dataclasses.replace(SMOKE, batch_size=16, **pieces)
     programs = Programs(config, prepare(config), create_parallel("jit"))
     with programs.stream(0) as open_stream:
         start, later = open_stream(0), open_stream(3)
@@ -279,10 +256,10 @@ def test_a_stream_opened_at_a_step():
 
 def test_microbatches(tmp_path):
     """Two of 16 by their own statistics train as one of 32 in groups of 16: the same examples."""
-    short = ["--config.num_steps=10", "--config.batch_size=32"]
-    assert launch(tmp_path / "groups", "--config.group_size=16", *short) == 0
-    flags = ["--config.microbatches=2", "--config.microbatch_statistics=microbatch"]
-    assert launch(tmp_path / "pieces", *flags, *short) == 0
+    pieces = dict(microbatches=2, microbatch_statistics="microbatch")
+    for name, how in (("groups", dict(group_size=16)), ("pieces", pieces)):
+        flags = configured(num_steps=10, batch_size=32, **how)
+        assert launch(tmp_path / name, *flags) == 0
     close(measured(tmp_path / "pieces"), measured(tmp_path / "groups"))
 
 
@@ -308,10 +285,7 @@ def test_bad_input(tmp_path, capsys, flag, said):
     assert error.startswith("imagenet: ") and said in error
 
 
-# --- real processes ---
-
-LONG = ["--config.num_steps=200", "--config.evaluate_every=100", "--config.checkpoint_every=10"]
-LONG += ["--config.network=c8 f10"]
+LONG = configured(num_steps=200, evaluate_every=100, checkpoint_every=10, network="c8 f10")
 _PATIENCE = 120
 BAR = re.compile(r"\r?(bn_x5, seed 0: )? *\d+%\|[^|]*\| \d+/\d+ \[[^\]]*\]")
 
@@ -323,10 +297,8 @@ def compiled(tmp_path_factory):
 
 
 def command(workdir, *flags):
-    return [
-        *(sys.executable, "-m", "experiments.imagenet", "--preset=smoke"),
-        *(f"--workdir={workdir}", *LONG, *flags),
-    ]
+    module = [sys.executable, "-m", "experiments.imagenet"]
+    return [*module, "--preset=smoke", f"--workdir={workdir}", *LONG, *flags]
 
 
 def begin(words, cache, devices=1):
@@ -337,9 +309,8 @@ def begin(words, cache, devices=1):
         "JAX_COMPILATION_CACHE_DIR": str(cache),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
-    return subprocess.Popen(
-        words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, env=environment, stdout=pipe, stderr=pipe, text=True)
 
 
 def begin_two(workdir, cache):
@@ -348,10 +319,8 @@ def begin_two(workdir, cache):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = [f"--coordinator_address=127.0.0.1:{port}", "--num_processes=2"]
-    return [
-        begin(command(workdir, *flags, f"--process_id={index}"), cache, devices=2)
-        for index in range(2)
-    ]
+    jobs = [command(workdir, *flags, f"--process_id={index}") for index in range(2)]
+    return [begin(job, cache, devices=2) for job in jobs]
 
 
 def end(process, status=0):
@@ -361,14 +330,18 @@ def end(process, status=0):
     return [line for line in BAR.sub("", said).splitlines() if line.strip()]
 
 
+def newest_checkpoint(workdir):
+    """Its number; 0 without any."""
+    names = [path.name for path in (workdir / "checkpoints").glob("*")]
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 def wait_for_checkpoint(process, workdir, after=0):
     """Until it has written a checkpoint of a number above `after`."""
     deadline = time.monotonic() + _PATIENCE
     while time.monotonic() < deadline and process.poll() is None:
-        folder = workdir / "checkpoints"
-        numbers = [int(p.name) for p in folder.glob("*") if p.name.isdigit()]
-        if max(numbers, default=0) > after:
-            return max(numbers)
+        if (newest := newest_checkpoint(workdir)) > after:
+            return newest
         time.sleep(0.02)
     raise AssertionError(process.communicate()[1])
 
@@ -400,11 +373,7 @@ def test_sigterm_saves_and_sigkill_loses_nothing(tmp_path, undisturbed, compiled
 def test_a_checkpoint_of_another_model(tmp_path, compiled):
     """Its workdir's config says the same, so only the checkpoint can tell."""
     for name, network in (("a", "c8 f10"), ("b", "c4 f10")):
-        flags = [
-            "--config.num_steps=20",
-            "--config.evaluate_every=20",
-            f"--config.network={network}",
-        ]
+        flags = configured(num_steps=20, evaluate_every=20, network=network)
         end(begin(command(tmp_path / name, *flags), compiled))
     shutil.rmtree(tmp_path / "b" / "checkpoints")
     shutil.copytree(tmp_path / "a" / "checkpoints", tmp_path / "b" / "checkpoints")
@@ -426,14 +395,11 @@ def test_inception_on_an_imagenet_of_our_own(tmp_path, compiled):
         augmentation="imagenet",
         image_size=32,
         batch_size=16,
-        num_steps=4,
         steps_per_dispatch=2,
-        evaluate_every=4,
-        checkpoint_every=4,
         num_workers=1,
+        **dict.fromkeys(("num_steps", "evaluate_every", "checkpoint_every"), 4),
     )
-    flags = [f"--config.{name}={value}" for name, value in config.items()]
-    process = begin(command(tmp_path / "run", *flags), compiled, devices=2)
+    process = begin(command(tmp_path / "run", *configured(**config)), compiled, devices=2)
     said = process.communicate(timeout=5 * _PATIENCE)[1]  # most of it compilation
     assert process.returncode == 0, said
     found = measured(tmp_path / "run")
@@ -462,11 +428,7 @@ def test_a_killed_process_ends_the_job_which_starts_again(tmp_path, two_processe
     workdir = tmp_path / "run"
     for victim in (0, 1):
         job = begin_two(workdir, compiled)
-        before = max(
-            (int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()),
-            default=0,
-        )
-        wait_for_checkpoint(job[0], workdir, after=before)
+        wait_for_checkpoint(job[0], workdir, after=newest_checkpoint(workdir))
         job[victim].kill()
         killed = time.monotonic()
         said = end(job[1 - victim], 5)

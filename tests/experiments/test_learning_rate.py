@@ -1,7 +1,6 @@
 """Tests of experiments.learning_rate: its search, its verdicts, a whole run and its config."""
 
 import dataclasses
-import itertools
 import json
 import math
 
@@ -12,20 +11,14 @@ from scipy import stats
 from bn_research.claims.bounded import Bounded
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
-from experiments.learning_rate import EXPERIMENT, PRESETS
+from experiments.learning_rate import EXPERIMENT, PRESETS, search
 from experiments.learning_rate.search import (
     Search,
     Setting,
-    arm_of,
     final_loss,
     find_limits,
     grid,
     is_stable,
-    limit,
-    next_place,
-    places_above,
-    search,
-    start_place,
 )
 from experiments.learning_rate.training import BOOSTED, boosted_arms, settings
 from experiments.learning_rate.verdicts import (
@@ -43,87 +36,18 @@ def launch(workdir, *flags):
     return main(EXPERIMENT, ["learning_rate", "--preset=smoke", f"--workdir={workdir}", *flags])
 
 
-# --- the search ---
-
-
-def searched(stable, *, start, count, stride):
-    """Outcomes of one search of a predicate over places, and the places in the order run."""
-    order = []
-
-    def run(wanted):
-        order.extend(place for _, place in wanted)
-        return [stable(place) for _, place in wanted]
-
-    return search({"x": start}, run, count=count, stride=stride)["x"], order
-
-
-@pytest.mark.parametrize("count", [2, 7, 16])
-@pytest.mark.parametrize("stride", [1, 3])
-def test_every_threshold_is_found_from_every_start(count, stride):
-    rates = grid(-3, count, 1)[:count]
-    for threshold, start in itertools.product(range(-1, count), range(count)):
-        outcomes, order = searched(
-            lambda place, t=threshold: place <= t, start=start, count=count, stride=stride
-        )
-        down = max(0, start - threshold) / max(1, stride // 2)
-        assert len(set(order)) == len(order) <= 2 * math.log2(count) + 4 + down
-        found = limit(outcomes, rates)
-        if threshold == -1:
-            assert found.high == rates[0] and 0 < found.low < 1e-30 and outcomes[0] is False
-        elif threshold == count - 1:
-            assert found == (rates[-1], math.inf)
-        else:
-            assert found == (rates[threshold], rates[threshold])
-            assert outcomes[threshold] is True and outcomes[threshold + 1] is False
-
-
-def test_with_islands_both_ends_of_the_bracket_have_been_run():
-    rng = np.random.default_rng(0)
-    for _ in range(200):
-        stable = rng.random(20) < 0.6
-        outcomes, _ = searched(lambda p, s=stable: bool(s[p]), start=7, count=20, stride=2)
-        low = max((p for p, ok in outcomes.items() if ok), default=-1)
-        assert low == 19 or outcomes.get(low + 1) is False
-        assert all(stable[p] == ok for p, ok in outcomes.items())
-
-
-def test_a_start_too_high_does_not_leap_past_the_rates_that_train():
-    """Only places 9 to 12 train: below them the network is too slow."""
-    outcomes, order = searched(lambda place: 9 <= place <= 12, start=16, count=37, stride=4)
-    assert order[:3] == [16, 14, 12] and limit(outcomes, grid(-10, 8, 2)).low == 2.0**-4
-
-
-def test_searches_run_side_by_side():
-    rounds = []
-
-    def run(wanted):
-        rounds.append([key for key, _ in wanted])
-        return [place <= {"a": 3, "b": 11}[key] for key, place in wanted]
-
-    found = search({"a": 4, "b": 4}, run, count=16, stride=2)
-    assert limit(found["a"], grid(0, 15, 1)).low == 2**3
-    assert limit(found["b"], grid(0, 15, 1)).low == 2**11
-    assert rounds[0] == ["a", "b"]
-
-
-@pytest.mark.parametrize(("start", "stride"), [(-1, 1), (5, 1), (0, 0)])
-def test_a_bad_start_or_stride_is_named(start, stride):
-    with pytest.raises(ValueError, match=f"start={start}.*stride={stride}"):
-        next_place({}, start=start, count=5, stride=stride)
-
-
 def test_start_is_the_last_stable_place_above_the_best():
     places, losses = [0, 4, 8, 12, 16], [2.0, 0.5, 0.6, 2.3, 0.9]
-    assert start_place(places, losses, [False, True, True, False, True]) == 8
-    assert start_place(places, losses, [False] * 5) == 4
-    assert start_place(places, [math.inf] * 5, [False] * 5) == 0
+    assert search.start_place(places, losses, [False, True, True, False, True]) == 8
+    assert search.start_place(places, losses, [False] * 5) == 4
+    assert search.start_place(places, [math.inf] * 5, [False] * 5) == 0
 
 
 def test_grid_and_places_above():
     np.testing.assert_allclose(grid(-1, 1, 2), [0.5, 0.5**0.5, 1, 2**0.5, 2], rtol=1e-15)
-    assert places_above({3: True, 4: False}, 20) == [5, 7]
-    assert places_above({3: True, 4: False}, 6) == [5]
-    assert places_above({0: False}, 6) == [] == places_above({5: True}, 6)
+    assert search.places_above({3: True, 4: False}, 20) == [5, 7]
+    assert search.places_above({3: True, 4: False}, 6) == [5]
+    assert search.places_above({0: False}, 6) == [] == search.places_above({5: True}, 6)
 
 
 def test_stable_is_a_low_loss_at_the_end_and_no_step_lost():
@@ -193,14 +117,12 @@ def test_limits_of_quadratics_are_those_of_theory():
         assert all(size in (0, *range(4, 9)) for size in sizes.values())
 
 
-def test_a_limit_above_the_grid_is_a_bound():
-    config = dataclasses.replace(SMOKE, num_steps=400)
-    found = find_limits(config, [Setting(CNN, "all", 8)], Quadratic(lambda *_: 1e-2), 10)
-    only = found[Setting(CNN, "all", 8)]
+def test_a_limit_outside_the_grid_is_a_bound():
+    config, setting = dataclasses.replace(SMOKE, num_steps=400), Setting(CNN, "all", 8)
+    only = find_limits(config, [setting], Quadratic(lambda *_: 1e-2), 10)[setting]
     assert only.limits == [Bounded(64.0, math.inf)] * 2 and only.islands == [None] * 2
-
-
-# --- verdicts, on made-up searches ---
+    only = find_limits(config, [setting], Quadratic(lambda *_: 1e6), 10)[setting]
+    assert all(0 < low < 1e-30 and high == 2.0**-6 for low, high in only.limits)
 
 
 def exactly(*values):
@@ -221,28 +143,33 @@ def rates_judged(bn, plain, **options):
     return judge_rates(searches, CNN, boosted(**options), 10)
 
 
-def test_rate_verdicts_on_both_sides_of_each_criterion():
-    plain = exactly(0.1, 0.11, 0.1)
-    assert rates_judged(exactly(2, 2.1, 2), plain).verdict == REPRODUCED
-    assert rates_judged(exactly(0.2, 0.21, 0.2), plain).verdict == NOT_REPRODUCED
-    assert rates_judged(exactly(0.5, 0.55, 0.5), plain).verdict == INCONCLUSIVE  # 5: in between
-    assert rates_judged(exactly(0.5, 5, 2), plain).verdict == INCONCLUSIVE
-    measured = rates_judged(exactly(2, 2.2, 2), plain).measured
-    name = "BN on all layers/plain, CNN, batch 32"
-    assert measured[name] == pytest.approx(20)
-    assert next(iter(measured)) == name and measured[f"{name}, low"] <= 20.1
+PLAIN, ABOVE = exactly(0.1, 0.11, 0.1), [Bounded(4.0, math.inf)] * 3
+RATIO = "BN on all layers/plain, CNN, batch 32"
 
 
-def test_censored_limits_stay_bounds():
-    plain = exactly(0.1, 0.11, 0.1)
-    above = rates_judged([Bounded(4.0, math.inf)] * 3, plain)
-    assert above.verdict == REPRODUCED and above.interval[1] == math.inf
-    assert "3 limits are bounds only" in above.note
-    assert math.isnan(above.measured["BN on all layers/plain, CNN, batch 32"])
-    both = rates_judged([Bounded(4.0, math.inf)] * 3, [Bounded(4.0, math.inf)] * 3)
-    assert both.verdict == INCONCLUSIVE
-    below = rates_judged([Bounded(1e-38, 1e-3)] * 3, plain)
-    assert below.verdict == NOT_REPRODUCED
+@pytest.mark.parametrize(
+    ("bn", "plain", "verdict"),
+    [
+        (exactly(2, 2.1, 2), PLAIN, REPRODUCED),
+        (exactly(0.2, 0.21, 0.2), PLAIN, NOT_REPRODUCED),
+        (exactly(0.5, 0.55, 0.5), PLAIN, INCONCLUSIVE),  # 5: in between
+        (exactly(0.5, 5, 2), PLAIN, INCONCLUSIVE),
+        (ABOVE, PLAIN, REPRODUCED),
+        (ABOVE, ABOVE, INCONCLUSIVE),
+        ([Bounded(1e-38, 1e-3)] * 3, PLAIN, NOT_REPRODUCED),
+    ],
+)
+def test_rate_verdicts_on_both_sides_of_each_criterion(bn, plain, verdict):
+    assert rates_judged(bn, plain).verdict == verdict
+
+
+def test_the_headline_stands_first_and_censored_limits_stay_bounds():
+    measured = rates_judged(exactly(2, 2.2, 2), PLAIN).measured
+    assert measured[RATIO] == pytest.approx(20)
+    assert next(iter(measured)) == RATIO and measured[f"{RATIO}, low"] <= 20.1
+    above = rates_judged(ABOVE, PLAIN)
+    assert above.interval[1] == math.inf and "3 limits are bounds only" in above.note
+    assert math.isnan(above.measured[RATIO])
 
 
 def test_thirty_times_is_counted_with_what_it_lost():
@@ -262,7 +189,7 @@ def test_thirty_times_the_best_rate_of_the_plain_network():
     assert {arm.batch_size for arm in arms.values()} == {32}
     told = {(arm.optimizer, arm.initializer, arm.use_bias) for arm in arms.values()}
     assert told == {("momentum", "he", True)}
-    assert arm_of(SMOKE, Setting(CNN, "none", 8), 0.5).batch_size == 8
+    assert search.arm_of(SMOKE, Setting(CNN, "none", 8), 0.5).batch_size == 8
 
 
 def sigmoid(plain, bn, shallow=(0.5, 0.51, 0.5)):
@@ -322,9 +249,6 @@ def test_a_censored_limit_leaves_the_slope_open():
     assert finding.verdict == INCONCLUSIVE and finding.interval[1] == math.inf
 
 
-# --- a whole run, and what a config may be ---
-
-
 def test_results_are_those_of_the_ledger(smoke_run):
     """Each limit of the results by a scan of the ledger: a stable rate, the next one not."""
     finished = smoke_run("learning_rate")
@@ -333,25 +257,22 @@ def test_results_are_those_of_the_ledger(smoke_run):
     half = math.log(10) / 2
     rates = [2.0**k for k in range(-6, 7)]
     checked = 0
+    tried = [r for r in rows if r["name"].startswith("tune/") and r["activation"] == "relu"]
     for placement, words in (("none", "plain"), ("all", "BN on all layers")):
-        for size in (32,):
-            limits = []
-            for seed in range(2):
-                stable = {
-                    row["learning_rate"]: not row["diverged"] and np.mean(row["loss"][-2:]) < half
-                    for row in rows
-                    if row["name"].startswith("tune/")
-                    and row["activation"] == "relu"
-                    and (row["placement"], row["batch_size"], row["seed"])
-                    == (placement, size, seed)
-                }
-                assert set(stable) <= set(rates)
-                good = [rate for rate in rates if stable.get(rate) and not stable.get(2 * rate, 1)]
-                limits.append(good[0] if good else math.nan)
-                checked += bool(good)
-            shown = measured[f"largest stable rate, {words}, CNN, batch {size}"]
-            if shown is not None and np.isfinite(limits).all():
-                assert shown == pytest.approx(math.sqrt(limits[0] * limits[1]))
+        limits = []
+        for seed in range(2):
+            stable = {
+                row["learning_rate"]: not row["diverged"] and np.mean(row["loss"][-2:]) < half
+                for row in tried
+                if (row["placement"], row["batch_size"], row["seed"]) == (placement, 32, seed)
+            }
+            assert set(stable) <= set(rates)
+            good = [rate for rate in rates if stable.get(rate) and not stable.get(2 * rate, 1)]
+            limits.append(good[0] if good else math.nan)
+            checked += bool(good)
+        shown = measured[f"largest stable rate, {words}, CNN, batch 32"]
+        if shown is not None and np.isfinite(limits).all():
+            assert shown == pytest.approx(math.sqrt(limits[0] * limits[1]))
     assert checked >= 1
     thirty = [row for row in rows if row["name"].startswith("train/") and "relu" in row["name"]]
     accuracy = np.mean([row["accuracy"] for row in thirty if row["placement"] == "none"])
