@@ -38,6 +38,9 @@ class Bounded(NamedTuple):
         return f"{low} to {high}" if self.low > 0 else f"< {high}"
 
 
+UNBOUNDED = Bounded(1e-30, math.inf)  # a positive number of which nothing is known
+
+
 class Ratio(NamedTuple):
     """Geometric mean of ratios over pairs, with a 95 % interval."""
 
@@ -119,6 +122,38 @@ def ratio(numerators: Sequence[Bounded | float], denominators: Sequence[Bounded 
         len(pairs),
         sum(n.is_censored or d.is_censored for n, d in pairs),
     )
+
+
+def open_ratio(numerators: Sequence[Bounded], denominators: Sequence[Bounded]) -> Ratio:
+    """`ratio` where `UNBOUNDED` may be among the numbers: an end that rests on one is open."""
+    found = ratio(numerators, denominators)
+    if any(number.low <= UNBOUNDED.low for number in numerators):
+        found = found._replace(low=0.0, mean=Bounded(0.0, found.mean.high))
+    if any(number.low <= UNBOUNDED.low for number in denominators):
+        found = found._replace(high=math.inf, mean=Bounded(found.mean.low, math.inf))
+    return found
+
+
+def known(values: ArrayLike) -> list[Bounded]:
+    """Numbers that were measured; of one that is NaN nothing is known."""
+    numbers = np.asarray(values, np.float64).tolist()
+    return [UNBOUNDED if math.isnan(number) else Bounded(number, number) for number in numbers]
+
+
+def mean_of_curve(values: ArrayLike, *, resolution: float = 1e-7) -> Bounded:
+    """Geometric mean of a curve that is never negative, such as a measure along a run.
+
+    NaN, of what was lost, is above all that is finite, and 0 is below the resolution, by default
+    that of float32.
+    """
+    values = np.asarray(values, np.float64)
+    finite = values[np.isfinite(values)]
+    if not len(finite):
+        return UNBOUNDED
+    least = np.where(np.isfinite(values), values, finite.max())
+    low = math.exp(np.mean(np.log(np.maximum(least, UNBOUNDED.low))))
+    high = math.exp(np.mean(np.log(np.maximum(least, resolution)))) if finite.min() == 0 else low
+    return Bounded(low, UNBOUNDED.high if len(finite) < len(values) else high)
 
 
 def geometric_mean(numbers: Sequence[Bounded | float]) -> Bounded:

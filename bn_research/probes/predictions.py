@@ -5,7 +5,7 @@ probability is neither lost nor infinitely surprising.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -56,6 +56,25 @@ def calibration_error(bins: dict[str, list[float]]) -> float:
     """Expected calibration error, Σ_b (n_b/n)·|accuracy_b − confidence_b| (Guo et al., 2017)."""
     count, confidence, accuracy = (np.asarray(bins[k]) for k in ("count", "confidence", "accuracy"))
     return float(np.sum(count * np.abs(accuracy - confidence)) / np.sum(count))
+
+
+def pooled(
+    bins: Sequence[Mapping[str, Sequence[float]]], *, at_least: int = 1
+) -> tuple[Float[np.ndarray, "bins"], Float[np.ndarray, "bins"]]:
+    """Confidence and accuracy of the bins of several networks together, as of one `reliability`.
+
+    Args:
+      bins: what `reliability` gives of each network.
+      at_least: bins that hold fewer examples of all networks together are left out.
+    """
+    count = np.array([b["count"] for b in bins], np.float64)
+    total = count.sum(axis=0)
+    kept = total >= max(1, at_least)
+    confidence, accuracy = (
+        (count * [b[field] for b in bins]).sum(axis=0)[kept] / total[kept]
+        for field in ("confidence", "accuracy")
+    )
+    return confidence, accuracy
 
 
 def scores(

@@ -112,6 +112,19 @@ def loss_along_step(
     )
 
 
+def loss_along_descent(
+    loss_fn: LossFn,
+    params: Any,
+    learning_rate: float | Array,
+    *,
+    factors: Sequence[float] = FACTORS,
+) -> StepSurface:
+    """`loss_along_step` of the step of plain gradient descent, d = −η·∇L(θ)."""
+    gradient = jax.grad(loss_fn)(params)
+    direction = jax.tree.map(lambda g: -learning_rate * g, gradient)
+    return loss_along_step(loss_fn, params, direction, factors=factors)
+
+
 def _flat(tree: Any) -> Array:
     """All elements as one vector, in float32 or wider."""
     flat = ravel_pytree(tree)[0]

@@ -17,14 +17,12 @@ def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
     texts, figures = [], []
     for arm, audits in records.items():
         found = restored(config, audits[0])
-        table, reasons = (
-            found.table(config.learning_rate),
-            explained(found, audits[0]["normalized"]),
-        )
-        texts.append(f"{config.model}, {arm}\n\n{table}\n\n{reasons}\n")
+        heading, table = f"{config.model}, {arm}", found.table(config.learning_rate)
+        reasons = explained(found, audits[0]["normalized"])
+        texts.append(f"{heading}\n\n{table}\n\n{reasons}\n")
         file = folder / f"audit_{arm.lower().replace(' ', '_')}.png"
         figure = found.figure(file, config.learning_rate)
-        title = f"{figure.title}: {config.model}, {arm}"
+        title = f"{figure.title}: {heading}"
         figures.append(dataclasses.replace(figure, title=title, claims=(CLAIMS[0].id,)))
     atomic.write_bytes(folder.parent / "audit.txt", "\n".join(texts).encode())
     print(texts[0])

@@ -3,36 +3,30 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, images_of
 from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
-from bn_research.models.cnn import CNN, DEFAULT_SPEC
-from bn_research.models.inception import SMALLEST, Inception
-from bn_research.models.mlp import MLP
-from bn_research.models.resnet import ResNet
-from bn_research.models.spec import num_logits
+from bn_research.models import cnn, inception, mlp, resnet, spec
+from bn_research.probes.dependence import leaves_seen_by
 from bn_research.probes.scale_invariance import audit
 from bn_research.training.compiler import compiler_options
 from experiments.audit import Config
 from experiments.audit.verdicts import ARMS, Records
 
-_SPECS = {"cnn": DEFAULT_SPEC, "mlp": MLP.spec}
+_SPECS = {"cnn": cnn.DEFAULT_SPEC, "mlp": mlp.MLP.spec}
 _RESNET_WIDTH = 16  # of ResNet-20
 
 
 def prepare(config: Config) -> Images:
     """A batch of training images, standardized, which both models can take."""
-    size = config.image_size or (SMALLEST if config.model == "inception" else 0)
+    size = config.image_size or (inception.SMALLEST if config.model == "inception" else 0)
     images = images_of(config, scale="standardized", size=size, limit=config.batch_size)
     at_most(config, len(images.train.label), "the training set", "batch_size")
     for arm in ARMS:
@@ -54,16 +48,16 @@ def create_model(config: Config, arm: str, num_classes: int) -> Any:
     norm = functools.partial(BatchNorm, epsilon=config.epsilon) if arm == "BN" else None
     if config.model in _SPECS:
         network = config.network or _SPECS[config.model]
-        if num_logits(network) != num_classes:
+        if (logits := spec.num_logits(network)) != num_classes:
             raise ValueError(
-                f"network {network!r} has {num_logits(network)} logits: {config.dataset} has "
-                f"{num_classes} classes"
+                f"network {network!r} has {logits} logits: {config.dataset} has {num_classes} "
+                "classes"
             )
         placement: Any = "none" if norm is None else "hidden"
-        return (CNN if config.model == "cnn" else MLP)(network, norm, placement)
+        return (cnn.CNN if config.model == "cnn" else mlp.MLP)(network, norm, placement)
     if config.model == "inception":
-        return Inception(num_classes, norm, width=config.width)
-    return ResNet(
+        return inception.Inception(num_classes, norm, width=config.width)
+    return resnet.ResNet(
         (config.blocks,) * 3,
         num_classes,
         max(1, round(_RESNET_WIDTH * config.width)),
@@ -99,31 +93,3 @@ def _audit(config: Config, data: Images, arm: str, seed: int) -> dict[str, Any]:
         "scales": found.scales,
         "normalized": leaves_seen_by(batch_stats, variables["params"]),
     }
-
-
-def leaves_seen_by(outputs_fn: Callable[[Any], Any], params: Any) -> list[str]:
-    """Paths of the leaves of params that some output of a function depends on.
-
-    Each leaf in turn is replaced by random numbers, all in one compiled program.
-    """
-    named, treedef = jax.tree_util.tree_flatten_with_path(params)
-    leaves = [leaf for _, leaf in named]
-    rng = np.random.default_rng(0)
-    random = [rng.standard_normal(leaf.shape).astype(leaf.dtype) for leaf in leaves]
-
-    @jax.jit
-    def outputs():
-        def replaced(chosen):
-            mixed = [
-                jnp.where(chosen == i, r, leaf)
-                for i, (leaf, r) in enumerate(zip(leaves, random, strict=True))
-            ]
-            return outputs_fn(jax.tree.unflatten(treedef, mixed))
-
-        return jax.lax.map(replaced, jnp.arange(-1, len(leaves)))
-
-    seen = np.zeros(len(leaves), bool)
-    for output in jax.tree.leaves(jax.device_get(outputs())):
-        rows = output.reshape(len(output), -1)
-        seen |= np.any(rows[1:] != rows[0], axis=1)
-    return [jax.tree_util.keystr(path) for (path, _), at in zip(named, seen, strict=True) if at]

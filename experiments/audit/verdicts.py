@@ -60,10 +60,8 @@ def judge(config: Config, records: Records) -> list[Finding]:
                 together += not invariant and path in grouped
     plain = [restored(config, record) for record in records["no BN"]]
     total = sum(map(len, plain))
-    control = sum(
-        sum(row.kind == "invariant" for row in found.values()) + len(found.groups)
-        for found in plain
-    )
+    control = sum(row.kind == "invariant" for found in plain for row in found.values())
+    control += sum(len(found.groups) for found in plain)
     verdict = verdict_of(
         reproduced=alone + together == before > 0 and wrong == control == 0,
         refuted=2 * (alone + together) < before or 2 * wrong > after or 2 * control > total,
@@ -83,8 +81,8 @@ def judge(config: Config, records: Records) -> list[Finding]:
 
 def restored(config: Config, record: Record) -> Audit:
     """The audit of a record."""
-    degrees = [math.nan if row["degree"] is None else row["degree"] for row in record["rows"]]
-    rows = [Row(**row | {"degree": d}) for row, d in zip(record["rows"], degrees, strict=True)]
+    unknown = {"degree": math.nan}  # the ledger has None
+    rows = [Row(**row | (unknown if row["degree"] is None else {})) for row in record["rows"]]
     groups = [tuple(group) for group in record["groups"]]
     given = {"loss": record["loss"], "scales": record["scales"], "tolerance": config.tolerance}
     return Audit(rows, groups, **given)
@@ -94,7 +92,7 @@ def why(found: Audit, normalized: Sequence[str], path: str) -> str:
     """A key of WHY for the leaf at a path; BN comes after those of the paths `normalized`."""
     row = found[path]
     if row.kind == "invariant":
-        return "invariant"
+        return row.kind
     if row.kind == "no effect":
         return "no effect" if path in normalized else "unused"
     if any(path in group for group in found.groups):

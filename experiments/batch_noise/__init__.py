@@ -31,42 +31,33 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from bn_research.lab import fields
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Network,
-    NonNegative,
-    OnImages,
-    Positive,
-    Several,
-    Some,
-    whole_dispatches,
-)
 from bn_research.models.spec import Conv, Dense, parse_spec
 
 
 @dataclass(frozen=True)
-class Config(OnImages):
+class Config(fields.OnImages):
     """Settings of a run."""
 
-    seeds: Count = 3  # 0, 1, …
+    seeds: fields.Count = 3  # 0, 1, …
 
-    law_network: Network = "c8 P c16 f32 f32 f10"
+    law_network: fields.Network = "c8 P c16 f32 f32 f10"
     law_images: Annotated[int, Field(ge=4, strict=True)] = 10_000  # at most: the population
-    law_batch_size: Several = 64
-    law_rate: Positive = 0.05
-    law_steps: Count = 200
-    law_steps_per_dispatch: Count = 50
+    law_batch_size: fields.Several = 64
+    law_rate: fields.Positive = 0.05
+    law_steps: fields.Count = 200
+    law_steps_per_dispatch: fields.Count = 50
     # m; below 3 the others of a batch have no variance.
-    law_sizes: Some[Annotated[int, Field(ge=3, strict=True)]] = (8, 32, 128, 256)
-    law_points: Some[NonNegative] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # x̃ of Gaussian samples
-    law_samples: Several = 40_000  # batches of Gaussian samples
-    law_batches: Several = 1000  # of images
-    law_examples: Count = 64  # whose variance is measured
+    law_sizes: fields.Some[Annotated[int, Field(ge=3, strict=True)]] = (8, 32, 128, 256)
+    law_points: fields.Some[fields.NonNegative] = (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)  # x̃
+    law_samples: fields.Several = 40_000  # batches of Gaussian samples
+    law_batches: fields.Several = 1000  # of images
+    law_examples: fields.Count = 64  # whose variance is measured
 
     def __post_init__(self) -> None:
         """Checks fields against each other, and the network's layers."""
-        whole_dispatches(self, "law_steps")
+        fields.whole_dispatches(self, "law_steps")
         kinds = {type(layer) for layer in parse_spec(self.law_network)[:-1]}
         if not {Conv, Dense} <= kinds:
             raise ValueError(

@@ -10,12 +10,10 @@ from bn_research.claims.judging import numbers
 from bn_research.claims.plots import points, reference
 from bn_research.probes.batch_noise import exact_moments, noise_law
 from experiments.batch_noise import Config
-from experiments.batch_noise.verdicts import REACH, Records, layer_named, layers_of, shown_size
+from experiments.batch_noise.verdicts import REACH, Records, by_layer, shown_size
 
 _MARKERS = "os^Dv"
 _MOST_CURVES = 4  # of the smallest sizes; larger ones lie on the law
-
-Drawn = tuple[Any, dict[str, Any]]
 
 
 def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
@@ -24,7 +22,7 @@ def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
     return save_all(figures, folder, config, records)
 
 
-def batch_noise_gaussian(config: Config, records: Records) -> Drawn:
+def batch_noise_gaussian(config: Config, records: Records):
     """How noisy batches make a Gaussian value."""
     fig, axis = new_figure(height=4.2)
     x = np.linspace(0, max(3.0, *config.law_points), 61)
@@ -32,17 +30,11 @@ def batch_noise_gaussian(config: Config, records: Records) -> Drawn:
     axis.plot(x, noise_law(x, 1).var, color="black", linestyle="--", label="law, 1 + x̃²/2")
     order = np.argsort(config.law_points)
     for index, m in enumerate(sorted(config.law_sizes)[:_MOST_CURVES]):
-        color, marker = PALETTE[index], _MARKERS[index % len(_MARKERS)]
-        axis.plot(x, m * exact_moments(x, m).var, label=f"exact, m = {m}", color=color)
+        look: dict[str, Any] = dict(marker=_MARKERS[index], markersize=5, linestyle="none")
+        axis.plot(x, m * exact_moments(x, m).var, label=f"exact, m = {m}", color=PALETTE[index])
         samples = [record["variances"][str(m)] for record in records["gaussian"]]
-        axis.plot(
-            np.sort(config.law_points),
-            (m * np.array(samples))[:, order].mean(axis=0),
-            marker=marker,
-            markersize=5,
-            linestyle="none",
-            color=color,
-        )
+        means = (m * np.array(samples))[:, order].mean(axis=0)
+        axis.plot(np.sort(config.law_points), means, color=PALETTE[index], **look)
     axis.set(xlabel="x̃, the value in units of the population", ylabel="m · Var(x̂ | x̃)")
     axis.set_ylim(bottom=0)
     shared_legend(fig)
@@ -57,31 +49,23 @@ def batch_noise_gaussian(config: Config, records: Records) -> Drawn:
     )
 
 
-def batch_noise_features(config: Config, records: Records) -> Drawn:
+def batch_noise_features(config: Config, records: Records):
     """How noisy batches make the features of a trained network."""
-    features = records["features"]
     fig, axes = new_figure(rows=2, width=5.0, height=7.0)
-    for axis, kind in zip(axes, ("dense", "conv"), strict=True):
-        for index, layer in enumerate(layers_of(features[0], kind)):
-            curves = [layer_named(record, layer["layer"])["curve"] for record in features]
+    for axis, kind, words in zip(axes, ("dense", "conv"), ("dense", "convolutions"), strict=True):
+        for index, own in enumerate(by_layer(records["features"], kind)):
+            curves = [layer["curve"] for layer in own]
             x = np.array(curves[0]["x"])
             color = PALETTE[index if kind == "dense" else 2 + index % 4]
             axis.plot(x, numbers(curves, "law").mean(axis=0), color=color)
-            points(
-                axis,
-                x,
-                numbers(curves, "measured"),
-                color=color,
-                marker=_MARKERS[index % len(_MARKERS)],
-                markersize=4.5,
-                label=layer["layer"],
-            )
+            look = dict(color=color, marker=_MARKERS[index % len(_MARKERS)], markersize=4.5)
+            points(axis, x, numbers(curves, "measured"), label=own[0]["layer"], **look)
         if kind == "dense":
             look = dict(color="black", linestyle="--", linewidth=1.2)
             axis.plot(x, noise_law(x, 1).var, label="Gaussian law, 1 + x̃²/2", **look)
         axis.axvspan(-REACH, REACH, color=GREY, alpha=0.08, linewidth=0)
         axis.set_ylim(bottom=0)
-        axis.set_ylabel("m · Var(x̂ | x̃), " + {"dense": "dense", "conv": "convolutions"}[kind])
+        axis.set_ylabel(f"m · Var(x̂ | x̃), {words}")
     axes[1].set_xlabel("x̃, the value in units of the population")
     shared_legend(fig, columns=3)
     return fig, dict(
@@ -96,14 +80,13 @@ def batch_noise_features(config: Config, records: Records) -> Drawn:
     )
 
 
-def pixels_are_not_examples(config: Config, records: Records) -> Drawn:
+def pixels_are_not_examples(config: Config, records: Records):
     """Pixels are not examples."""
-    features, shown = records["features"], str(shown_size(config))
-    layers = layers_of(features[0], "conv")
+    layers, shown = by_layer(records["features"], "conv"), str(shown_size(config))
     fig, axis = new_figure(height=4.0)
     places = np.arange(len(layers))
-    for place, layer in enumerate(layers):
-        ends, heights = [place - 0.35, place + 0.35], [layer["positions"]] * 2
+    for place, (first, *_) in enumerate(layers):
+        ends, heights = [place - 0.35, place + 0.35], [first["positions"]] * 2
         axis.plot(ends, heights, color="black", linewidth=2.2)
     axis.plot([], [], color="black", linewidth=2.2, label="h·w")
     reference(axis, y=1, label="one")
@@ -111,30 +94,18 @@ def pixels_are_not_examples(config: Config, records: Records) -> Drawn:
         ("mean", "mean", PALETTE.blue, -0.12),
         ("var", "variance", PALETTE.vermillion, 0.12),
     ):
-        rows = [
-            [one["sizes"][shown]["effective"][statistic] for one in layers_of(record, "conv")]
-            for record in features
-        ]
-        found = {
-            key: np.array([numbers(row, key) for row in rows])
+        found = [[one["sizes"][shown]["effective"][statistic] for one in own] for own in layers]
+        measured, predicted, least, most = (
+            np.array([numbers(own, key) for own in found])
             for key in ("measured", "predicted", "least", "most")
-        }
-        least, most = found["least"].min(axis=0), found["most"].max(axis=0)
-        axis.vlines(places + shift, least, most, color=color, alpha=0.35, linewidth=4)
-        look = dict(color=color, linestyle="none")
-        axis.plot(places + shift, found["measured"].mean(axis=0), marker="o", label=words, **look)
-        axis.plot(
-            places + shift,
-            found["predicted"].mean(axis=0),
-            marker="_",
-            markersize=16,
-            markeredgewidth=1.6,
-            label=f"{words}: predicted",
-            **look,
         )
-    axis.set_yscale("log")
-    axis.set_xlim(-0.6, len(layers) - 0.4)
-    axis.set_xticks(places, [f"{one['layer']}\nh·w = {one['positions']}" for one in layers])
+        x, look = places + shift, dict[str, Any](color=color, linestyle="none")
+        axis.vlines(x, least.min(axis=1), most.max(axis=1), color=color, alpha=0.35, linewidth=4)
+        axis.plot(x, measured.mean(axis=1), marker="o", label=words, **look)
+        look |= dict(marker="_", markersize=16, markeredgewidth=1.6)
+        axis.plot(x, predicted.mean(axis=1), label=f"{words}: predicted", **look)
+    axis.set_xticks(places, [f"{one['layer']}\nh·w = {one['positions']}" for one, *_ in layers])
+    axis.set(yscale="log", xlim=(-0.6, len(layers) - 0.4))
     axis.set_ylabel("independent values an image is worth")
     shared_legend(fig, columns=2)
     return fig, dict(

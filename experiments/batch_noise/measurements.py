@@ -90,8 +90,7 @@ def gaussian_variances(config: Config, seed: int) -> dict[str, Any]:
     x = np.array(config.law_points, np.float64)[:, None]
     variances = {}
     for m in config.law_sizes:
-        normalized = []
-        together = max(1, _ELEMENTS // m)
+        normalized, together = [], max(1, _ELEMENTS // m)
         for start in range(0, config.law_samples, together):
             others = rng.standard_normal((min(together, config.law_samples - start), m - 1))
             mean = (others.sum(axis=1) + x) / m
@@ -101,20 +100,16 @@ def gaussian_variances(config: Config, seed: int) -> dict[str, Any]:
     return {"seed": seed, "variances": variances}
 
 
-def _measure_layers(
-    config: Config, images: Images, state: TrainState, seed: int
-) -> list[dict[str, Any]]:
+def _measure_layers(config: Config, images: Images, state: TrainState, seed: int):
     count = min(config.law_images, len(images.train.label))
     params = jax.device_get(state.params)  # off its lane's device: one program for all of them
     sown = _forward(config.law_network)(params, images.train.image[:count])
     layers = []
     for number, features in enumerate(sown, start=1):
         population = sampling.describe_population(np.asarray(features))
-        rng = np.random.default_rng([seed, number])
         kind = "conv" if population.num_positions > 1 else "dense"
-        layers.append(
-            {"layer": f"{kind}{number}", "kind": kind, **measure_layer(config, population, rng)}
-        )
+        found = measure_layer(config, population, np.random.default_rng([seed, number]))
+        layers.append({"layer": f"{kind}{number}", "kind": kind, **found})
     return layers
 
 
@@ -134,13 +129,12 @@ def measure_layer(
     x = population.normalized[chosen].astype(np.float64)
     near = np.abs(x) <= REACH  # false for constant features, which are NaN
     shape = {"skewness": population.skewness, "kurtosis": population.kurtosis}
-    count = population.num_examples
+    count, draws = population.num_examples, dict[str, Any](num_batches=config.law_batches, rng=rng)
     sizes, curve = {}, {}
     for m in config.law_sizes:
         infinite = (count - 1) / (count - m)  # noise of an infinite set, over that of ours
-        moments = sampling.conditional_moments(
-            population, chosen, m, num_batches=config.law_batches, rng=rng
-        )
+        moments = sampling.conditional_moments(population, chosen, m, **draws)
+        noise = sampling.measured_noise(population, m, **draws)
         predicted = sampling.predicted_noise(population, m)
         var, law = moments.var * infinite, variance_law(x, predicted) * infinite
         independent = noise_law(x, m * population.num_positions, **shape).var
@@ -150,7 +144,7 @@ def measure_layer(
             "deviation": np.median(np.abs(ratio - 1)),
             "gaussian": np.median(np.abs((var / noise_law(x, m).var)[near] - 1)),
             "per value": np.median((var / independent)[near]),
-            "effective": _effective(config, population, m, predicted, rng),
+            "effective": _effective(population, m, noise, predicted),
         }
         if m == shown_size(config):
             curve = {"x": _BINS, "measured": _binned(x, m * var), "law": _binned(x, m * law)}
@@ -166,29 +160,19 @@ def measure_layer(
     }
 
 
-def _effective(
-    config: Config,
-    population: sampling.Population,
-    m: int,
-    predicted: StatisticsNoise,
-    rng: np.random.Generator,
-) -> dict[str, dict[str, float]]:
-    noise = sampling.measured_noise(population, m, num_batches=config.law_batches, rng=rng)
-    found = {}
-    for name, measured, theory in zip(
-        ("mean", "var"),
-        sampling.effective_batch_size(population, m, noise),
-        sampling.effective_batch_size(population, m, predicted),
-        strict=True,
-    ):
-        found[name] = {
-            "measured": np.nanmedian(measured) / m,
-            "predicted": np.nanmedian(theory) / m,
-            "error": np.nanmedian(np.abs(measured / theory - 1)),
-            "least": np.nanmin(theory) / m,
-            "most": np.nanmax(theory) / m,
+def _effective(population: sampling.Population, m: int, *noises: StatisticsNoise):
+    """Examples that an image is worth: by the noise that was measured, and the predicted one."""
+    measured, theory = (sampling.effective_batch_size(population, m, noise) for noise in noises)
+    return {
+        name: {
+            "measured": np.nanmedian(own) / m,
+            "predicted": np.nanmedian(law) / m,
+            "error": np.nanmedian(np.abs(own / law - 1)),
+            "least": np.nanmin(law) / m,
+            "most": np.nanmax(law) / m,
         }
-    return found
+        for name, own, law in zip(("mean", "var"), measured, theory, strict=True)
+    }
 
 
 def _binned(x: np.ndarray, values: np.ndarray) -> list[float]:
@@ -206,8 +190,7 @@ class Trained(settings.Setting, traced="rate"):
 
 
 def _model(network: str) -> CNN:
-    # The weights of a layer before BN need no bias of their own.
-    return CNN(network, BatchNorm, "hidden", use_bias=False)
+    return CNN(network, BatchNorm, "hidden", use_bias=False)  # BN has its own
 
 
 def _optimizer(setting: Trained) -> optax.GradientTransformation:
@@ -240,9 +223,8 @@ def _forward(network: str):
     @functools.partial(jax.jit, compiler_options=compiler_options(1))
     def forward(params, image):
         mutable = ["batch_stats", "intermediates"]
-        model = _model(network)
-        new = model.apply({"params": params}, image, train=True, mutable=mutable)[1]
-        sown = new["intermediates"]
+        given = {"params": params}
+        sown = _model(network).apply(given, image, train=True, mutable=mutable)[1]["intermediates"]
         return [sown[f"pre_activation_{number}"][0] for number in range(1, len(sown))]
 
     return forward

@@ -72,14 +72,10 @@ def shown_size(config: Config) -> int:
     return min(large_sizes(config))
 
 
-def layers_of(record: Record, kind: str | None = None) -> list[Record]:
-    """Layers of a network, of one kind or all."""
-    return [layer for layer in record["layers"] if kind in (None, layer["kind"])]
-
-
-def layer_named(record: Record, name: str) -> Record:
-    """The layer of this name."""
-    return next(layer for layer in record["layers"] if layer["layer"] == name)
+def by_layer(features: Sequence[Record], kind: str = "") -> list[Sequence[Record]]:
+    """Each layer, of one kind or all, in the networks of all seeds."""
+    layers = zip(*(record["layers"] for record in features), strict=True)
+    return [own for own in layers if kind in ("", own[0]["kind"])]
 
 
 def law_deviation(m: int, reach: float, *, above: float = 0.0) -> float:
@@ -99,13 +95,9 @@ def judge(config: Config, records: Records) -> list[Finding]:
 
 
 def _judge_law(config: Config, gaussian: Sequence[Record]) -> Finding:
-    def off(record: Record) -> float:
-        return max(
-            np.max(np.abs(np.array(var) / exact_moments(config.law_points, int(m)).var - 1))
-            for m, var in record["variances"].items()
-        )
-
-    samples = estimate([off(record) for record in gaussian])
+    exact = {str(m): exact_moments(config.law_points, m).var for m in config.law_sizes}
+    ratios = [[r["variances"][m] / exact[m] for m in exact] for r in gaussian]
+    samples = estimate(np.abs(np.array(ratios) - 1).max(axis=(1, 2)))
     sizes = [LEAST_SIZE, *(m for m in config.law_sizes if m > LEAST_SIZE)]
     worst = max(abs(law_deviation(m, REACH)) for m in sizes)
     measured = with_intervals(
@@ -130,19 +122,16 @@ def _judge_law(config: Config, gaussian: Sequence[Record]) -> Finding:
     return Finding(CLAIMS[0], measured, (worst, worst), verdict, note)
 
 
-def _at_large(
-    config: Config, record: Record, kind: str | None = None
-) -> list[tuple[Record, Record]]:
-    """Layers of a kind, each with its record of every large size."""
-    sizes = large_sizes(config)
-    return [(layer, layer["sizes"][str(m)]) for layer in layers_of(record, kind) for m in sizes]
+def _at_large(config: Config, record: Record, kind: str = "") -> list[tuple[Record, Record]]:
+    """Layers of a kind, or all, each with its record of every large size."""
+    layers = [layer for layer in record["layers"] if kind in ("", layer["kind"])]
+    return [(layer, layer["sizes"][str(m)]) for layer in layers for m in large_sizes(config)]
 
 
 def _judge_features(config: Config, features: Sequence[Record]) -> Finding:
-    def largest(key: str, kind: str | None = None) -> Estimate:
-        return estimate(
-            [max(size[key] for _, size in _at_large(config, one, kind)) for one in features]
-        )
+    def largest(key: str, kind: str = "") -> Estimate:
+        worst = [max(size[key] for _, size in _at_large(config, one, kind)) for one in features]
+        return estimate(worst)
 
     off = largest("deviation")
     measured = with_intervals(
@@ -154,9 +143,8 @@ def _judge_features(config: Config, features: Sequence[Record]) -> Finding:
             "scatter of the measurement": 0.6745 * float(np.sqrt(2 / config.law_batches)),
         }
     )
-    for layer in features[0]["layers"]:
-        name = layer["layer"]
-        own = [layer_named(record, name) for record in features]
+    for own in by_layer(features):
+        name = own[0]["layer"]
         measured[f"kurtosis, {name}"] = numbers(own, "kurtosis").mean()
         measured[f"|skewness|, {name}"] = numbers(own, "skewness").mean()
         measured[f"share of |x̃| ≤ {REACH}, {name}"] = numbers(own, "within reach").mean()
@@ -178,16 +166,15 @@ def _judge_features(config: Config, features: Sequence[Record]) -> Finding:
 def _judge_pixels(config: Config, features: Sequence[Record]) -> Finding:
     def extreme(pick: Callable[..., float], key: str, *of: str, share: bool = False) -> Estimate:
         """Over the statistics named, or both; as a share of m·h·w or as it is, that is over m."""
-        return estimate(
-            [
-                pick(
-                    size["effective"][one][key] / (layer["positions"] if share else 1)
-                    for layer, size in _at_large(config, record, "conv")
-                    for one in of or _STATISTICS
-                )
-                for record in features
-            ]
-        )
+        found = [
+            pick(
+                size["effective"][one][key] / (layer["positions"] if share else 1)
+                for layer, size in _at_large(config, record, "conv")
+                for one in of or _STATISTICS
+            )
+            for record in features
+        ]
+        return estimate(found)
 
     share = extreme(max, "measured", share=True)
     worth, error = extreme(min, "measured"), extreme(max, "error")
@@ -201,32 +188,26 @@ def _judge_pixels(config: Config, features: Sequence[Record]) -> Finding:
         }
     )
     shown = str(shown_size(config))
-    for layer in layers_of(features[0], "conv"):
-        name = layer["layer"]
-        own = [layer_named(record, name)["sizes"][shown] for record in features]
-        measured[f"h·w, {name}"] = layer["positions"]
+    for layers in by_layer(features, "conv"):
+        name, own = layers[0]["layer"], [layer["sizes"][shown] for layer in layers]
+        measured[f"h·w, {name}"] = layers[0]["positions"]
         for statistic, spelled in _STATISTICS.items():
             worths = [one["effective"][statistic] for one in own]
             words = f"values an image is worth, {spelled}, {name}"
             measured |= with_intervals({words: estimate(numbers(worths, "measured"))})
             measured[f"{words}: predicted"] = numbers(worths, "predicted").mean()
-            measured[f"{words}: least feature"] = min(one["least"] for one in worths)
-            measured[f"{words}: most feature"] = max(one["most"] for one in worths)
-        noise = numbers(own, "per value").mean()
-        measured[f"noise over that of m·h·w values, {name}"] = noise
-    verdict = conjunction(
-        decide(share, at_most=_SHARE),
-        decide(worth, at_least=_LEAST_WORTH),
-        decide(error, at_most=_LAW),
-    )
+            measured[f"{words}: least feature"] = numbers(worths, "least").min()
+            measured[f"{words}: most feature"] = numbers(worths, "most").max()
+        measured[f"noise over that of m·h·w values, {name}"] = numbers(own, "per value").mean()
+    parts = decide(share, at_most=_SHARE), decide(worth, at_least=_LEAST_WORTH)
+    verdict = _held(config, conjunction(*parts, decide(error, at_most=_LAW)))
     note = (
         f"interval: over seeds, of the largest share of m·h·w. Worths at m = {shown}, medians over "
         "features; the least and the most are of all features and seeds, as predicted. An image "
         "can be worth more than h·w values for the mean: behind a filter that takes differences "
         "its positions balance out"
     )
-    note += _strange(features)
-    return Finding(CLAIMS[2], measured, share.interval, _held(config, verdict), note)
+    return Finding(CLAIMS[2], measured, share.interval, verdict, note + _strange(features))
 
 
 def _held(config: Config, verdict: str) -> str:

@@ -46,49 +46,37 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bn_research.lab import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Network,
-    NonNegative,
-    OnDataset,
-    OrNone,
-    Positive,
-    Several,
-    Share,
-    Some,
-    whole_dispatches,
-)
+from bn_research.lab import Experiment, fields
 from bn_research.models.spec import Dense, num_weight_layers, parse_spec
 
 Activation = Literal["sigmoid", "relu", "tanh", "gelu", "silu", "softplus"]  # of jax.nn
 
 
 @dataclass(frozen=True)
-class Config(OnDataset):
+class Config(fields.OnDataset):
     """Settings of a run."""
 
-    seeds: Count = 3  # 0, 1, …; the next one chooses the settings and enters no verdict
-    network: Network = "f100 f100 f100 f10"
-    activations: Some[Activation] = ("sigmoid",)  # the claims are about the first
-    batch_size: Several = 60
-    num_steps: Count = 3000
-    other_steps: Count = 3000  # of the comparisons that no verdict rests on
-    steps_per_dispatch: Count = 100  # measured before each dispatch
+    seeds: fields.Count = 3  # 0, 1, …; the next one chooses the settings and enters no verdict
+    network: fields.Network = "f100 f100 f100 f10"
+    activations: fields.Some[Activation] = ("sigmoid",)  # the claims are about the first
+    batch_size: fields.Several = 60
+    num_steps: fields.Count = 3000
+    other_steps: fields.Count = 3000  # of the comparisons that no verdict rests on
+    steps_per_dispatch: fields.Count = 100  # measured before each dispatch
     # Of the test set, for the percentiles; two halves are compared.
     measuring_images: Annotated[int, Field(ge=4, strict=True)] = 800
-    evaluation_images: OrNone = 0  # of the test set, for the accuracy while training; 0 is all
-    tuning_steps: Count = 500
-    learning_rates: Some[Positive] = (0.03, 0.1, 0.3, 1.0, 3.0)
-    momenta: Some[Share] = (0.0, 0.9)
-    init_stds: Some[Positive] = (0.03, 0.1, 0.3)  # of the Gaussian weights: small, as there
-    small_init_std: NonNegative = 0.03  # of a comparison of its own, small as the paper's may be
-    epsilons: Some[NonNegative] = (1e-5,)  # of BN
+    evaluation_images: fields.OrNone = 0  # likewise, for the accuracy while training; 0 is all
+    tuning_steps: fields.Count = 500
+    learning_rates: fields.Some[fields.Positive] = (0.03, 0.1, 0.3, 1.0, 3.0)
+    momenta: fields.Some[fields.Share] = (0.0, 0.9)
+    init_stds: fields.Some[fields.Positive] = (0.03, 0.1, 0.3)  # of the Gaussian weights
+    small_init_std: fields.NonNegative = 0.03  # as small as the paper's may be; 0 leaves it out
+    epsilons: fields.Some[fields.NonNegative] = (1e-5,)  # of BN
 
     def __post_init__(self) -> None:
         """Raises ValueError where fields do not fit each other."""
-        whole_dispatches(self, "num_steps", "other_steps", least=2)
-        whole_dispatches(self, "tuning_steps")
+        fields.whole_dispatches(self, "num_steps", "other_steps", least=2)
+        fields.whole_dispatches(self, "tuning_steps")
         if not all(isinstance(layer, Dense) for layer in parse_spec(self.network)):
             raise ValueError(f"network={self.network!r} is not allowed: dense layers only")
         if num_weight_layers(self.network) < 2:
@@ -105,7 +93,6 @@ PRESETS = {
         evaluation_images=100,
         tuning_steps=20,
         learning_rates=(0.3, 1.0),
-        momenta=(0.0, 0.9),
         other_steps=40,
         init_stds=(0.1,),
     ),

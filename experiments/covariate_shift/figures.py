@@ -2,37 +2,18 @@
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from bn_research.claims import figures, plots
 from bn_research.claims.alt_text import line_ends
-from bn_research.claims.figures import (
-    GREY,
-    PALETTE,
-    Figure,
-    band,
-    new_figure,
-    save_all,
-    shared_legend,
-)
-from bn_research.claims.plots import name_rows, over_seeds, padded, reference
+from bn_research.claims.figures import GREY, PALETTE, Figure, band, new_figure
 from bn_research.models.spec import num_weight_layers
-from experiments.covariate_shift import Config
-from experiments.covariate_shift.verdicts import (
-    DRIFT,
-    OWN,
-    PLAIN,
-    SAME,
-    SHIFT,
-    Arms,
-    Record,
-    drift_ratios,
-    shift_ratios,
-    small_weights,
-)
+from experiments.covariate_shift import Config, verdicts
+from experiments.covariate_shift.verdicts import DRIFT, OWN, PLAIN, SAME, SHIFT, Arms, Record
 
 _COLORS = {PLAIN: PALETTE.vermillion, SAME: PALETTE.blue, OWN: PALETTE.green}
 _SHORT = {PLAIN: "plain", SAME: "BN, same settings", OWN: "BN, its own best"}
@@ -40,36 +21,27 @@ _SHORT = {PLAIN: "plain", SAME: "BN, same settings", OWN: "BN, its own best"}
 
 def draw(config: Config, records: Mapping[str, Arms], folder: Path) -> list[Figure]:
     """All figures, in the order of the report; most are of the first comparison, the claims'."""
-    draws = [_figure_1, _ratios, _gradient_shift, _drift_by_unit, _figure_1_small]
-    return save_all(draws, folder, config, records)
+    small: Any = functools.partial(_figure_1, small=True)
+    draws = [_figure_1, _ratios, _gradient_shift, _drift_by_unit, small]
+    return figures.save_all(draws, folder, config, records)
 
 
 def _first(records: Mapping[str, Arms]) -> Arms:
     return next(iter(records.values()))
 
 
-def _curves(
-    runs: Sequence[Record],
-    key: str,
-    pick: Callable[[np.ndarray], np.ndarray] = lambda values: values,
-) -> tuple[np.ndarray, np.ndarray]:
+def _curves(runs: Sequence[Record], key: str, layer: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and [seeds, steps] of a quantity; NaN where a run has ended before the others."""
     steps = max((run["step"] for run in runs), key=len)
-    return np.array(steps), padded([pick(np.array(run[key], float)) for run in runs])
+    found = [np.array(run[key], float) for run in runs]
+    return np.array(steps), plots.padded([x[:, layer - 1] if layer else x for x in found])
 
 
-def _figure_1(config: Config, records: Mapping[str, Arms]) -> Any:
-    claims = ("distribution-drift-reduced",)
-    return _rebuilt(config, _first(records), "", claims)
-
-
-def _figure_1_small(config: Config, records: Mapping[str, Arms]) -> Any:
-    name = small_weights(config)
-    words = f", with weights of {config.small_init_std:g}"
-    return _rebuilt(config, records[name], words, ()) if name in records else None
-
-
-def _rebuilt(config: Config, arms: Arms, words: str, claims: tuple[str, ...]) -> Any:
+def _figure_1(config: Config, records: Mapping[str, Arms], *, small: bool = False) -> Any:
+    name = verdicts.small_weights(config) if small else next(iter(records))
+    if name not in records:
+        return None
+    arms = records[name]
     fig, axes = new_figure(rows=3, width=5.4, height=8.4)
     ends = []
     for arm, runs in arms.items():
@@ -90,26 +62,24 @@ def _rebuilt(config: Config, arms: Arms, words: str, claims: tuple[str, ...]) ->
         axis.set_ylabel(f"input of the {config.activations[0]}")
         axis.set_title(f"{_SHORT[arm]}: a typical unit's 15, 50, 85 %", fontsize=10.5, loc="left")
     axes[-1].set_xlabel("training steps")
-    handles = {
-        label: handle
-        for axis in axes[:2]
-        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
-        if ": median" not in label
-    }
-    shown = list(handles.values()), list(handles)
-    fig.legend(*shown, loc="outside upper center", ncols=2, frameon=False)
+    entries = [zip(*axis.get_legend_handles_labels(), strict=True) for axis in axes[:2]]
+    shown = {label: handle for each in entries for handle, label in each if ": median" not in label}
+    handles, labels = list(shown.values()), list(shown)
+    fig.legend(handles, labels, loc="outside upper center", ncols=2, frameon=False)
+    words = f", with weights of {config.small_init_std:g}" if small else ""
     return fig, dict(
+        file="figure_1_small" if small else "figure_1",
         title=f"Figure 1 of Ioffe & Szegedy, rebuilt{words}",
         alt="Above, test accuracy against training steps, from first to last: "
         f"{line_ends(axes[0])}. Below, the 15th, 50th and 85th percentiles of one unit's input "
         f"over the same steps; {line_ends(axes[1])}; {line_ends(axes[2])}.",
         caption=f"{config.dataset}, {config.network}, batches of {config.batch_size}. "
-        f"{over_seeds(config.seeds)}. Below, seed 0: of the last hidden layer the unit "
+        f"{plots.over_seeds(config.seeds)}. Below, seed 0: of the last hidden layer the unit "
         "whose drift is the median one; dashed its 15th and 85th percentile, grey the range of the "
         f"medians of the middle 80 % of all units. Percentiles of {config.measuring_images} test "
         "images, with BN by their own statistics, after its scale and bias; accuracy on test "
         "images by the running statistics.",
-        claims=claims,
+        claims=() if small else ("distribution-drift-reduced",),
     )
 
 
@@ -126,9 +96,9 @@ def _drift_by_unit(config: Config, records: Mapping[str, Arms]) -> Any:
             label = _SHORT[arm] if index == 0 else None
             axis.plot(values, 100 * share, color=_COLORS[arm], linewidth=1.3, label=label)
     _log_x(axis)
-    axis.set_xlabel("drift of a unit, in widths of its distribution")
-    axis.set_ylabel("share of the units with less, %")
-    shared_legend(fig)
+    words = "drift of a unit, in widths of its distribution"
+    axis.set(xlabel=words, ylabel="share of the units with less, %")
+    figures.shared_legend(fig)
     return fig, dict(
         alt="Cumulative share of the last hidden units against their drift on a logarithmic axis, "
         f"one S-shaped line for each seed. Median drift: {'; '.join(medians)}.",
@@ -147,19 +117,17 @@ def _gradient_shift(config: Config, records: Mapping[str, Arms]) -> Any:
     for axis, layer in zip(panels, layers, strict=True):
         for arm in (PLAIN, SAME):
             runs, color = _first(records)[arm], _COLORS[arm]
-            of_layer = functools.partial(np.take, indices=layer - 1, axis=1)
-            steps, curves = _curves(runs, "relative", of_layer)
+            steps, curves = _curves(runs, "relative", layer)
             curves = np.where(curves > 0, curves, np.nan)
             band(axis, steps, curves, label=f"{_SHORT[arm]}: shift", color=color)
-            noise = np.nanmean(_curves(runs, "noise", of_layer)[1], axis=0)
-            label = f"{_SHORT[arm]}: noise floor"
-            axis.plot(steps, noise, color=color, linestyle=":", linewidth=1.4, label=label)
-        axis.set_yscale("log")
+            noise = np.nanmean(_curves(runs, "noise", layer)[1], axis=0)
+            look = dict(color=color, linestyle=":", linewidth=1.4)
+            axis.plot(steps, noise, **look, label=f"{_SHORT[arm]}: noise floor")
         head = " (head)" if layer == layers[-1] else ""
         axis.set_title(f"layer {layer}{head}", fontsize=10.5, loc="left")
-        axis.set_ylabel("‖G − G′‖/‖G‖")
+        axis.set(yscale="log", ylabel="‖G − G′‖/‖G‖")
     panels[-1].set_xlabel("training steps")
-    shared_legend(fig, columns=2)
+    figures.shared_legend(fig, columns=2)
     return fig, dict(
         alt="Relative gradient shift against training steps on a logarithmic axis, a panel for "
         "each layer from the second on, and the noise floors as dotted lines. In the last panel, "
@@ -168,7 +136,7 @@ def _gradient_shift(config: Config, records: Mapping[str, Arms]) -> Any:
         "have taken that step. Dotted: the distance between the gradients of two disjoint batches "
         f"of {config.batch_size} at the same parameters, mean over seeds. {config.dataset}, "
         f"{config.activations[0]}, both at the plain network's settings. "
-        f"{over_seeds(config.seeds)}.",
+        f"{plots.over_seeds(config.seeds)}.",
         claims=("gradient-shift-not-reduced",),
     )
 
@@ -178,12 +146,12 @@ def _ratios(config: Config, records: Mapping[str, Arms]) -> Any:
     count = len(records)
     fig, axes = new_figure(rows=2, width=5.4, height=4.0 + 2.2 * count)
     first_rows = []
-    for axis, of, criterion in ((axes[0], drift_ratios, DRIFT), (axes[1], shift_ratios, SHIFT)):
-        names: list[str] = []
+    both = (verdicts.drift_ratios, DRIFT), (verdicts.shift_ratios, SHIFT)
+    for axis, (of, criterion) in zip(axes, both, strict=True):
         told = []
         for index, (name, arms) in enumerate(records.items()):
             ratios = of(config, arms)
-            names = list(ratios)
+            look = dict(fmt="os^Dvp"[index], markersize=6, capsize=3, color=PALETTE[index])
             for row, found in enumerate(ratios.values()):
                 if found is None:
                     continue
@@ -191,25 +159,18 @@ def _ratios(config: Config, records: Mapping[str, Arms]) -> Any:
                 if row == 0:
                     told.append(f"{name}: {mean:.2g}")
                 sound = found.pairs > 1 and np.isfinite(found.high)
-                axis.errorbar(
-                    mean,
-                    row + 0.3 * (index - (count - 1) / 2),
-                    xerr=[(mean - found.low,), (found.high - mean,)] if sound else None,
-                    fmt="os^Dvp"[index],
-                    markersize=6,
-                    capsize=3,
-                    color=PALETTE[index],
-                    label=name if row == 0 else None,
-                )
+                bar = [(mean - found.low,), (found.high - mean,)] if sound else None
+                y, label = row + 0.3 * (index - (count - 1) / 2), None if row else name
+                axis.errorbar(mean, y, xerr=bar, **look, label=label)
         first_rows.append("; ".join(told))
-        reference(axis, x=1, linestyle="-")
+        plots.reference(axis, x=1, linestyle="-")
         if criterion != 1:
-            reference(axis, x=criterion)
+            plots.reference(axis, x=criterion)
         _log_x(axis)
-        name_rows(axis, [_wrapped(name) for name in names])
+        plots.name_rows(axis, [_wrapped(name) for name in ratios])
         axis.grid(visible=False, axis="y")
     axes[1].set_xlabel("BN/plain")
-    shared_legend(fig)
+    figures.shared_legend(fig)
     return fig, dict(
         alt="Ratios of BN to plain with intervals on a logarithmic axis, a row for each way of "
         f"measuring. Above, of the drift of distributions; first row: {first_rows[0]}. Below, of "

@@ -75,7 +75,6 @@ def observe(model: MLP, step_fn: Any, state: TrainState, data: Data, batch_size:
     parts = (inputs, inputs[:half], inputs[half : 2 * half])
     logits, _ = apply_fn(_variables(state), data.evaluation.image, train=False)
     correct = jnp.argmax(logits, axis=-1) == data.evaluation.label
-
     batch, other = (batch_at(state, data.train, batch_size, ahead=n) for n in (0, 1))
 
     def loss_of(batch):
@@ -123,16 +122,15 @@ def summary(history: History, steps_per_dispatch: int) -> dict[str, Any]:
     if times < 2 or not np.isfinite(whole).all():
         return record | {"path": None}
     drift = distribution_drift(whole)
-    kept = ~drift.constant
+    kept, constant = ~drift.constant, int(drift.constant.sum())
     if not kept.any():
-        return record | {"path": None, "constant": int(drift.constant.sum())}
-    order = np.argsort(drift.path)
-    typical = int(order[len(order) // 2])
+        return record | {"path": None, "constant": constant}
+    typical = np.argsort(drift.path)[len(drift.path) // 2]
     raw = np.abs(np.diff(whole, axis=0)).mean(axis=1)
     return record | {
         "path": drift.path[kept],  # of each unit
         "net": float(drift.net[kept].mean()),
-        "constant": int(drift.constant.sum()),
+        "constant": constant,
         "movement": drift.movement[:, kept].mean(axis=1),  # of each interval
         "raw_movement": raw[:, kept].mean(axis=1),  # in units of the activation's input
         "floor": percentile_distance(halves[:, 0], halves[:, 1])[:, kept].mean(axis=1),

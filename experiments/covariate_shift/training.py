@@ -1,11 +1,10 @@
 """Training for `experiments.covariate_shift`: settings chosen from a grid, then observed."""
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,19 +13,11 @@ import optax
 from jaxtyping import Array
 
 from bn_research.claims.judging import by_seed, choose
-from bn_research.lab import Ledger
+from bn_research.lab import Ledger, settings
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
-from bn_research.lab.settings import (
-    Programs,
-    Setting,
-    Training,
-    creator,
-    per_structure,
-    sweep,
-    train,
-)
+from bn_research.lab.settings import Programs, Setting, Training, per_structure
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.mlp import MLP
 from bn_research.training.compiler import compiler_options
@@ -69,54 +60,40 @@ class Network(Setting, traced="learning_rate momentum init_std epsilon"):
     epsilon: float  # of BN
 
 
-class Comparison(NamedTuple):
-    """Plain networks and networks with BN that are tuned alike."""
+def grids(config: Config) -> dict[str, list[Network]]:
+    """What settings are chosen from, by comparison; that of the claims first.
 
-    activation: str
-    init_stds: tuple[float, ...]
-    num_steps: int
-
-
-def comparisons(config: Config) -> dict[str, Comparison]:
-    """By name, that of the claims first."""
+    Without BN and then with it; ε is BN's alone.
+    """
     first, *others = config.activations
-    found: dict[str, Comparison] = {first: Comparison(first, config.init_stds, config.num_steps)}
+    stds: dict[str, tuple[float, ...]] = {first: config.init_stds}
     if config.small_init_std:
-        small = (config.small_init_std,)
-        found[small_weights(config)] = Comparison(first, small, config.other_steps)
-    for name in others:
-        found[name] = Comparison(name, config.init_stds, config.other_steps)
-    return found
-
-
-def trials(config: Config, planned: Comparison) -> list[Network]:
-    """The grid that settings are chosen from, without BN and then with it; ε is BN's alone."""
-    rates, momenta, stds = config.learning_rates, config.momenta, planned.init_stds
-    return [
-        Network(planned.activation, batch_norm, *point)
-        for batch_norm, epsilons in ((False, config.epsilons[:1]), (True, config.epsilons))
-        for point in itertools.product(rates, momenta, stds, epsilons)
-    ]
+        stds[small_weights(config)] = (config.small_init_std,)
+    stds |= dict.fromkeys(others, config.init_stds)
+    return {
+        name: [
+            Network(name if name in others else first, batch_norm, *point)
+            for batch_norm, epsilons in ((False, config.epsilons[:1]), (True, config.epsilons))
+            for point in itertools.product(config.learning_rates, config.momenta, of, epsilons)
+        ]
+        for name, of in stds.items()
+    }
 
 
 def choose_arms(tuned: Sequence[Mapping[str, Any]]) -> dict[str, Network]:
     """The arms at the settings of the lowest training loss; one that diverged comes last."""
-    plain = choose([r for r in tuned if not r["batch_norm"]], "loss")
-    normalized = [r for r in tuned if r["batch_norm"]]
-    same = choose([r for r in normalized if all(r[k] == plain[k] for k in _SHARED)], "loss")
-    names = [field.name for field in dataclasses.fields(Network)]  # type: ignore[arg-type]
-    best = zip(ARMS, (plain, same, choose(normalized, "loss")), strict=True)
-    return {arm: Network(*(record[name] for name in names)) for arm, record in best}
+    plain = choose(by_seed(tuned, batch_norm=False), "loss")
+    same = by_seed(tuned, batch_norm=True, **{name: plain[name] for name in _SHARED})
+    best = plain, choose(same, "loss"), choose(by_seed(tuned, batch_norm=True), "loss")
+    networks = (Network(**{n: record[n] for n in Network.__annotations__}) for record in best)
+    return dict(zip(ARMS, networks, strict=True))
 
 
 def measure(config: Config, images: Images, path: Path) -> dict[str, Arms]:
     """Each comparison by name, that of the claims first; its arms are tuned on a seed apart."""
-    plans = comparisons(config)
-    grids = {name: trials(config, planned) for name, planned in plans.items()}
-    total = sum(
-        len(grids[name]) * config.tuning_steps + len(ARMS) * config.seeds * planned.num_steps
-        for name, planned in plans.items()
-    )
+    planned, seeds = grids(config), range(config.seeds)
+    total = sum(map(len, planned.values())) * config.tuning_steps
+    total += len(ARMS) * len(seeds) * (config.num_steps + (len(planned) - 1) * config.other_steps)
     test = place_batches(images.test, batch_size=_EVAL_BATCH)
     evaluation = Batch(*(leaf[: config.evaluation_images or None] for leaf in images.test[:2]))
     data = Data(images.train, images.test.image[: config.measuring_images], evaluation)
@@ -140,7 +117,7 @@ def measure(config: Config, images: Images, path: Path) -> dict[str, Arms]:
         def records_of(
             purpose: str, trainings: Sequence[Training], kept: Callable[..., dict[str, Any]]
         ) -> list[dict[str, Any]]:
-            return train(
+            return settings.train(
                 runner,
                 trainings,
                 lambda network: programs(network, config, shape),
@@ -150,14 +127,11 @@ def measure(config: Config, images: Images, path: Path) -> dict[str, Arms]:
             )
 
         found: dict[str, Arms] = {}
-        for name, planned in plans.items():
-            grid = [Training(n, config.seeds, config.tuning_steps, "tuning") for n in grids[name]]
-            arms = choose_arms(records_of("tune", grid, tuning))
-            trainings = [
-                Training(network, seed, planned.num_steps, arm)
-                for arm, network in arms.items()
-                for seed in range(config.seeds)
-            ]
+        for name, grid in planned.items():
+            trials = [Training(n, config.seeds, config.tuning_steps, "tuning") for n in grid]
+            arms = choose_arms(records_of("tune", trials, tuning)).items()
+            steps = config.other_steps if found else config.num_steps
+            trainings = [Training(n, seed, steps, arm) for arm, n in arms for seed in seeds]
             trained = records_of("train", trainings, whole)
             found[name] = {arm: by_seed(trained, arm=arm) for arm in ARMS}
     return found
@@ -195,7 +169,8 @@ def programs(_: Network, config: Config, shape: tuple[int, ...]) -> Programs:
         state, metrics = run_steps(step, state, data.train, batch_size=batch_size, num_steps=every)
         return state, metrics._replace(observed=seen)
 
-    return Programs(creator(init, optimizer), sweep(advance, steps_per_dispatch=every))
+    create = settings.creator(init, optimizer)
+    return Programs(create, settings.sweep(advance, steps_per_dispatch=every))
 
 
 @per_structure

@@ -21,6 +21,7 @@ SHIFT, SMALLER = 1.0, 0.8  # likewise: at least the first, or surely below the s
 
 Record = Mapping[str, Any]
 Arms = Mapping[str, Sequence[Record]]  # by name, records by seed
+Ratios = dict[str, Ratio | None]  # None without a pair of positive, finite numbers
 
 CLAIMS = (
     Claim(
@@ -57,11 +58,9 @@ def small_weights(config: Config) -> str:
     return f"{config.activations[0]}, weights of {config.small_init_std:g}"
 
 
-def path(record: Record, start: int = 0) -> float:
+def path(record: Record, start: int = 0, *, key: str = "movement") -> float:
     """Mean over units of the path from a measured time on; NaN where the run is lost."""
-    if record["path"] is None:
-        return math.nan
-    return float(np.sum(np.array(record["movement"][start:], float)))
+    return math.nan if record["path"] is None else float(np.sum(record[key][start:]))
 
 
 def shift(record: Record, start: int = 0, *, key: str = "relative") -> float:
@@ -70,13 +69,12 @@ def shift(record: Record, start: int = 0, *, key: str = "relative") -> float:
     return float(values.mean()) if values.size else math.nan
 
 
-def noise_floor(record: Record) -> float:
-    """As `shift`, of the distance between the gradients of two batches."""
+def _noise(record: Record) -> float:
     return shift(record, key="noise")
 
 
-def _floor(record: Record) -> float:
-    return math.nan if record["path"] is None else float(np.mean(record["floor"]))
+def _mean(record: Record, key: str) -> float:
+    return math.nan if record["path"] is None else float(np.mean(record[key]))
 
 
 def plateau_end(record: Record, num_classes: int) -> int | None:
@@ -100,45 +98,37 @@ def pair_ratio(numerators: Sequence[float], denominators: Sequence[float]) -> Ra
     return ratio(*zip(*pairs, strict=True)) if pairs else None
 
 
-def _compare(arms: Arms, arm: str, of: Callable[..., float], *rest: Any) -> Ratio | None:
+def _over(arms: Arms, of: Callable[..., float], *rest: Any, arm: str = SAME) -> Ratio | None:
     """Arm over plain; rest are lists of further arguments, one for each seed."""
     both = [[of(*given) for given in zip(arms[name], *rest, strict=True)] for name in (arm, PLAIN)]
     return pair_ratio(*both)
 
 
-def _late(config: Config, arms: Arms, of: Callable[..., float]) -> Ratio | None:
-    """BN over plain at the same settings, both from where the plain network has left its plateau.
+def _ratios(config: Config, arms: Arms, what: str, of: Callable[..., float]) -> Ratios:
+    """Over the whole training, after the plateau, and with each network at its own best.
 
-    None unless all seeds' have.
+    After it is for both from where the plain network has left its own; None unless all seeds' have.
     """
     starts = [plateau_end(record, num_logits(config.network)) for record in arms[PLAIN]]
-    return None if None in starts else _compare(arms, SAME, of, starts)
-
-
-def drift_ratios(config: Config, arms: Arms) -> dict[str, Ratio | None]:
-    """Ratios BN/plain of the drift; the first is the claim's."""
     return {
-        "drift, BN/plain": _compare(arms, SAME, path),
-        "drift after the plateau, BN/plain": _late(config, arms, path),
-        "drift, BN/plain, each at its own best": _compare(arms, OWN, path),
-        "drift from first to last, BN/plain": _compare(
-            arms, SAME, lambda r: r.get("net") or math.nan
-        ),
-        "drift in units of the input, BN/plain": _compare(
-            arms, SAME, lambda r: float(np.sum(np.array(r.get("raw_movement", math.nan), float)))
-        ),
+        f"{what}, BN/plain": _over(arms, of),
+        f"{what} after the plateau, BN/plain": None if None in starts else _over(arms, of, starts),
+        f"{what}, BN/plain, each at its own best": _over(arms, of, arm=OWN),
     }
 
 
-def shift_ratios(config: Config, arms: Arms) -> dict[str, Ratio | None]:
+def drift_ratios(config: Config, arms: Arms) -> Ratios:
+    """Ratios BN/plain of the drift; the first is the claim's."""
+    return _ratios(config, arms, "drift", path) | {
+        "drift from first to last, BN/plain": _over(arms, lambda r: _mean(r, "net")),
+        "drift in units of the input, BN/plain": _over(arms, lambda r: path(r, key="raw_movement")),
+    }
+
+
+def shift_ratios(config: Config, arms: Arms) -> Ratios:
     """Ratios BN/plain of the gradient shift; the first is the claim's."""
-    return {
-        "gradient shift, BN/plain": _compare(arms, SAME, shift),
-        "gradient shift after the plateau, BN/plain": _late(config, arms, shift),
-        "gradient shift, BN/plain, each at its own best": _compare(arms, OWN, shift),
-        "gradient shift over noise floor, BN/plain": _compare(
-            arms, SAME, lambda r: shift(r) / noise_floor(r)
-        ),
+    return _ratios(config, arms, "gradient shift", shift) | {
+        "gradient shift over noise floor, BN/plain": _over(arms, lambda r: shift(r) / _noise(r))
     }
 
 
@@ -155,20 +145,17 @@ def judge_drift(config: Config, records: Mapping[str, Arms]) -> Finding:
         measured |= _with_ratios(prefix, drift_ratios(config, arms))
         for arm, runs in arms.items():
             whole = [path(r) / (len(r["step"]) - 1) for r in runs if len(r["step"]) > 1]
-            measured |= {
-                f"{prefix}drift, {arm}": numbers(runs, path).mean(),
-                f"{prefix}test accuracy, {arm}": numbers(runs, "accuracy").mean(),
-                f"{prefix}distance of two halves, {arm}": numbers(runs, _floor).mean(),
-                f"{prefix}drift of an interval, {arm}": float(np.mean(whole)),
-            }
-        starts = [plateau_end(r, classes) for r in arms[PLAIN]]
-        ends = [r["step"][i] for r, i in zip(arms[PLAIN], starts, strict=True) if i is not None]
-        left = float(np.mean(ends or [math.nan]))
-        measured[f"{prefix}plain network off its plateau, step"] = left
+            halves = [_mean(r, "floor") for r in runs]
+            measured[f"{prefix}drift, {arm}"] = numbers(runs, path).mean()
+            measured[f"{prefix}test accuracy, {arm}"] = numbers(runs, "accuracy").mean()
+            measured[f"{prefix}distance of two halves, {arm}"] = float(np.mean(halves))
+            measured[f"{prefix}drift of an interval, {arm}"] = float(np.mean(whole))
+        starts = [(r["step"], plateau_end(r, classes)) for r in arms[PLAIN]]
+        left = [steps[start] for steps, start in starts if start is not None] or [math.nan]
+        measured[f"{prefix}plain network off its plateau, step"] = float(np.mean(left))
     first = next(iter(records.values()))
     gain = paired_difference(*(numbers(first[arm], "accuracy") for arm in (SAME, PLAIN)))
-    several = gain if config.seeds > 1 else gain.mean
-    measured |= with_intervals({"accuracy, BN − plain": several})
+    measured |= with_intervals({"accuracy, BN − plain": gain if config.seeds > 1 else gain.mean})
     found = drift_ratios(config, first)["drift, BN/plain"]
     verdict = INCONCLUSIVE
     if found is not None and _decides(config, first, found):
@@ -185,8 +172,7 @@ def judge_drift(config: Config, records: Mapping[str, Arms]) -> Finding:
         "plateau' begins, for both networks, where the plain one's loss has fallen below "
         f"ln({classes})/2. {_settings_note(config, records)}"
     )
-    constant = max(r.get("constant", 0) for r in _all_runs(records))
-    if constant:
+    if constant := max(r.get("constant", 0) for r in _all_runs(records)):
         note += f". Units without width at some time, left out of the means: up to {constant} a run"
     return Finding(CLAIMS[0], measured, found and found.interval, verdict, note)
 
@@ -198,7 +184,7 @@ def judge_gradient(config: Config, records: Mapping[str, Arms]) -> Finding:
         measured |= _with_ratios(prefix, shift_ratios(config, arms))
         for arm, runs in arms.items():
             measured[f"{prefix}gradient shift, {arm}"] = numbers(runs, shift).mean()
-            measured[f"{prefix}noise floor, {arm}"] = numbers(runs, noise_floor).mean()
+            measured[f"{prefix}noise floor, {arm}"] = numbers(runs, _noise).mean()
             for layer in range(2, num_weight_layers(config.network) + 1):
                 for key, words in (("relative", "gradient shift"), ("cosine", "cosine")):
                     means = [np.array(r[key], float)[:, layer - 1].mean() for r in runs]
@@ -224,14 +210,10 @@ def _prefixed(records: Mapping[str, Arms]) -> list[tuple[str, Arms]]:
     return [(f"{name}: " if i else "", arms) for i, (name, arms) in enumerate(records.items())]
 
 
-def _with_ratios(prefix: str, ratios: Mapping[str, Ratio | None]) -> dict[str, float]:
+def _with_ratios(prefix: str, ratios: Ratios) -> dict[str, float]:
     """Of a single pair only the ratio itself."""
-    return with_intervals(
-        {
-            f"{prefix}{name}": math.nan if r is None else r if r.pairs > 1 else r.known
-            for name, r in ratios.items()
-        }
-    )
+    known = {n: math.nan if r is None else r if r.pairs > 1 else r.known for n, r in ratios.items()}
+    return with_intervals({f"{prefix}{name}": ratio for name, ratio in known.items()})
 
 
 def _all_runs(records: Mapping[str, Arms]) -> list[Record]:
@@ -252,31 +234,22 @@ def _ended_early(arms: Arms) -> bool:
 
 def _settings_note(config: Config, records: Mapping[str, Arms]) -> str:
     """What was tuned, what lies at an end of its grid, and which runs had steps not taken."""
-    grids = {
-        "learning_rate": config.learning_rates,
-        "momentum": config.momenta,
-        "init_std": config.init_stds,
-        "epsilon": config.epsilons,
-    }
+    grids = {"learning_rate": config.learning_rates, "init_std": config.init_stds}
     chosen, ends = [], []
     for name, arms in records.items():
         for arm, runs in arms.items():
-            used = {k: runs[0][k] for k in grids if arm != PLAIN or k != "epsilon"}
-            words = ", ".join(f"{k} {format_number(v)}" for k, v in used.items())
+            used = ("learning_rate", "momentum", "init_std", "epsilon")[: 3 if arm == PLAIN else 4]
+            words = ", ".join(f"{key} {format_number(runs[0][key])}" for key in used)
             chosen.append(f"{name}, {arm}: {words}")
             ends += [
                 f"{key} of {name}, {arm}"
-                for key in ("learning_rate", "init_std")
-                if arm != SAME and at_end(used[key], grids[key])
+                for key, grid in grids.items()
+                if arm != SAME and at_end(runs[0][key], grid)
                 if key != "init_std" or name != small_weights(config)
             ]
-    note = (
+    early = ". A run that did not come to its end is in no ratio; a claim it is for is inconclusive"
+    return (
         f"Chosen by the training loss of {config.tuning_steps} steps on a seed apart, from one "
         f"grid: {'; '.join(chosen)}{listed('At an end of its grid', ends, '; ')}"
-        f"{lost(_all_runs(records))}"
+        f"{lost(_all_runs(records))}{early if any(map(_ended_early, records.values())) else ''}"
     )
-    if any(_ended_early(arms) for arms in records.values()):
-        note += (
-            ". A run that did not come to its end is in no ratio; a claim it is for is inconclusive"
-        )
-    return note

@@ -50,50 +50,36 @@ images here.
 | mc-bn-calibrates | a lower negative log likelihood |
 """
 
-from typing import Literal
-
 from pydantic.dataclasses import dataclass
 
-from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    CompilerLevel,
-    Count,
-    NonNegative,
-    OnImages,
-    OrNone,
-    Positive,
-    Several,
-    Some,
-    at_most,
-    whole_dispatches,
-)
+from bn_research.lab import Experiment, fields
 
 
 @dataclass(frozen=True)
-class Config(OnImages):
+class Config(fields.OnImages):
     """Settings of a run."""
 
-    seeds: Count = 3  # ensembles of each kind
-    train_examples: Several = 800
-    eval_examples: OrNone = 0  # of the test set; 0 is all of it
-    width: Positive = 0.0625  # times the channels of figure 5
-    modules: Some[str] = ("3a", "3c")  # of figure 5
-    batch_size: Several = 32
-    num_steps: Count = 500
-    steps_per_dispatch: Count = 20
-    rate: Positive = 0.3  # of the first step; it falls to 0 by half a cosine
-    l2: NonNegative = 1e-4  # λ of g + λ·θ, on weights alone
-    gain: Positive = 2.0  # of the initial kernels that are increased
-    draws: Some[Count] = (6, 24)  # of MC-BN; algorithm 2 takes the most of them, too
-    strategy: Literal["auto", "in_turn", "devices", "vmap"] = "devices"  # of the sweeps
-    compiler_level: CompilerLevel = 1
+    seeds: fields.Count = 3  # ensembles of each kind
+    train_examples: fields.Several = 800
+    eval_examples: fields.OrNone = 0  # of the test set; 0 is all of it
+    width: fields.Positive = 0.0625  # times the channels of figure 5
+    modules: fields.Some[str] = ("3a", "3c")  # of figure 5
+    batch_size: fields.Several = 32
+    num_steps: fields.Count = 500
+    steps_per_dispatch: fields.Count = 20
+    rate: fields.Positive = 0.3  # of the first step; it falls to 0 by half a cosine
+    l2: fields.NonNegative = 1e-4  # λ of g + λ·θ, on weights alone
+    gain: fields.Positive = 2.0  # of the initial kernels that are increased
+    draws: fields.Some[fields.Count] = (6, 24)  # of MC-BN; algorithm 2 takes the most of them, too
+    strategy: fields.Strategy = "devices"  # of the sweeps
+    compiler_level: fields.CompilerLevel = 1
 
     def __post_init__(self) -> None:
         """A draw of MC-BN is a batch of training images."""
-        whole_dispatches(self, "num_steps")
+        fields.whole_dispatches(self, "num_steps")
         batches = self.train_examples // self.batch_size
         what = f"the batches of {self.batch_size} in train_examples={self.train_examples}"
-        at_most(self, batches, what, "draws")
+        fields.at_most(self, batches, what, "draws")
 
 
 PRESETS = {

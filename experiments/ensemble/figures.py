@@ -1,24 +1,16 @@
 """The figures of `experiments.ensemble`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from bn_research.claims.alt_text import line_ends
 from bn_research.claims.estimate import estimate
-from bn_research.claims.figures import (
-    GREY,
-    PALETTE,
-    Figure,
-    new_figure,
-    save_all,
-    shared_legend,
-)
+from bn_research.claims.figures import GREY, PALETTE, Figure, new_figure, save_all, shared_legend
 from bn_research.claims.formatting import format_number
 from bn_research.claims.plots import bands, interval_row, name_rows, reference
-from bn_research.probes.predictions import BINS
+from bn_research.probes.predictions import BINS, pooled
 from experiments.ensemble import Config
 from experiments.ensemble.training import SEEDS, VARIED, Records
 from experiments.ensemble.verdicts import PUBLISHED, first, most_draws, single
@@ -42,12 +34,11 @@ def errors(config: Config, records: Records):
         six = [e["scores"]["error"] for e in these]
         rows[f"ensemble, {kind}"] = six, six, _COLORS[kind]
     networks = [first(e) for e in records.ensembles[SEEDS]]
-    asked = {"population statistics": [n["scores"] for n in networks]}
+    found = [n["scores"]["error"] for n in networks]
+    rows["population statistics"] = found, found, PALETTE.green
     for number in networks[0]["mc_bn"]:
-        asked[f"MC-BN, {number} draws"] = [n["mc_bn"][number] for n in networks]
-    for name, scores in asked.items():
-        found = [one["error"] for one in scores]
-        rows[name] = found, found, PALETTE.green
+        found = [n["mc_bn"][number]["error"] for n in networks]
+        rows[f"MC-BN, {number} draws"] = found, found, PALETTE.green
     means = []
     for y, (name, (dots, averaged, color)) in enumerate(rows.items()):
         shown = 100 * np.asarray(dots)
@@ -58,13 +49,12 @@ def errors(config: Config, records: Records):
     name_rows(axes[0], list(rows))
     axes[0].set_xlabel("top-1 error, %")
     published: dict[str, float] = {}
-    for top, of_top in PUBLISHED.items():
-        published |= {f"single, {top}": of_top.single, f"ensemble, {top}": of_top.six}
-        if of_top.test is not None:
-            published[f"ensemble, {top}, test set"] = of_top.test
+    for top, (alone, together, test) in PUBLISHED.items():
+        published |= {f"single, {top}": alone, f"ensemble, {top}": together}
+        published |= {f"ensemble, {top}, test set": test} if test is not None else {}
+    look = dict(xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
     for y, value in enumerate(published.values()):
         axes[1].plot(value, y, "D", color="black", markersize=7)
-        look = dict(xytext=(8, 0), textcoords="offset points", va="center", fontsize=9)
         axes[1].annotate(f"{value:g}", (value, y), **look)
     name_rows(axes[1], list(published))
     axes[1].set(xlim=(0, 27), xlabel="published: error on ImageNet, 144 crops, %")
@@ -107,19 +97,6 @@ def sizes(config: Config, records: Records):
     )
 
 
-def _pooled(these: Sequence[Mapping[str, Any]]) -> tuple[np.ndarray, np.ndarray]:
-    """Confidence and accuracy of the bins of all scores together that hold enough examples."""
-    bins = [scores["bins"] for scores in these]
-    count = np.array([b["count"] for b in bins], np.float64)
-    total = count.sum(axis=0)
-    kept = total >= _SHOWN
-    confidence, accuracy = (
-        (count * [b[field] for b in bins]).sum(axis=0)[kept] / total[kept]
-        for field in ("confidence", "accuracy")
-    )
-    return confidence, accuracy
-
-
 def reliability(config: Config, records: Records):
     """Reliability of the predicted probabilities."""
     fig, axes = new_figure(rows=2, width=5.4, height=6.6)
@@ -135,17 +112,15 @@ def reliability(config: Config, records: Records):
     reference(axes[1], y=0, color="black", linestyle=":")
     farthest = []
     for label, these, color, marker in curves:
-        confidence, accuracy = _pooled(these)
+        confidence, accuracy = pooled([one["bins"] for one in these], at_least=_SHOWN)
         if len(accuracy):
             most = max(accuracy - confidence, key=abs)
             farthest.append(f"{label}: {format_number(float(f'{most:.2g}'))}")
         style = {"color": color, "marker": marker, "markersize": 4.5, "linewidth": 1.4}
         axes[0].plot(confidence, accuracy, label=label, **style)
         axes[1].plot(confidence, accuracy - confidence, **style)
-    axes[0].set(ylabel="accuracy", ylim=(0, 1.02))
-    axes[1].set_ylabel("accuracy − confidence")
-    for axis in axes:
-        axis.set(xlim=(0, 1.02), xlabel="confidence")
+    axes[0].set(xlim=(0, 1.02), xlabel="confidence", ylabel="accuracy", ylim=(0, 1.02))
+    axes[1].set(xlim=(0, 1.02), xlabel="confidence", ylabel="accuracy − confidence")
     shared_legend(fig, columns=2)
     return fig, dict(
         alt="Above: accuracy against confidence in bins, of single networks, MC-BN and two kinds "

@@ -15,18 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
 from bn_research.claims import atomic
+from bn_research.lab import settings
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
-from bn_research.lab.settings import (
-    Programs,
-    Setting,
-    Training,
-    creator,
-    per_structure,
-    sweep,
-    train,
-)
+from bn_research.lab.settings import Programs, Setting, Training, per_structure
 from bn_research.lab.workdir import Ledger, WorkdirError
 from bn_research.layers.linen import MOMENTS, BatchNorm, update_from_batch_moments
 from bn_research.models.inception import Inception
@@ -38,7 +31,7 @@ from bn_research.training.evaluation import place_batches
 from bn_research.training.loop import History, run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState
-from bn_research.training.step import Batch, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_train_step
 from experiments.ensemble import Config
 
 VARIED, SEEDS = "six settings", "one setting"  # the two kinds of ensemble
@@ -76,13 +69,12 @@ def six(gain: float) -> tuple[Network, ...]:
 
 def plan(config: Config) -> dict[str, list[list[Training]]]:
     """The networks of each ensemble, by kind; ensembles of both kinds share their seeds."""
-    varied = six(config.gain)
     return {
         kind: [
             [Training(network, k * 6 + i, config.num_steps) for i, network in enumerate(networks)]
             for k in range(config.seeds)
         ]
-        for kind, networks in ((VARIED, varied), (SEEDS, (BASE,) * 6))
+        for kind, networks in ((VARIED, six(config.gain)), (SEEDS, (BASE,) * 6))
     }
 
 
@@ -129,14 +121,10 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     trainings = [t for of_kind in ensembles.values() for ensemble in of_kind for t in ensemble]
     sampled = [ensemble[0] for ensemble in ensembles[SEEDS]]
     records: dict[str, list[dict[str, Any]]] = {kind: [] for kind in ensembles}
-    with Runner(
-        path,
-        Ledger(path / "metrics.jsonl"),
-        total_steps=len(trainings) * config.num_steps,
-        strategy=config.strategy,
-    ) as runner:
+    ledger, total = Ledger(path / "metrics.jsonl"), len(trainings) * config.num_steps
+    with Runner(path, ledger, total_steps=total, strategy=config.strategy) as runner:
         predictor = Predictor(task, images, path / "predictions")
-        found = train(
+        found = settings.train(
             runner,
             trainings,
             lambda network: training_programs(network, task),
@@ -147,8 +135,7 @@ def measure(config: Config, images: Images, path: Path) -> Records:
         trained = dict(zip(trainings, found, strict=True))
         for kind, of_kind in ensembles.items():
             for k, ensemble in enumerate(of_kind):
-                members = [trained[training] for training in ensemble]
-                name = f"ensemble of {kind} seed={k}"
+                members, name = [trained[t] for t in ensemble], f"ensemble of {kind} seed={k}"
                 together = runner.get(name, predictor.together, members)
                 records[kind].append({"members": members, **together})
     return Records(records, images.num_classes)
@@ -179,7 +166,7 @@ class Predictor:
         every = self._task.config.steps_per_dispatch
         choice = training_programs(network, self._task).sweep.choice
         assert choice is not None  # it was made before the first dispatch
-        record = {
+        return {
             **network.as_record(),
             "seed": training.seed,
             "strategy": choice.strategy,
@@ -187,10 +174,8 @@ class Predictor:
             "diverged": history.diverged,
             "scores": scores(average([predicted]), self._label),
             "predictions": self._keep(predicted),
+            **({"mc_bn": self.sample(network, state.params, of_batches)} if sampled else {}),
         }
-        if sampled:
-            record["mc_bn"] = self.sample(network, state.params, of_batches)
-        return record
 
     def batches(self, seed: int) -> Array:
         """Training images of an epoch's first batches, [batches, examples, …]; its order is new."""
@@ -230,11 +215,7 @@ class Predictor:
         return name
 
     def together(self, records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """What an ensemble of these networks measures; needs their predictions.
-
-        Raises:
-          WorkdirError: those of a network are not there, or are not what was written.
-        """
+        """What an ensemble of these networks measures; needs their predictions."""
         predicted = [load_predictions(self._folder, record) for record in records]
         return {
             "scores": scores(average(predicted), self._label),
@@ -254,13 +235,9 @@ def load_predictions(folder: Path, record: Mapping[str, Any]) -> np.ndarray:
             "--workdir"
         ) from error
     if hashlib.sha256(content).hexdigest() != path.stem:
-        raise WorkdirError(
-            f"{path} is damaged: it is not what was predicted; give another --workdir"
-        )
+        words = "is damaged: it is not what was predicted; give another --workdir"
+        raise WorkdirError(f"{path} {words}")
     return np.load(io.BytesIO(content), allow_pickle=False)
-
-
-# --- programs ---
 
 
 def make_model(task: Task, network: Network, dropout: Any = 0.0) -> Inception:
@@ -291,7 +268,7 @@ def scale_convolutions(params: Any, gain: Array | float) -> Any:
 @per_structure
 def training_programs(network: Network, task: Task) -> Programs:
     """The training of all networks with BN of one kind."""
-    config = task.config
+    config, every = task.config, task.config.steps_per_dispatch
 
     def optimizer(_: Network) -> optax.GradientTransformation:
         rate = optax.cosine_decay_schedule(config.rate, config.num_steps)
@@ -303,26 +280,13 @@ def training_programs(network: Network, task: Task) -> Programs:
         return {**variables, "params": scale_convolutions(variables["params"], network.gain)}
 
     def advance(state: TrainState, network: Network, examples: Batch):
-        model = make_model(task, network, network.dropout)
-
-        def apply(variables, image, *, train, keys):
-            logits, new = model.apply(
-                variables, image, train=train, keys=keys, mutable=["batch_stats"]
-            )
-            return logits, new["batch_stats"]
-
+        apply = apply_fn_of(make_model(task, network, network.dropout))
         step = make_train_step(apply, optimizer(network), stochastic=True)
-        size, steps = config.batch_size, config.steps_per_dispatch
-        return run_steps(step, state, examples, batch_size=size, num_steps=steps)
+        return run_steps(step, state, examples, batch_size=config.batch_size, num_steps=every)
 
-    return Programs(
-        creator(init, optimizer),
-        sweep(
-            advance,
-            steps_per_dispatch=config.steps_per_dispatch,
-            compiler_level=config.compiler_level,
-        ),
-    )
+    level = config.compiler_level
+    sweep = settings.sweep(advance, steps_per_dispatch=every, compiler_level=level)
+    return Programs(settings.creator(init, optimizer), sweep)
 
 
 @per_structure
@@ -362,12 +326,8 @@ def prediction_program(network: Network, task: Task, mesh: Mesh):
     cut, whole = PartitionSpec(axis), PartitionSpec()
 
     def predict(params, batch_stats, images):
-        variables = {"params": params, "batch_stats": batch_stats}
-
-        def one(image):
-            return jax.nn.log_softmax(model.apply(variables, image, train=False))
-
-        return jax.lax.map(one, images)
+        apply = functools.partial(model.apply, {"params": params, "batch_stats": batch_stats})
+        return jax.lax.map(lambda image: jax.nn.log_softmax(apply(image, train=False)), images)
 
     mapped = jax.shard_map(
         predict, mesh=mesh, in_specs=(whole, whole, cut), out_specs=cut, check_vma=False

@@ -19,6 +19,7 @@ _GUARD = (
     "Inconclusive if the networks have not learned: their mean accuracy is below "
     f"{_LEARNED} times chance"
 )
+_ABOVE_0 = f"Reproduced if it lies above 0; not reproduced if it lies at 0 or below. {_GUARD}"
 
 
 class Published(NamedTuple):
@@ -55,8 +56,7 @@ CLAIMS = (
         "in the seed alone",
         source="Own, after the paper, whose six networks differ in their settings",
         criterion="error of six networks of one setting − error of six networks of six settings "
-        "with the same seeds, by the 95 % paired interval over ensembles. Reproduced if it lies "
-        f"above 0; not reproduced if it lies at 0 or below. {_GUARD}",
+        f"with the same seeds, by the 95 % paired interval over ensembles. {_ABOVE_0}",
         expected="unknown",
     ),
     Claim(
@@ -64,8 +64,7 @@ CLAIMS = (
         statement="The ensemble's probabilities are better calibrated than one network's",
         source="Own; Lakshminarayanan et al. (2017) find it for deep ensembles",
         criterion="mean expected calibration error (15 bins) of the six networks − that of their "
-        "ensemble, by the 95 % paired interval over ensembles. Reproduced if it lies above 0; not "
-        f"reproduced if it lies at 0 or below. {_GUARD}",
+        f"ensemble, by the 95 % paired interval over ensembles. {_ABOVE_0}",
         expected="above 0 if single networks are too confident; below if they are not confident "
         "enough, for averaging makes confidence smaller",
     ),
@@ -75,25 +74,17 @@ CLAIMS = (
         "batches (MC-BN) predicts better probabilities than population statistics",
         source="Teye, Azizpour & Smith (2018), whose measure is the predictive log likelihood",
         criterion="negative log likelihood of a network by population statistics − that by MC-BN "
-        "with the most draws, by the 95 % paired interval over networks. Reproduced if it lies "
-        f"above 0; not reproduced if it lies at 0 or below. {_GUARD}",
+        f"with the most draws, by the 95 % paired interval over networks. {_ABOVE_0}",
         expected="above 0",
     ),
 )
 
 Ensemble = Mapping[str, Any]  # `members`, records of networks; `scores`, `sizes`, `disagreement`
-Numbers = dict[
-    str, Any
-]  # Estimates, or means alone; a claim's first is what its criterion is about
+# Estimates, or means alone; a claim's first is what its criterion is about.
+Numbers = dict[str, Any]
 
-_WORDS = {
-    "error": "error",
-    "error 2": "top-2 error",
-    "error 5": "top-5 error",
-    "nll": "NLL",
-    "brier": "Brier score",
-    "ece": "ECE",
-}
+_WORDS = {"error": "error", "error 2": "top-2 error", "error 5": "top-5 error"}
+_WORDS |= {"nll": "NLL", "brier": "Brier score", "ece": "ECE"}
 
 
 def single(ensemble: Ensemble, score: str) -> float:
@@ -122,25 +113,18 @@ def judge(config: Config, records: Records) -> list[Finding]:
     varied, seeds = records.ensembles[VARIED], records.ensembles[SEEDS]
     accuracy = 1 - np.mean([single(e, "error") for e in (*varied, *seeds)])
     learned = accuracy >= _LEARNED / records.num_classes
-    found = (
-        _of_six(varied),
-        _of_settings(varied, seeds),
-        _of_calibration(varied),
-        _of_mc_bn(seeds),
-    )
-    note = _note(varied, seeds)
+    found = _of_six(varied), _of_settings(varied, seeds), _of_calibration(varied), _of_mc_bn(seeds)
     findings = []
     for claim, measured in zip(CLAIMS, found, strict=True):
         tested: Estimate = next(iter(measured.values()))
-        enough, told = tested.low > 0, ""
+        enough, note = tested.low > 0, _note(varied, seeds)
         if claim is CLAIMS[0]:
             enough = tested.low >= _AT_LEAST
             if tested.mean > _EXPECTED:
-                told = f"The reduction is above the {_EXPECTED:.0%} expected. "
+                note = f"The reduction is above the {_EXPECTED:.0%} expected. {note}"
         verdict = verdict_of(reproduced=enough, refuted=tested.high <= 0)
-        verdict = verdict if learned else INCONCLUSIVE
-        numbers = with_intervals(measured)
-        findings.append(Finding(claim, numbers, tested.interval, verdict, told + note))
+        verdict, numbers = verdict if learned else INCONCLUSIVE, with_intervals(measured)
+        findings.append(Finding(claim, numbers, tested.interval, verdict, note))
     return findings
 
 
@@ -155,9 +139,8 @@ def _of_six(varied: Sequence[Ensemble]) -> Numbers:
         found[f"relative reduction of {_WORDS[score]}"] = reduction
     for size, errors in enumerate(zip(*(e["sizes"]["error"] for e in varied), strict=True), 1):
         found[f"error, ensemble of {size}"] = estimate(errors)
-    found["error, best single"] = _over(
-        varied, lambda e: min(member["scores"]["error"] for member in e["members"])
-    )
+    best = [min(member["scores"]["error"] for member in e["members"]) for e in varied]
+    found["error, best single"] = estimate(best)
     return found | {"disagreement": _over(varied, lambda e: e["disagreement"])}
 
 
@@ -177,11 +160,10 @@ def _of_settings(varied: Sequence[Ensemble], seeds: Sequence[Ensemble]) -> Numbe
 
 
 def _of_calibration(varied: Sequence[Ensemble]) -> Numbers:
-    gain = _over(varied, lambda e: single(e, "ece") - e["scores"]["ece"])
     singles = _over(varied, lambda e: single(e, "confidence") - 1 + single(e, "error"))
     six = _over(varied, lambda e: e["scores"]["confidence"] - 1 + e["scores"]["error"])
     return {
-        "ECE, single − ensemble": gain,
+        "ECE, single − ensemble": _over(varied, lambda e: single(e, "ece") - e["scores"]["ece"]),
         "confidence − accuracy, single": singles,
         "confidence − accuracy, ensemble": six,
         **_scores(varied, ("ece", "nll", "brier")),

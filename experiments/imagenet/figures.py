@@ -8,9 +8,10 @@ import numpy as np
 
 from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import PALETTE, Figure, band, new_figure, save_all
+from bn_research.claims.judging import Record
 from bn_research.claims.plots import padded, reference
 from experiments.imagenet import Config
-from experiments.imagenet.verdicts import PUBLISHED, Record, claim_id
+from experiments.imagenet.verdicts import PUBLISHED, claim_id
 
 
 def draw(config: Config, records: Sequence[Record], folder: Path) -> list[Figure]:
@@ -22,14 +23,14 @@ def _accuracy(config: Config, records: Sequence[Record]) -> Any:
     fig, axis = new_figure()
     steps = np.arange(1, config.num_steps // config.evaluate_every + 1) * config.evaluate_every
     curves = [[100 * seen["accuracy"] for seen in record["curve"]] for record in records]
-    label = f"measured, {config.setting}"
-    band(axis, steps, padded(curves, len(steps)), label=label, color=PALETTE.blue)
+    measured = f"measured, {config.setting}"
+    band(axis, steps, padded(curves, len(steps)), label=measured, color=PALETTE.blue)
     caption = f"Mean and range of {len(records)} seed(s), on the whole evaluation split."
     if config.dataset == "imagenet2012":
-        published = PUBLISHED[config.setting]
-        best = 100 * published.top1
-        reference(axis, y=best, color=PALETTE.black, linewidth=1.5, label="published, best")
-        caption += f" Dashed: the best that the paper reports of {published.label}."
+        name, best, _ = PUBLISHED[config.setting]
+        look: dict[str, Any] = dict(color=PALETTE.black, linewidth=1.5, label="published, best")
+        reference(axis, y=100 * best, **look)
+        caption += f" Dashed: the best that the paper reports of {name}."
     axis.set(xlabel="steps", ylabel="top-1 accuracy (%)")
     axis.legend(frameon=False)
     return fig, dict(
@@ -44,9 +45,9 @@ def _accuracy(config: Config, records: Sequence[Record]) -> Any:
 def _loss(config: Config, records: Sequence[Record]) -> Any:
     """Training loss."""
     fig, axis = new_figure()
-    points = config.num_steps // config.steps_per_dispatch
-    steps = np.arange(1, points + 1) * config.steps_per_dispatch
-    losses = padded([record["loss"] for record in records], points)
+    steps = np.arange(1, config.num_steps // config.steps_per_dispatch + 1)
+    steps *= config.steps_per_dispatch
+    losses = padded([record["loss"] for record in records], len(steps))
     band(axis, steps, losses, label=config.setting, color=PALETTE.vermillion)
     axis.set(xlabel="steps", ylabel="training loss (nats)", yscale="log")
     return fig, dict(

@@ -12,11 +12,7 @@ import optax
 from jaxtyping import Array
 
 from bn_research import data
-from bn_research.data.augment import (
-    cifar_augmentation,
-    imagenet_augmentation,
-    imagenet_evaluation,
-)
+from bn_research.data import augment
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.cnn import CNN
 from bn_research.models.inception import Inception
@@ -64,33 +60,28 @@ class Programs:
         self._config, self._builder, self._parallel = config, builder, parallel
         setting = SETTINGS[config.setting]
         self._image_shape = builder.info.features["image"].shape
-        self._augmentation = cifar_augmentation() if config.augmentation == "cifar" else None
+        self._augmentation = (
+            augment.cifar_augmentation() if config.augmentation == "cifar" else None
+        )
         self._cropping = None
         if config.augmentation == "imagenet":
             size = config.image_size
             self._image_shape = (size, size, 3)
-            self._augmentation = imagenet_augmentation(size, strength=setting.distortion)
-            self._cropping = imagenet_evaluation(size)
+            self._augmentation = augment.imagenet_augmentation(size, strength=setting.distortion)
+            self._cropping = augment.imagenet_evaluation(size)
         self._input = dict(
             batch_size=config.batch_size // config.microbatches,
             process_index=jax.process_index(),
             process_count=jax.process_count(),
             num_workers=config.num_workers,
         )
-        self._model = create_model(
-            config, builder.info.features["label"].num_classes, axis_name=parallel.axis_name
-        )
+        num_classes = builder.info.features["label"].num_classes
+        self._model = create_model(config, num_classes, axis_name=parallel.axis_name)
         examples = builder.info.splits["train"].num_examples
+        steps = round(setting.epochs_per_decay * examples / config.batch_size) or 1
+        rate = optax.exponential_decay(setting.learning_rate, steps, _RATE_FACTOR, staircase=True)
         self.optimizer = create_optimizer(
-            "momentum",
-            optax.exponential_decay(
-                setting.learning_rate,
-                round(setting.epochs_per_decay * examples / config.batch_size) or 1,
-                _RATE_FACTOR,
-                staircase=True,
-            ),
-            momentum=_MOMENTUM,
-            weight_decay=setting.weight_decay,
+            "momentum", rate, momentum=_MOMENTUM, weight_decay=setting.weight_decay
         )
         apply_fn = make_apply_fn(self._model, data.FULL_SCALE[config.dataset])
         self._batch_axis = 0 if config.microbatches == 1 else 1
@@ -111,15 +102,12 @@ class Programs:
     def create_state(self, seed: int) -> TrainState:
         """The state before the first step, one copy over the devices."""
         sample = jnp.zeros((1, *self._image_shape))
-
-        def create():
-            return create_train_state(
-                lambda key: self._model.init(key, sample, train=False),
-                self.optimizer,
-                jax.random.key(seed),
+        init = functools.partial(self._model.init, train=False)
+        return self._parallel.create(
+            lambda: create_train_state(
+                lambda key: init(key, sample), self.optimizer, jax.random.key(seed)
             )
-
-        return self._parallel.create(create)
+        )
 
     @contextlib.contextmanager
     def stream(self, seed: int) -> Iterator[Callable[[int], Iterator[Batch]]]:

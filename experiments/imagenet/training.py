@@ -71,17 +71,13 @@ def measure(config: Config, builder: Any, path: Path, *, parallel: str) -> list[
     with Preemption() as preemption, contextlib.closing(saver):
         newest = saver.newest()
         first = int(newest[1]["name"].removeprefix("seed=")) if newest else 0
-        with tqdm(
-            total=config.seeds * config.num_steps,
-            initial=first * config.num_steps,
-            unit="step",
-            dynamic_ncols=True,
-            smoothing=0.05,
-            disable=ledger is None,
-        ) as bar:
+        done, total = first * config.num_steps, config.seeds * config.num_steps
+        look = dict(unit="step", dynamic_ncols=True, smoothing=0.05, disable=ledger is None)
+        with tqdm(total=total, initial=done, **look) as bar:
             for seed in range(first, config.seeds):
                 bar.set_description(f"{config.setting}, seed {seed}")
-                _train(config, programs, seed, keep, saver, preemption.requested, bar.update)
+                loop = dict(saver=saver, preempted=preemption.requested)
+                _train(config, programs, seed, keep, bar.update, **loop)
     if ledger is None:
         return []
     steps = range(config.evaluate_every, config.num_steps + 1, config.evaluate_every)
@@ -94,13 +90,7 @@ def measure(config: Config, builder: Any, path: Path, *, parallel: str) -> list[
 
 
 def _train(
-    config: Config,
-    programs: Programs,
-    seed: int,
-    keep: Keep,
-    saver: Checkpointer,
-    preempted: Callable[[int], bool],
-    on_steps: Callable[[int], Any],
+    config: Config, programs: Programs, seed: int, keep: Keep, on_steps: Any, **loop: Any
 ) -> None:
     taken = 0
 
@@ -120,12 +110,9 @@ def _train(
             num_steps=config.num_steps,
             steps_per_dispatch=config.steps_per_dispatch,
             losses_per_dispatch=1,
-            saver=saver,
             save_when=lambda: taken % config.checkpoint_every == 0 or taken == config.num_steps,
             on_dispatch=on_dispatch,
-            preempted=preempted,
+            **loop,
         )
-    keep(
-        f"run/seed={seed}",
-        lambda: {"loss": history.loss, "diverged": history.diverged, "digest": digest(state)},
-    )
+    found = {"loss": history.loss, "diverged": history.diverged}
+    keep(f"run/seed={seed}", lambda: {**found, "digest": digest(state)})

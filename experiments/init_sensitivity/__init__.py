@@ -34,21 +34,9 @@ from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
+from bn_research.lab import fields
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Distinct,
-    Network,
-    NonNegative,
-    OnImages,
-    OrNone,
-    Positive,
-    Several,
-    Some,
-    Strategy,
-    holding,
-    whole_dispatches,
-)
+from bn_research.lab.fields import Count, Distinct, Network, NonNegative, Positive, Some, holding
 from bn_research.models.spec import num_weight_layers
 
 # Candidates for the seven layers that the Notes do not give; the default, trained network is the
@@ -61,23 +49,22 @@ NETWORKS = (
     "c32 c32 P c64 c64 P f512 f512 f10",
 )
 
-
 Scheme = Literal["he", "lecun", "glorot", "orthogonal", "fixup"]
 Optimizer = Literal["sgd", "adam"]
 
 
 @dataclass(frozen=True)
-class Config(OnImages):
+class Config(fields.OnImages):
     """Settings of a run."""
 
     seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
-    examples: OrNone = 0  # of each split; 0 is all
+    examples: fields.OrNone = 0  # of each split; 0 is all
     network: Network = NETWORKS[4]  # the trained one
     a: Positive = 1e-3  # the bad initialization: weights from U(-a, a)
-    batch_size: Several = 32
+    batch_size: fields.Several = 32
     num_steps: Count = 40
     steps_per_dispatch: Count = 20
-    strategy: Strategy = "devices"
+    strategy: fields.Strategy = "devices"
     rates: Some[Positive] = (1e-6, 1.0)  # of SGD, plain and BN on the last layer
     adam_rates: Some[Positive] = (1e-2,)
     # Other initializations of the plain network.
@@ -105,7 +92,7 @@ class Config(OnImages):
 
     def __post_init__(self) -> None:
         """Checks between fields."""
-        whole_dispatches(self, "num_steps", "escape_steps", "width_steps")
+        fields.whole_dispatches(self, "num_steps", "escape_steps", "width_steps")
         hidden = num_weight_layers(self.network) - 1
         if max(self.layers, default=0) > hidden:
             raise ValueError(

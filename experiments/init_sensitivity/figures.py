@@ -8,18 +8,11 @@ from typing import Any
 
 import numpy as np
 
+from bn_research.claims import plots
 from bn_research.claims.alt_text import line_ends
 from bn_research.claims.figures import PALETTE, Figure, band, new_figure, save_all, shared_legend
 from bn_research.claims.judging import by_seed, numbers
-from bn_research.claims.plots import (
-    bands,
-    name_rows,
-    over_seeds,
-    padded,
-    points,
-    reference,
-    running_mean,
-)
+from bn_research.claims.plots import over_seeds
 from bn_research.models.spec import num_logits
 from experiments.init_sensitivity import Config
 from experiments.init_sensitivity.training import Cell, Records, last_cells, layer_rows
@@ -62,13 +55,12 @@ def _loss_curves(config: Config, records: Records) -> Any:
         "BN on all layers": (f"all a={nearest:g}", PALETTE.vermillion, "-"),
     }
     steps, window = config.num_steps, max(1, config.num_steps // 40)
-    curves = {
-        label: running_mean(padded([r["loss"][:steps] for r in records.best[role]], steps), window)
-        for label, (role, _, _) in shown.items()
-        if role in records.best
-    }
     fig, axis = new_figure(height=4.2)
-    bands(axis, np.arange(1, steps + 1), curves, {label: look[1:] for label, look in shown.items()})
+    for label, (role, color, style) in shown.items():
+        if role in records.best:
+            losses = plots.padded([r["loss"][:steps] for r in records.best[role]], steps)
+            curves, x = plots.running_mean(losses, window), np.arange(1, steps + 1)
+            band(axis, x, curves, label=label, color=color, linestyle=style)
     axis.set(ylim=(0, 3.2), xlabel="step", ylabel="training loss (nats)")
     shared_legend(fig, columns=2)
     return fig, dict(
@@ -84,10 +76,8 @@ def _loss_curves(config: Config, records: Records) -> Any:
 def _accuracy_against_a(config: Config, records: Records) -> Any:
     """How small may the initial weights be?"""
     fig, axis = new_figure()
-    for placement, label, color in (
-        ("all", "BN on all layers", PALETTE.vermillion),
-        ("none", "plain", PALETTE.black),
-    ):
+    arms = {"BN on all layers": ("all", PALETTE.vermillion), "plain": ("none", PALETTE.black)}
+    for label, (placement, color) in arms.items():
         rows = [accuracies(records.best, f"{placement} a={a:g}") for a in config.widths]
         band(axis, config.widths, np.transpose(rows), label=label, color=color, marker="o")
     axis.set(xscale="log", ylim=(0, 1), xlabel="a, weights from U(−a, a)", ylabel="test accuracy")
@@ -124,9 +114,9 @@ def _escape_time(config: Config, records: Records) -> Any:
         if column == ("sgd", False):
             half = 10 ** (height + 0.5 * (ends - x.mean()))
             axis.plot(10**ends, half, color="black", linestyle="--", label="theory: ε^0.50")
-    axis.set(xscale="log", yscale="log")
+    labels = dict(xlabel="ε of the BN before the softmax", ylabel="steps to leave the plateau")
+    axis.set(xscale="log", yscale="log", **labels)
     axis.xaxis.set_minor_formatter("")  # their numbers would overlap
-    axis.set(xlabel="ε of the BN before the softmax", ylabel="steps to leave the plateau")
     shared_legend(fig, columns=1)
     return fig, dict(
         alt="Steps until the loss leaves ln 10 against epsilon, both logarithmic: with SGD and no "
@@ -153,10 +143,8 @@ def _epsilon_optimizer_bias(config: Config, records: Records) -> Any:
     axis.grid(visible=False)
     axis.set_xticks(range(len(columns)), [column.replace(", ", "\n") for column in columns])
     axis.set_yticks(range(len(names)), names)
-    rows = [
-        f"{name}: {', '.join(f'{value:.2f}' for value in values)}."
-        for name, values in zip(names, table, strict=True)
-    ]
+    cells = [", ".join(f"{value:.2f}" for value in values) for values in table]
+    rows = map("{}: {}.".format, names, cells)
     return fig, dict(
         alt=f"Table of test accuracies, columns {'; '.join(columns)}. {' '.join(rows)}",
         caption=f"Test accuracy after {config.num_steps} steps, mean of {config.seeds} seeds, each "
@@ -170,19 +158,15 @@ def _single_layer(config: Config, records: Records) -> Any:
     if not config.layers:
         return None
     fig, axis = new_figure(height=3.8)
-    layers = [*config.layers, max(config.layers) + 1]
+    layers, best = [*config.layers, max(config.layers) + 1], records.best
+    unknown = np.full(config.seeds, math.nan)
     for row, color in zip(layer_rows(config), PALETTE, strict=False):
-        accuracy = [
-            accuracies(records.best, cell)
-            if str(cell) in records.best
-            else np.full(config.seeds, math.nan)
-            for cell in row
-        ]
+        found = [accuracies(best, cell) if str(cell) in best else unknown for cell in row]
         label = f"{OPTIMIZERS[row[0].optimizer]}, ε = {row[0].epsilon:g}"
-        band(axis, layers, np.transpose(accuracy), label=label, color=color, marker="o")
-    reference(axis, y=1 / num_logits(config.network), linestyle=":", linewidth=1.5)
-    axis.set(ylim=(0, 1), xticks=layers)
-    axis.set(xlabel="the one weight layer with BN", ylabel="test accuracy")
+        band(axis, layers, np.transpose(found), label=label, color=color, marker="o")
+    plots.reference(axis, y=1 / num_logits(config.network), linestyle=":", linewidth=1.5)
+    labels = dict(xlabel="the one weight layer with BN", ylabel="test accuracy")
+    axis.set(ylim=(0, 1), xticks=layers, **labels)
     shared_legend(fig, columns=2)
     return fig, dict(
         alt="Test accuracy against the number of the one layer with BN, from the first layer to "
@@ -207,7 +191,8 @@ def _signal_by_layer(config: Config, records: Records) -> Any:
         measured = numbers(group, "measured")
         layers = np.arange(1, measured.shape[1] + 1)
         axis.plot(layers, group[0]["predicted"], color=color, linewidth=1, linestyle="--")
-        points(axis, layers, measured, color=color, marker=marker, markersize=5, label=network)
+        look = dict(color=color, marker=marker, markersize=5, label=network)
+        plots.points(axis, layers, measured, **look)
     axis.axhspan(-12, -10, color="#dddddd", zorder=0)
     axis.text(1, -11, "the Notes: “of the order of 1e-11”", va="center", fontsize=9)
     axis.set(xlabel="weight layer", ylabel="log₁₀ root mean square of pre-activations")
@@ -231,15 +216,14 @@ def _signal_against_theory(config: Config, records: Records) -> Any:
         look = dict(color=color, markersize=3.5, alpha=0.5)
         top.plot(predicted, measured, marker, label=network, **look)
         bottom.plot(predicted, measured - predicted, marker, **look)
-    low, high = top.get_xlim()
-    top.plot([low, high], [low, high], color="black", linewidth=1, linestyle="--")
+    ends = top.get_xlim()
+    top.plot(ends, ends, color="black", linewidth=1, linestyle="--")
     bottom.axhspan(-_BAND, _BAND, color="#dddddd", zorder=0)
-    reference(bottom, y=0, color="black", linewidth=1)
+    plots.reference(bottom, y=0, color="black", linewidth=1)
     top.set_ylabel("log₁₀ σ measured")
     bottom.set(xlabel="log₁₀ σ by theory", ylabel="measured − theory")
     shared_legend(fig, columns=1)
-    widths = sorted({record["a"] for record in records.signal})
-    scales = sorted({record["input_scale"] for record in records.signal})
+    scales, widths = (sorted({r[key] for r in records.signal}) for key in ("input_scale", "a"))
     return fig, dict(
         alt="Measured log10 scale of the pre-activations against theory: points along the diagonal "
         "over many decades; below, their differences, mostly within half a decade.",
@@ -253,18 +237,12 @@ def _signal_against_theory(config: Config, records: Records) -> Any:
 
 def _schemes(config: Config, records: Records) -> Any:
     """Initializations beside BN."""
-    nearest = _nearest(config)
-    names = {
-        "he": "He",
-        "lecun": "LeCun",
-        "glorot": "Glorot",
-        "orthogonal": "orthogonal",
-        "fixup": "Fixup-style: He, head of zeros",
-    }
+    nearest, uniform = _nearest(config), f"U(−{config.a:g}, {config.a:g})"
+    names = dict(he="He", lecun="LeCun", glorot="Glorot", fixup="Fixup-style: He, head of zeros")
     arms = {
-        f"plain, U(−{config.a:g}, {config.a:g})": "plain",
-        **{f"plain, {names[scheme]}": f"plain, {scheme}" for scheme in config.schemes},
-        f"BN last, ε = 0, U(−{config.a:g}, {config.a:g})": str(RESCUED),
+        f"plain, {uniform}": "plain",
+        **{f"plain, {names.get(scheme, scheme)}": f"plain, {scheme}" for scheme in config.schemes},
+        f"BN last, ε = 0, {uniform}": str(RESCUED),
         f"BN on all layers, U(−{nearest:g}, {nearest:g})": f"all a={nearest:g}",
     }
     fig, axis = new_figure(height=1.2 + 0.34 * len(arms), width=5.6)
@@ -275,7 +253,7 @@ def _schemes(config: Config, records: Records) -> Any:
         color = PALETTE.blue if label.startswith("BN") else PALETTE.black
         axis.plot(values, np.full(len(values), row), "o", color=color, alpha=0.5, markersize=5)
         axis.plot(values.mean(), row, "|", color=color, markersize=14, markeredgewidth=2)
-    name_rows(axis, list(arms))
+    plots.name_rows(axis, list(arms))
     axis.set(xlim=(0, 1), xlabel="test accuracy")
     return fig, dict(
         alt=f"Test accuracy of each seed, rows by initialization. Means: {'; '.join(means)}.",

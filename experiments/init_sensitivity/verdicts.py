@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 
@@ -12,18 +11,8 @@ from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED,
 from bn_research.claims.formatting import format_interval
 from bn_research.claims.judging import Record, by_seed, listed, numbers, with_intervals
 from bn_research.models.spec import num_logits
-from experiments.init_sensitivity import Config
-from experiments.init_sensitivity.training import (
-    PLAIN,
-    Best,
-    Cell,
-    Records,
-    escape_cells,
-    escape_level,
-    final_loss,
-    last_cells,
-    layer_rows,
-)
+from experiments.init_sensitivity import Config, training
+from experiments.init_sensitivity.training import Best, Cell, Records, final_loss
 
 OPTIMIZERS = {"sgd": "SGD", "adam": "Adam"}
 RESCUED = Cell(0.0)  # BN on the last layer as the claims mean it: ε = 0, SGD, no biases
@@ -134,7 +123,7 @@ def judge_plain(config: Config, plain: list[list[Record]], best: Best) -> Findin
     he = estimate(accuracies(best, "plain, he"))
     measured = {"largest |loss - ln C|": deviations.max()}
     others = [f"plain, {scheme}" for scheme in config.schemes if scheme != "he"]
-    for role in (PLAIN, "plain, he", "plain, Adam", *others):
+    for role in (training.PLAIN, "plain, he", "plain, Adam", *others):
         measured[f"accuracy, {role}"] = accuracies(best, role).mean()
     note = (
         "interval: of the largest deviation over the rates. Control with Adam (optax's defaults): "
@@ -150,31 +139,30 @@ def judge_plain(config: Config, plain: list[list[Record]], best: Best) -> Findin
     return Finding(CLAIMS[1], measured, largest.interval, verdict, note)
 
 
-class Escape(NamedTuple):
-    """The way off the plateau with one optimizer, for each ε."""
+def escape(
+    config: Config, best: Best, optimizer: str = "sgd", use_bias: bool = False
+) -> tuple[np.ndarray, np.ndarray, Estimate | None]:
+    """Each ε; the steps until a batch's loss left the plateau; their exponent in ε, over seeds.
 
-    epsilons: np.ndarray
-    steps: np.ndarray  # until a batch's loss left it, [ε, seed]; NaN where it did not in time
-    exponent: Estimate | None  # of the steps in ε; None when fewer than 3 ε have all escaped
-
-
-def escape(config: Config, best: Best, optimizer: str = "sgd", use_bias: bool = False) -> Escape:
-    """Steps to leave the plateau, and their exponent over seeds."""
+    Steps are [ε, seed], NaN where it did not in time; without three ε that all seeds escaped at
+    there is no exponent.
+    """
+    level = training.escape_level(config)
 
     def steps(record: Record) -> float:
-        below = np.flatnonzero(np.array(record["loss"], dtype=float) < escape_level(config))
+        below = np.flatnonzero(np.array(record["loss"], dtype=float) < level)
         return below[0] + 1 if len(below) else math.nan
 
-    cells = escape_cells(config, optimizer, use_bias)
+    cells = training.escape_cells(config, optimizer, use_bias)
     epsilons = np.array([cell.epsilon for cell in cells])
     rows = [numbers(best[f"escape {cell}"], steps) for cell in cells]
     found = np.reshape(rows, (len(cells), config.seeds))
     whole = np.isfinite(found).all(axis=1)
     if whole.sum() < 3:
-        return Escape(epsilons, found, None)
+        return epsilons, found, None
     x = np.log10(epsilons[whole])
     slopes = [slope(x, np.log10(column)).mean for column in found[whole].T]
-    return Escape(epsilons, found, estimate(slopes))
+    return epsilons, found, estimate(slopes)
 
 
 def judge_last(config: Config, best: Best) -> Finding:
@@ -196,7 +184,7 @@ def judge_last(config: Config, best: Best) -> Finding:
         others.append(f"{name}: {other or 'fewer than 3 ε had all left the plateau'}")
         if censored := np.isnan(found).sum():
             others[-1] += f", {censored} runs had not left"
-    for cell in last_cells(config):
+    for cell in training.last_cells(config):
         measured[f"accuracy, {cell}"] = accuracies(best, cell).mean()
     verdict = decide(accuracy, at_least=0.5)
     if verdict != NOT_REPRODUCED:
@@ -204,10 +192,8 @@ def judge_last(config: Config, best: Best) -> Finding:
         verdict = REPRODUCED if verdict == law == REPRODUCED else INCONCLUSIVE
     note = "interval: of the accuracy with ε = 0"
     if censored := np.isnan(steps).sum():
-        note += (
-            f"; {censored} runs had not left the plateau after {config.escape_steps} steps "
-            "and their ε is left out of the fit"
-        )
+        note += f"; {censored} runs had not left the plateau after {config.escape_steps} steps "
+        note += "and their ε is left out of the fit"
     note += listed("Escape exponents with intervals", others, "; ")
     return Finding(CLAIMS[2], measured, accuracy.interval, verdict, note)
 
@@ -215,11 +201,9 @@ def judge_last(config: Config, best: Best) -> Finding:
 def judge_robustness(config: Config, best: Best) -> Finding:
     """init-robustness."""
     roles = [{f"{a:g}": f"{where} a={a:g}" for a in config.widths} for where in ("none", "all")]
-    plain, normalized = (
-        np.array([accuracies(best, role) for role in group.values()]) for group in roles
-    )
-    small = estimate(np.ptp(normalized, axis=0))
-    difference = paired_difference(np.ptp(plain, axis=0), np.ptp(normalized, axis=0))
+    found = np.array([[accuracies(best, role) for role in group.values()] for group in roles])
+    plain, normalized = np.ptp(found, axis=1)  # spreads of each seed
+    small, difference = estimate(normalized), paired_difference(plain, normalized)
     verdict = decide(difference, at_least=0.1)
     if verdict == REPRODUCED and decide(small, at_most=0.03) != REPRODUCED:
         verdict = INCONCLUSIVE
@@ -228,9 +212,9 @@ def judge_robustness(config: Config, best: Best) -> Finding:
         CLAIMS[3],
         {
             "spread, BN on all layers": small.mean,
-            "spread, plain": np.ptp(plain, axis=0).mean(),
+            "spread, plain": plain.mean(),
             "difference of spreads": difference.mean,
-            "lowest accuracy, BN on all layers": normalized.mean(axis=1).min(),
+            "lowest accuracy, BN on all layers": found[1].mean(axis=1).min(),
         },
         small.interval,
         verdict,
@@ -243,10 +227,10 @@ def judge_robustness(config: Config, best: Best) -> Finding:
 def judge_layers(config: Config, best: Best) -> Finding:
     """last-layer-only."""
     last = estimate(accuracies(best, RESCUED))
+    rows = training.layer_rows(config)
+    others = [cell for row in rows for cell in row[:-1]]
     measured = {"accuracy, last layer, ε = 0, SGD": last.mean}
-    rows = layer_rows(config)
-    for cell in [cell for row in rows for cell in row[:-1]]:
-        measured[f"accuracy, {cell}"] = accuracies(best, cell).mean()
+    measured |= {f"accuracy, {cell}": accuracies(best, cell).mean() for cell in others}
     if not config.layers:
         note = "only the last layer was run (layers=())"
         return Finding(CLAIMS[4], measured, None, INCONCLUSIVE, note)
@@ -269,8 +253,5 @@ def judge_layers(config: Config, best: Best) -> Finding:
 
 def _by_setting(best: Best, roles: Mapping[str, str]) -> str:
     """Mean accuracy with its interval, of those of several roles that were run, in a line."""
-    return ", ".join(
-        f"{name}: {estimate(accuracies(best, role))}"
-        for name, role in roles.items()
-        if role in best
-    )
+    run = {name: role for name, role in roles.items() if role in best}
+    return ", ".join(f"{name}: {estimate(accuracies(best, run[name]))}" for name in run)

@@ -39,54 +39,44 @@ from typing import Annotated, Literal
 
 from pydantic.dataclasses import dataclass
 
-from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Distinct,
-    Network,
-    OnImages,
-    OrNone,
-    Positive,
-    Several,
-    Some,
-    Strategy,
-    holding,
-    whole_dispatches,
-)
+from bn_research.lab import Experiment, fields
 
 PUBLISHED_BATCH = 32  # of the paper, and of the first claim's headline
 PUBLISHED_FACTOR = 30  # 0.045 over 0.0015
 Placement = Literal["none", "last", "hidden", "all"]  # of BN
-Placements = Annotated[Some[Placement], holding("none", "all")]
+Placements = Annotated[fields.Some[Placement], fields.holding("none", "all")]
 
 
 @dataclass(frozen=True)
-class Config(OnImages):
+class Config(fields.OnImages):
     """Settings of a run."""
 
-    seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
-    examples: OrNone = 0  # of each split; 0 is all
-    cnn: Network = "c8 P c16 P f64 f10"
-    cnn_batch_sizes: Annotated[Some[Several], holding(PUBLISHED_BATCH)] = (8, 32)
-    mlp: Network = "f100 f100 f100 f10"
-    mlp_batch_sizes: Distinct[Several] = ()
+    seeds: fields.Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
+    examples: fields.OrNone = 0  # of each split; 0 is all
+    cnn: fields.Network = "c8 P c16 P f64 f10"
+    cnn_batch_sizes: Annotated[fields.Some[fields.Several], fields.holding(PUBLISHED_BATCH)] = (
+        8,
+        32,
+    )
+    mlp: fields.Network = "f100 f100 f100 f10"
+    mlp_batch_sizes: fields.Distinct[fields.Several] = ()
     placements: Placements = ("none", "last", "hidden", "all")
-    num_steps: Count = 150
-    steps_per_dispatch: Count = 50
-    strategy: Strategy = "devices"
+    num_steps: fields.Count = 150
+    steps_per_dispatch: fields.Count = 50
+    strategy: fields.Strategy = "devices"
     lowest_log2_rate: int = -10  # of the grid
     highest_log2_rate: int = 8
-    rates_per_octave: Count = 2
-    tuning_stride: Count = 4  # each so many-th rate of the grid is tried when tuning
+    rates_per_octave: fields.Count = 2
+    tuning_stride: fields.Count = 4  # each so many-th rate of the grid is tried when tuning
     # The deepest last.
-    sigmoid_networks: Some[Network] = ("c8 P f10", "c8 c8 P c16 c16 P f64 f64 f10")
-    sigmoid_batch_size: Several = 32
-    sigmoid_steps: Count = 150
-    sigmoid_rates: Some[Positive] = (1 / 32, 1 / 8, 1 / 2, 2.0)
+    sigmoid_networks: fields.Some[fields.Network] = ("c8 P f10", "c8 c8 P c16 c16 P f64 f64 f10")
+    sigmoid_batch_size: fields.Several = 32
+    sigmoid_steps: fields.Count = 150
+    sigmoid_rates: fields.Some[fields.Positive] = (1 / 32, 1 / 8, 1 / 2, 2.0)
 
     def __post_init__(self) -> None:
         """Checks between fields."""
-        whole_dispatches(self, "num_steps", "sigmoid_steps")
+        fields.whole_dispatches(self, "num_steps", "sigmoid_steps")
         octaves = self.highest_log2_rate - self.lowest_log2_rate
         if octaves < 1 or octaves * self.rates_per_octave < self.tuning_stride:
             raise ValueError(

@@ -12,26 +12,17 @@ from bn_research.claims.figures import GREY, PALETTE, Figure, new_figure, save_a
 from bn_research.claims.judging import numbers
 from bn_research.claims.plots import bands, log_ticks, over_seeds, padded, reference, running_mean
 from bn_research.models.spec import num_weight_layers
-from experiments.learning_rate import PUBLISHED_BATCH, PUBLISHED_FACTOR, Config, Placement
+from experiments.learning_rate import PUBLISHED_BATCH, PUBLISHED_FACTOR, Config, Placement, verdicts
 from experiments.learning_rate.search import Setting
 from experiments.learning_rate.training import BOOSTED, Records
-from experiments.learning_rate.verdicts import (
-    BN_NAMES,
-    NAMES,
-    NOT_BELOW,
-    REPRODUCED_FROM,
-    TRAINS,
-    advantage,
-    network_name,
-)
+from experiments.learning_rate.verdicts import NAMES, NOT_BELOW, REPRODUCED_FROM, TRAINS
 
-_COLORS: dict[Placement, str] = {
-    "none": PALETTE.black,
-    "last": PALETTE.orange,
-    "hidden": PALETTE.green,
-    "all": PALETTE.blue,
+_LOOKS: dict[str, dict[str, Any]] = {  # by placement
+    "none": dict(color=PALETTE.black, marker="s"),
+    "last": dict(color=PALETTE.orange, marker="D"),
+    "hidden": dict(color=PALETTE.green, marker="^"),
+    "all": dict(color=PALETTE.blue, marker="o"),
 }
-_MARKERS: dict[Placement, str] = {"none": "s", "last": "D", "hidden": "^", "all": "o"}
 _TOP = 10.0  # losses above are drawn here
 
 
@@ -41,20 +32,17 @@ def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
     return save_all(draws, folder, config, records)
 
 
-def _panels(config: Config) -> tuple[Any, list[tuple[Any, str, list[int]]]]:
-    """A figure with a panel for each network, and (axis, network, batch sizes) of each."""
+def _panels(config: Config) -> tuple[Any, dict[str, Any]]:
+    """A figure, and its panel for each network by name."""
     networks = config.batch_sizes
     fig, axes = new_figure(rows=len(networks), width=5.2, height=1.2 + 3.1 * len(networks))
-    panels = []
-    for axis, (network, sizes) in zip(np.atleast_1d(axes), networks.items(), strict=True):
-        axis.set_title(f"{network_name(network)}: {network}", fontsize=10, loc="left")
+    panels = {}
+    for axis, network in zip(np.atleast_1d(axes), networks, strict=True):
+        name = verdicts.network_name(network)
+        axis.set_title(f"{name}: {network}", fontsize=10, loc="left")
         axis.set_xscale("log", base=2)
-        panels.append((axis, network, sizes))
+        panels[name] = axis
     return fig, panels
-
-
-def _told(panels: list[tuple[Any, str, list[int]]]) -> str:
-    return panel_ends({network_name(network): axis for axis, network, _ in panels})
 
 
 def _shown(number: Bounded) -> float:
@@ -65,29 +53,27 @@ def _shown(number: Bounded) -> float:
 def _largest_stable_rate(config: Config, records: Records) -> Any:
     """The largest rate that trains."""
     fig, panels = _panels(config)
-    for axis, network, sizes in panels:
+    for axis, (network, sizes) in zip(panels.values(), config.batch_sizes.items(), strict=True):
         for place, placement in enumerate(config.placements):
-            color = _COLORS[placement]
-            shift = 2 ** (0.09 * (place - (len(config.placements) - 1) / 2))
+            look = dict(alpha=0.45, markersize=5, **_LOOKS[placement])
+            x = np.array(sizes) * 2 ** (0.09 * (place - (len(config.placements) - 1) / 2))
             means = []
-            for size in sizes:
+            for at, size in zip(x, sizes, strict=True):
                 limits = records.searches[Setting(network, placement, size)].limits
                 means.append(np.exp(np.log([_shown(number) for number in limits]).mean()))
                 for number in limits:
-                    mark = _MARKERS[placement]
-                    if number.is_censored:
-                        mark = "$\\uparrow$" if math.isinf(number.high) else "$\\downarrow$"
-                    at = size * shift, _shown(number)
-                    axis.plot(*at, marker=mark, color=color, alpha=0.45, markersize=5)
-            x, look = np.array(sizes) * shift, dict(marker="_", markersize=11)
-            axis.plot(x, means, color=color, label=NAMES[placement], **look)
+                    arrow = "$\\uparrow$" if math.isinf(number.high) else "$\\downarrow$"
+                    mark = {"marker": arrow} if number.is_censored else {}
+                    axis.plot(at, _shown(number), **look | mark)
+            look = dict(color=look["color"], marker="_", markersize=11)
+            axis.plot(x, means, label=NAMES[placement], **look)
         axis.set_yscale("log", base=2)
         log_ticks(axis, sizes)
         axis.set(xlabel="batch size", ylabel="largest stable rate")
     shared_legend(fig, columns=2)
     return fig, dict(
         alt="Largest stable learning rate against batch size, both logarithmic, from the smallest "
-        f"batch to the largest. {_told(panels)}",
+        f"batch to the largest. {panel_ends(panels)}",
         caption=f"Momentum SGD, {config.num_steps} steps, He initialization. Points: "
         f"{config.seeds} seeds; line: their geometric mean. Arrows: bounds, where the grid ends "
         "before the answer; the line then runs through the bound.",
@@ -98,17 +84,16 @@ def _largest_stable_rate(config: Config, records: Records) -> Any:
 def _ratio(config: Config, records: Records) -> Any:
     """How much larger the rate may be."""
     fig, panels = _panels(config)
-    for axis, network, sizes in panels:
+    for axis, (network, sizes) in zip(panels.values(), config.batch_sizes.items(), strict=True):
         middle: list[float] = []
-        for place, placement in enumerate(p for p in config.placements if p in BN_NAMES):
-            gains = [advantage(records.searches, network, size, placement) for size in sizes]
+        for place, placement in enumerate(p for p in config.placements if p != "none"):
+            gains = [verdicts.advantage(records.searches, network, n, placement) for n in sizes]
             mean = np.array([_shown(gain.mean) for gain in gains])
             low, high = np.transpose([gain.interval for gain in gains])
             middle.extend(mean)
             spans = np.maximum((mean - low, np.minimum(high, mean * 1e6) - mean), 0)
-            look = dict(color=_COLORS[placement], marker=_MARKERS[placement], markersize=5)
-            x = np.array(sizes) * 2 ** (0.12 * (place - 1))
-            axis.errorbar(x, mean, spans, capsize=3, label=BN_NAMES[placement], **look)
+            look = dict(capsize=3, markersize=5, label=NAMES[placement], **_LOOKS[placement])
+            axis.errorbar(np.array(sizes) * 2 ** (0.12 * (place - 1)), mean, spans, **look)
         for level, color, style, words in (
             (REPRODUCED_FROM, GREY, "--", "criterion: reproduced from {}"),
             (NOT_BELOW, GREY, ":", "criterion: not reproduced below {}"),
@@ -116,16 +101,16 @@ def _ratio(config: Config, records: Records) -> Any:
         ):
             reference(axis, y=level, color=color, linestyle=style, label=words.format(level))
         axis.set_yscale("log", nonpositive="clip")
-        axis.set_ylim(min(0.5, *middle) / 2, 2 * max(150, *middle))
+        log_ticks(axis, sizes)
         ticks = [1, 3, 10, 30, 100]
         axis.set_yticks(ticks, [str(tick) for tick in ticks])
         axis.yaxis.set_minor_formatter("")
-        log_ticks(axis, sizes)
+        axis.set_ylim(min(0.5, *middle) / 2, 2 * max(150, *middle))
         axis.set(xlabel="batch size", ylabel="largest stable rate, BN/plain")
     shared_legend(fig, columns=1)
     return fig, dict(
         alt="Ratio of the largest stable rates with and without BN, with intervals, against batch "
-        f"size, from the smallest to the largest. {_told(panels)}",
+        f"size, from the smallest to the largest. {panel_ends(panels)}",
         caption=f"Geometric mean of {config.seeds} seeds, paired, with the 95 % interval; one "
         "that is wider than the panel is cut off. The published 30 is the ratio of "
         "two rates that trained Inception with and without BN at batch 32, not of limits.",
@@ -137,21 +122,20 @@ def _loss_against_rate(config: Config, records: Records) -> Any:
     """Loss at the end against the rate."""
     fig, panels = _panels(config)
     guessing = math.log(records.num_classes)
-    for axis, network, sizes in panels:
+    for axis, (network, sizes) in zip(panels.values(), config.batch_sizes.items(), strict=True):
         size = min(sizes, key=lambda size: abs(math.log(size / PUBLISHED_BATCH)))
         for placement in config.placements:
-            found = records.searches[Setting(network, placement, size)]
+            found, look = records.searches[Setting(network, placement, size)], _LOOKS[placement]
             rates, losses = np.array(found.rates), np.minimum(found.losses, _TOP)
-            look = dict(marker=_MARKERS[placement], markersize=4, label=NAMES[placement])
-            axis.plot(rates, losses, color=_COLORS[placement], **look)
+            axis.plot(rates, losses, markersize=4, label=NAMES[placement], **look)
             lost = ~np.isfinite(found.losses)
-            axis.plot(rates[lost], losses[lost], "x", color=_COLORS[placement])
+            axis.plot(rates[lost], losses[lost], "x", color=look["color"])
         reference(axis, y=guessing, linestyle=":", label="guessing, ln C")
         reference(axis, y=guessing / 2, label="stable below half of it")
-        axis.set_ylim(0, _TOP * 1.04)
         axis.set_yscale("symlog", linthresh=3)
         axis.set_yticks([0, 1, 2, 3, _TOP], ["0", "1", "2", "3", f"{_TOP:g}+"])
-        axis.set(xlabel="learning rate", ylabel=f"final training loss, batch {size}")
+        labels = dict(xlabel="learning rate", ylabel=f"final training loss, batch {size}")
+        axis.set(ylim=(0, _TOP * 1.04), **labels)
     shared_legend(fig, columns=2)
     return fig, dict(
         alt="Final training loss against learning rate: each curve is a valley; with BN on all "
@@ -167,17 +151,13 @@ def _thirty_times(config: Config, records: Records) -> Any:
     """Does 30 times the plain network's best rate train?"""
     fig, axis = new_figure(height=3.8)
     steps, window = config.num_steps, max(1, config.num_steps // 20)
-    boosted, guessing = records.boosted, math.log(records.num_classes)
-    bands(
-        axis,
-        np.arange(1, steps + 1),
-        {
-            name: running_mean(padded([record["loss"] for record in boosted[name]], steps), window)
-            for name in BOOSTED
-        },
-        dict(zip(BOOSTED, (PALETTE.black, PALETTE.vermillion, PALETTE.blue), strict=True)),
-        names={name: f"{name}: {boosted[name][0]['learning_rate']:.3g}" for name in BOOSTED},
-    )
+    guessing, curves, names = math.log(records.num_classes), {}, {}
+    for name in BOOSTED:
+        runs = records.boosted[name]
+        curves[name] = running_mean(padded([run["loss"] for run in runs], steps), window)
+        names[name] = f"{name}: {runs[0]['learning_rate']:.3g}"
+    colors = dict(zip(BOOSTED, (PALETTE.black, PALETTE.vermillion, PALETTE.blue), strict=True))
+    bands(axis, np.arange(1, steps + 1), curves, colors, names=names)
     reference(axis, y=guessing, linestyle=":")
     axis.set(ylim=(0, 1.5 * guessing), xlabel="step", ylabel="training loss (nats)")
     shared_legend(fig, columns=1)
@@ -194,16 +174,19 @@ def _sigmoid(config: Config, records: Records) -> Any:
     """Deep networks of sigmoids."""
     networks, guessing = config.sigmoid_networks, 1 / records.num_classes
     fig, axis = new_figure(width=5.2, height=3.6)
-    placements: tuple[Placement, ...] = ("none", "all")
-    for placement, shift in zip(placements, (-0.06, 0.06), strict=True):
+    shifts: dict[Placement, float] = {"none": -0.06, "all": 0.06}
+    for placement, shift in shifts.items():
         rows = np.array([numbers(records.sigmoid[n, placement], "accuracy") for n in networks])
-        x, color = np.arange(len(networks)) + shift, _COLORS[placement]
-        for seed in rows.T:
-            axis.plot(x, seed, _MARKERS[placement], color=color, alpha=0.5, markersize=5)
-        axis.plot(x, rows.mean(axis=1), color=color, label=NAMES[placement])
+        x, look = np.arange(len(networks)) + shift, _LOOKS[placement]
+        axis.plot(x, rows, linestyle="none", alpha=0.5, markersize=5, **look)
+        axis.plot(x, rows.mean(axis=1), color=look["color"], label=NAMES[placement])
     reference(axis, y=guessing, linestyle=":", label="guessing")
     reference(axis, y=TRAINS * guessing, label=f"criterion: {TRAINS:g}× guessing")
-    names = [f"{num_weight_layers(network)} layers\n{_wrapped(network)}" for network in networks]
+    names = []
+    for network in networks:  # four layers of a spec in a line
+        layers = network.split()
+        lines = [" ".join(layers[i : i + 4]) for i in range(0, len(layers), 4)]
+        names.append("\n".join([f"{num_weight_layers(network)} layers", *lines]))
     axis.set_xticks(range(len(networks)), names)
     axis.set(xlim=(-0.5, len(networks) - 0.5), ylim=(0, 1), ylabel="test accuracy")
     shared_legend(fig, columns=2)
@@ -214,9 +197,3 @@ def _sigmoid(config: Config, records: Records) -> Any:
         f"SGD, each at its best rate of the same grid. Points: {config.seeds} seeds; line: mean.",
         claims=("sigmoid-trainable",),
     )
-
-
-def _wrapped(network: str) -> str:
-    """A spec in lines of four layers."""
-    tokens = network.split()
-    return "\n".join(" ".join(tokens[i : i + 4]) for i in range(0, len(tokens), 4))

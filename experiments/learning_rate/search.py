@@ -58,10 +58,7 @@ def final_loss(record: Record) -> float:
 
 
 def is_stable(record: Record, num_classes: int) -> bool:
-    """Whether a network has not only survived, but trains.
-
-    No step was non-finite, and the final loss is below half of guessing's, ln C.
-    """
+    """Whether it trains: no step was non-finite, and the final loss is below half of ln C."""
     return final_loss(record) < math.log(num_classes) / 2
 
 
@@ -73,15 +70,9 @@ def highest_stable(outcomes: Outcomes) -> int | None:
 def next_place(outcomes: Outcomes, *, start: int, count: int, stride: int) -> int | None:
     """The place of the grid to run next; None when the largest stable one is known.
 
-    Args:
-      outcomes: of the places run so far, all of them proposed here.
-      start: the first.
-      count: places of the grid.
-      stride: first step upwards from the start; it doubles while all were stable. Downwards each
-        step is half of it: the rates that train have a lower end too, which a leap would miss.
-
-    Raises:
-      ValueError: start outside the grid, or a stride below 1.
+    Outcomes are of places proposed here, the first of which is the start. The stride is the first
+    step upwards from there, and doubles while all were stable. Downwards each step is half of it:
+    the rates that train have a lower end too, which a leap would miss.
     """
     if not 0 <= start < count or stride < 1:
         raise ValueError(
@@ -127,11 +118,7 @@ def search(
 ) -> dict[_Key, Outcomes]:
     """Outcomes of the searches of all keys, run side by side: a place of each in every round.
 
-    Args:
-      starts: the first place of each key.
-      run: [(key, place), …] -> whether each was stable.
-      count: places of the grid.
-      stride: as of `next_place`.
+    `run` takes [(key, place), …] and says whether each was stable; the rest is as of `next_place`.
     """
     outcomes: dict[_Key, Outcomes] = {key: {} for key in starts}
     while True:
@@ -205,14 +192,17 @@ def find_limits(
     wanted = [(key, place) for key in above for place in above[key] if place not in outcomes[key]]
     for (key, place), stable in zip(wanted, run(wanted), strict=True):
         outcomes[key][place] = stable
-    found = {}
-    for setting in settings:
-        keys = [(setting, seed) for seed in seeds]
-        found[setting] = Search(
+    islands = {
+        key: any(outcomes[key][place] for place in tried) if tried else None
+        for key, tried in above.items()
+    }
+    return {
+        setting: Search(
             [rates[place] for place in places],
             losses[setting],
             rates[places[int(np.argmin(losses[setting]))]],
-            [limits[key] for key in keys],
-            [any(outcomes[key][p] for p in above[key]) if above[key] else None for key in keys],
+            [limits[setting, seed] for seed in seeds],
+            [islands[setting, seed] for seed in seeds],
         )
-    return found
+        for setting in settings
+    }

@@ -56,11 +56,8 @@ def boosted_arms(config: Config, searches: Searches) -> dict[str, Arm]:
     plain = Setting(config.cnn, "none", PUBLISHED_BATCH)
     bn = plain._replace(placement="all")
     best = searches[plain].best
-    rates = (best, PUBLISHED_FACTOR * best, searches[bn].best)
-    return {
-        name: arm_of(config, setting, rate)
-        for name, setting, rate in zip(BOOSTED, (plain, bn, bn), rates, strict=True)
-    }
+    chosen = (plain, best), (bn, PUBLISHED_FACTOR * best), (bn, searches[bn].best)
+    return {name: arm_of(config, *of) for name, of in zip(BOOSTED, chosen, strict=True)}
 
 
 def sigmoid_arms(config: Config, trainer: Trainer) -> dict[tuple[str, Placement], Arm]:

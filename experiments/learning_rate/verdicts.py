@@ -17,12 +17,13 @@ from experiments.learning_rate.training import BOOSTED, Boosted, Records, Sigmoi
 
 REPRODUCED_FROM, NOT_BELOW = 10, 3  # of BN/plain
 TRAINS, CHANCE = 3.0, 1.5  # of sigmoids, times the accuracy of guessing
-BN_NAMES: dict[Placement, str] = {
+NAMES: dict[Placement, str] = {
+    "none": "plain",
     "all": "BN on all layers",
     "hidden": "BN on the hidden layers",
     "last": "BN on the last layer alone",
 }
-NAMES: dict[Placement, str] = {"none": "plain", **BN_NAMES}
+OTHERS: tuple[Placement, ...] = ("hidden", "last")  # which the claims are not about
 
 CLAIMS = (
     Claim(
@@ -77,11 +78,6 @@ def network_name(network: str) -> str:
     return "CNN" if network.startswith("c") else "MLP"
 
 
-def accuracy(records: Sequence[Record]) -> Estimate:
-    """Test accuracy over seeds."""
-    return estimate(numbers(records, "accuracy"))
-
-
 def advantage(searches: Searches, network: str, batch_size: int, placement: Placement) -> Ratio:
     """Largest stable rate with BN over that of plain, paired by seed."""
     bn, plain = (searches[Setting(network, p, batch_size)].limits for p in (placement, "none"))
@@ -101,7 +97,6 @@ def advantage_slope(
 
 def judge_rates(searches: Searches, cnn: str, boosted: Boosted, num_classes: int) -> Finding:
     """higher-learning-rates."""
-    headline = advantage(searches, cnn, PUBLISHED_BATCH, "all")
 
     def rank(setting: Setting) -> tuple[bool, bool, bool]:  # the headline first
         network, placement, size = setting
@@ -109,9 +104,17 @@ def judge_rates(searches: Searches, cnn: str, boosted: Boosted, num_classes: int
 
     measured: dict[str, float] = {}
     for setting in sorted(searches, key=rank):
-        measured |= _numbers(searches, setting)
-    islands = [island for found in searches.values() for island in found.islands]
-    tried = [island for island in islands if island is not None]
+        network, placement, size = setting
+        found, words = searches[setting], NAMES[placement]
+        where = f"{network_name(network)}, batch {size}"
+        if placement != "none":
+            gain, name = advantage(searches, network, size, placement), f"{words}/plain, {where}"
+            measured |= with_intervals({name: gain}) | {name: _exact(gain.mean)}
+        limit = _exact(geometric_mean(found.limits))
+        measured[f"largest stable rate, {words}, {where}"] = limit
+        measured[f"best rate, {words}, {where}"] = found.best
+        measured[f"largest stable/best rate, {words}, {where}"] = limit / found.best
+    tried = [again for s in searches.values() for again in s.islands if again is not None]
     if tried:
         share = sum(tried) / len(tried)
         measured["share of searches above whose limit a rate trains again"] = share
@@ -119,67 +122,45 @@ def judge_rates(searches: Searches, cnn: str, boosted: Boosted, num_classes: int
         losses = numbers(records, final_loss)
         loss = losses.mean() if np.isfinite(losses).all() else math.nan
         measured[f"training loss at the end, {name}"] = loss
-        measured |= with_intervals({f"test accuracy, {name}": accuracy(records)})
+        measured |= with_intervals({f"test accuracy, {name}": _accuracy(records)})
         measured[f"rate, {name}"] = records[0]["learning_rate"]
+    others = "; ".join(
+        f"{NAMES[placement]} {advantage(searches, cnn, PUBLISHED_BATCH, placement)}"
+        for placement in OTHERS
+        if Setting(cnn, placement, PUBLISHED_BATCH) in searches
+    )
     plain, high, own = (boosted[name] for name in BOOSTED)
     trains = sum(final_loss(record) < math.log(num_classes) / 2 for record in high)
     note = (
         "interval: of BN on all layers/plain on the CNN at the paper's batch. Other placements at "
-        f"{_others(searches, cnn)}. At {PUBLISHED_FACTOR}× the plain network's best rate BN on all "
-        f"layers trains for {trains} of {len(high)} seeds, test accuracy {accuracy(high)}, against "
-        f"plain at its best rate {accuracy(plain)} and BN at its own {accuracy(own)}"
+        f"{f'the same batch: {others}' if others else 'this batch were not run'}. "
+        f"At {PUBLISHED_FACTOR}× the plain network's best rate BN on all layers trains for "
+        f"{trains} of {len(high)} seeds, test accuracy {_accuracy(high)}, against plain at its "
+        f"best rate {_accuracy(plain)} and BN at its own {_accuracy(own)}"
     )
-    if tried:
-        note += (
-            f". {sum(tried)} of {len(tried)} searches had a rate 2 or 4 places of the grid above "
-            "their limit that trained again"
-        )
-    if censored := sum(limit.is_censored for found in searches.values() for limit in found.limits):
-        note += f". {censored} limits are bounds only"
-    if lost := sum(record["diverged"] > 0 for records in boosted.values() for record in records):
-        note += f". {lost} of the runs at those three rates had steps that were not finite"
+    censored = sum(limit.is_censored for found in searches.values() for limit in found.limits)
+    lost = sum(record["diverged"] > 0 for records in boosted.values() for record in records)
+    for told, words in (
+        (
+            len(tried),
+            f"{sum(tried)} of {len(tried)} searches had a rate 2 or 4 places of the grid "
+            "above their limit that trained again",
+        ),
+        (censored, f"{censored} limits are bounds only"),
+        (lost, f"{lost} of the runs at those three rates had steps that were not finite"),
+    ):
+        note += f". {words}" if told else ""
     ends = [
         f"{NAMES[placement]} ({network_name(network)}, batch {size})"
         for (network, placement, size), found in searches.items()
         if at_end(found.best, found.rates)
     ]
     note += listed("Best rate at an end of the grid", ends)
+    headline = advantage(searches, cnn, PUBLISHED_BATCH, "all")
     verdict = verdict_of(
         reproduced=headline.low >= REPRODUCED_FROM, refuted=headline.high < NOT_BELOW
     )
     return Finding(CLAIMS[0], measured, headline.interval, verdict, note)
-
-
-def _numbers(searches: Searches, setting: Setting) -> dict[str, float]:
-    """What was found for a setting, by name; not a number where that is a bound only."""
-    network, placement, size = setting
-    found, words = searches[setting], NAMES[placement]
-    where = f"{network_name(network)}, batch {size}"
-    measured: dict[str, float] = {}
-    if placement != "none":
-        gain, name = advantage(searches, network, size, placement), f"{words}/plain, {where}"
-        measured = with_intervals({name: gain}) | {name: _middle(gain.mean)}
-    mean = _middle(geometric_mean(found.limits))
-    return measured | {
-        f"largest stable rate, {words}, {where}": mean,
-        f"best rate, {words}, {where}": found.best,
-        f"largest stable/best rate, {words}, {where}": mean / found.best,
-    }
-
-
-def _middle(number: Bounded) -> float:
-    return math.nan if number.is_censored else number.low
-
-
-def _others(searches: Searches, cnn: str) -> str:
-    """The placements of BN that the headline is not about, on the same network and batch."""
-    others: tuple[Placement, ...] = ("hidden", "last")
-    told = [
-        f"{NAMES[placement]} {advantage(searches, cnn, PUBLISHED_BATCH, placement)}"
-        for placement in others
-        if Setting(cnn, placement, PUBLISHED_BATCH) in searches
-    ]
-    return f"the same batch: {'; '.join(told)}" if told else "this batch were not run"
 
 
 def judge_sigmoid(
@@ -187,24 +168,23 @@ def judge_sigmoid(
 ) -> Finding:
     """sigmoid-trainable; networks are from shallow to deep, and the claim is about the last."""
     measured: dict[str, float] = {}
-    ends, lost = [], 0
+    ends, lost, reached = [], 0, {}
     for (network, placement), records in trained.items():
         name, rate = f"{NAMES[placement]}, {network}", records[0]["learning_rate"]
-        measured |= with_intervals({f"test accuracy, {name}": accuracy(records)})
+        reached[network, placement] = _accuracy(records)
+        measured |= with_intervals({f"test accuracy, {name}": reached[network, placement]})
         measured[f"rate, {name}"] = rate
         lost += sum(record["diverged"] > 0 for record in records)
-        if at_end(rate, grid):
-            ends.append(name)
-    (plain, bn), control = (
-        [accuracy(trained[network, placement]) for placement in ("none", "all")]
-        for network in (networks[-1], networks[0])
-    )
+        ends += [name] * at_end(rate, grid)
+    shallow, deep = networks[0], networks[-1]
+    plain, bn = reached[deep, "none"], reached[deep, "all"]
     note = (
-        f"interval: of BN's test accuracy on {networks[-1]}; plain's is {plain}, that of guessing "
+        f"interval: of BN's test accuracy on {deep}; plain's is {plain}, that of guessing "
         f"{format_number(1 / num_classes)}"
     )
     if len(networks) > 1:
-        note += f". Control, {networks[0]}: plain {control[0]}, BN {control[1]}"
+        control = f"plain {reached[shallow, 'none']}, BN {reached[shallow, 'all']}"
+        note += f". Control, {shallow}: {control}"
     note += listed("Best rate at an end of the grid", ends, "; ")
     note += f". {lost} runs had steps that were not finite" if lost else ""
     verdict = conjunction(
@@ -218,24 +198,34 @@ def judge_batches(searches: Searches, batch_sizes: Mapping[str, Sequence[int]]) 
     measured: dict[str, float] = {}
     slopes: dict[str, Estimate] = {}  # with BN on all layers
     for network, sizes in batch_sizes.items():
-        for placement, words in BN_NAMES.items():
+        for placement in ("all", *OTHERS):
             if len(sizes) < 2 or Setting(network, placement, sizes[0]) not in searches:
                 continue
-            found = advantage_slope(searches, network, sizes, placement)
-            measured |= with_intervals({f"slope, {words}, {network_name(network)}": found})
+            slope, name = (
+                advantage_slope(searches, network, sizes, placement),
+                network_name(network),
+            )
+            measured |= with_intervals({f"slope, {NAMES[placement]}, {name}": slope})
             if placement == "all":
-                slopes[network_name(network)] = found
+                slopes[name] = slope
     if not slopes:
         note = "fewer than two batch sizes were run"
         return Finding(CLAIMS[2], measured, None, INCONCLUSIVE, note)
-    told = "; ".join(f"{name} {found}" for name, found in slopes.items())
-    verdicts = [verdict_of(reproduced=s.low > 0, refuted=s.high < 0) for s in slopes.values()]
-    return Finding(
-        CLAIMS[2],
-        measured,
-        next(iter(slopes.values())).interval,
-        conjunction(*verdicts),
-        note=f"interval: of the first network's slope. BN on all layers: {told}; above 0 the "
-        "advantage grows with the batch. Every batch size has the same number of steps, so a "
-        "larger batch sees more examples",
+    note = (
+        "interval: of the first network's slope. BN on all layers: "
+        f"{'; '.join(f'{name} {slope}' for name, slope in slopes.items())}; above 0 the advantage "
+        "grows with the batch. Every batch size has the same number of steps, so a larger batch "
+        "sees more examples"
     )
+    verdicts = [verdict_of(reproduced=s.low > 0, refuted=s.high < 0) for s in slopes.values()]
+    first = next(iter(slopes.values()))
+    return Finding(CLAIMS[2], measured, first.interval, conjunction(*verdicts), note)
+
+
+def _accuracy(records: Sequence[Record]) -> Estimate:
+    """On the test set, over seeds."""
+    return estimate(numbers(records, "accuracy"))
+
+
+def _exact(number: Bounded) -> float:
+    return math.nan if number.is_censored else number.low

@@ -119,25 +119,17 @@ def _sharpness(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
         runs = records.surfaces[role]
         for kind, fill, words in (("through", "full", ""), ("frozen", "none", ", frozen")):
             label = f"{_label(role, runs)}{words}"
+            shift = 0.2 * (place - (len(shown) - 1) / 2) + (0.07 if kind == "frozen" else 0.0)
+            look = dict(color=_COLORS[role], fillstyle=fill, markersize=6, alpha=0.8)
             for record in runs if kind in runs[0] else ():
                 values = np.array(record[kind]["largest"], float) * record["rate"]
-                x = np.arange(len(values)) + 0.2 * (place - (len(shown) - 1) / 2)
-                axis.plot(
-                    x + (0.07 if kind == "frozen" else 0.0),
-                    np.where(values > 0, values, np.nan),
-                    _MARKERS[role],
-                    color=_COLORS[role],
-                    fillstyle=fill,
-                    markersize=6,
-                    alpha=0.8,
-                    linestyle="none",
-                    label=label,
-                )
+                values[~(values > 0)] = np.nan
+                x = np.arange(len(values)) + shift
+                axis.plot(x, values, _MARKERS[role], linestyle="none", label=label, **look)
                 label = "_"
     reference(axis, y=2, color="black", label="2, limit of a quadratic")
-    axis.set_yscale("log")
     axis.set_xticks(range(len(steps)), [f"step {step}" for step in steps])
-    axis.set(xlim=(-0.5, len(steps) - 0.5), ylabel="rate · λmax")
+    axis.set(xlim=(-0.5, len(steps) - 0.5), yscale="log", ylabel="rate · λmax")
     shared_legend(fig, columns=2)
     return fig, dict(
         alt="Rate times the largest eigenvalue of the Hessian at a few steps of SGD, a mark for "
@@ -152,15 +144,12 @@ def _sharpness(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
 def _stable_rates(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
     """Which rates are stable?"""
     fig, axis = new_figure(width=5.0, height=3.8)
-    guessing = math.log(num_logits(config.network))
-    factors = sorted(config.descent_factors)
+    factors, guessing = sorted(config.descent_factors), math.log(num_logits(config.network))
     top = 2 * guessing
     for arm, role in ARMS.items():
-        losses = np.transpose(
-            [numbers(records.descents[arm, f], verdicts.final_loss) for f in factors]
-        )
-        # What is not finite is infinite here.
-        curves = np.where(losses > top, top, losses)
+        runs = [records.descents[arm, factor] for factor in factors]
+        losses = np.transpose([numbers(found, verdicts.final_loss) for found in runs])
+        curves = np.minimum(losses, top)  # what is not finite is infinite here
         band(axis, factors, curves, label=arm, color=_COLORS[role], marker=_MARKERS[role])
     reference(axis, y=guessing, linestyle=":", linewidth=1.5, label="guessing")
     reference(axis, x=1, color="black", label="2/λmax")
@@ -184,20 +173,18 @@ def _edge_of_stability(config: Config, records: Records) -> tuple[Any, dict[str,
     steps = np.arange(config.edge_steps)
     for arm, runs in records.edges.items():
         label, color = f"{arm}, η ≈ {numbers(runs, 'rate').mean():.2g}", _COLORS[ARMS[arm]]
-        curves = [verdicts.edge_curve(config, record) for record in runs]
+        curves = verdicts.edge_curves(config, runs)
         band(axes[0], steps[:: config.steps_per_dispatch], curves, label=label, color=color)
         losses = padded([record["loss"] for record in runs], config.edge_steps)
         band(axes[1], steps, losses, label=label, color=color)
     reference(axes[0], y=2, color="black", label="2")
-    axes[0].set_yscale("log")
-    axes[1].set_yscale("log")
+    axes[0].set(yscale="log", ylabel="rate · λmax")
+    axes[1].set(yscale="log", ylabel="training loss (nats)", xlabel="step of gradient descent")
     from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
     axes[0].yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes[0].yaxis.set_major_formatter(ScalarFormatter())
     axes[0].yaxis.set_minor_formatter(NullFormatter())  # their numbers would touch
-    axes[0].set_ylabel("rate · λmax")
-    axes[1].set(ylabel="training loss (nats)", xlabel="step of gradient descent")
     shared_legend(fig)
     return fig, dict(
         alt="Against steps of gradient descent, from first to last. Above, rate times the largest "

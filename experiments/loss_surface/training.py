@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from bn_research.lab import settings
 from bn_research.lab.fields import at_most
@@ -24,14 +24,14 @@ from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.cnn import CNN
 from bn_research.models.initializers import kernel_initializer
-from bn_research.probes.curvature import HessianEigenvalues, LossFn, hessian_top_eigenvalues
-from bn_research.probes.step_direction import StepSurface, loss_along_step
+from bn_research.probes.curvature import HessianEigenvalues, hessian_top_eigenvalues
+from bn_research.probes.step_direction import StepSurface, loss_along_descent
+from bn_research.training.batch_loss import batch_loss, frozen_loss
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.loop import History, batch_at, run_steps
-from bn_research.training.metrics import cross_entropy_metrics
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState
-from bn_research.training.step import Batch, StepMetrics, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_train_step
 from experiments.loss_surface import Config, verdicts
 from experiments.loss_surface.verdicts import ARMS, LOW, LOW_BN, OWN, PLAIN, SAME, Records
 
@@ -43,13 +43,6 @@ class Run(settings.Setting, traced="rate is_descent is_watched"):
     rate: float
     is_descent: bool = False  # by the whole fixed batch, in place of SGD
     is_watched: bool = True  # measured, which costs more than the steps
-
-
-class Data(NamedTuple):
-    """What a program is given."""
-
-    train: Batch
-    fixed: Batch  # of the Hessian, and of gradient descent
 
 
 class Observed(NamedTuple):
@@ -75,8 +68,8 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     total = (2 * len(config.rates) + 5 * config.seeds) * config.num_steps + 2 * config.seeds * (
         len(grid) * config.descent_steps + config.edge_steps
     )
+    # Of the Hessian, and of gradient descent.
     fixed = jax.tree.map(lambda leaf: leaf[: config.fixed_examples], images.train)
-    shape = images.train.image.shape[1:]
     ledger = Ledger(path / "metrics.jsonl")
     with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
 
@@ -84,8 +77,8 @@ def measure(config: Config, images: Images, path: Path) -> Records:
             return settings.train(
                 runner,
                 [settings.Training(run, seed, num_steps) for run, seed in runs],
-                lambda run: programs(run, config, shape),
-                Data(images.train, fixed),
+                lambda run: programs(run, config, images.train.image.shape[1:]),
+                (images.train, fixed),
                 record=functools.partial(_record, config),
                 name=_name,
                 describe=lambda training: _name(training).partition(" rate")[0],
@@ -95,8 +88,7 @@ def measure(config: Config, images: Images, path: Path) -> Records:
             return train(config.num_steps, [(Run(arm, rate), seed) for seed in seeds])
 
         best = {}
-        for arm in ARMS:
-            # Rates are chosen on a seed that no verdict sees.
+        for arm in ARMS:  # rates are chosen on a seed that no verdict sees
             trials = [(Run(arm, rate, is_watched=False), config.seeds) for rate in config.rates]
             best[arm] = min(train(config.num_steps, trials), key=verdicts.final_loss)["rate"]
         # At its best rate a plain network is near the end of its stability, and some seeds die.
@@ -124,10 +116,10 @@ def measure(config: Config, images: Images, path: Path) -> Records:
 
 
 def _name(training: settings.Training) -> str:
-    run, num_steps, seed = training.setting, training.num_steps, training.seed
+    run = training.setting
     purpose = "descent" if run.is_descent else "SGD" if run.is_watched else "tune"
-    watched = "" if run.is_watched else " unwatched"
-    return f"{purpose} {run.arm} rate={run.rate:.9g} steps={num_steps} seed={seed}{watched}"
+    name = f"{purpose} {run.arm} rate={run.rate:.9g} steps={training.num_steps}"
+    return f"{name} seed={training.seed}{'' if run.is_watched else ' unwatched'}"
 
 
 def _record(
@@ -171,17 +163,15 @@ def programs(run: Run, config: Config, shape: tuple[int, ...]) -> settings.Progr
     def optimizer(run: Run) -> Any:
         return create_optimizer("sgd", run.rate)
 
-    def advance(state: TrainState, run: Run, data: Data) -> tuple[TrainState, StepMetrics]:
-        observed = _observe(model, config, state, run, data)
-        step = make_train_step(_apply_fn(model), optimizer(run))
-
-        def descend() -> tuple[TrainState, StepMetrics]:
-            return jax.lax.scan(lambda s, _: step(s, data.fixed), state, length=num_steps)
-
-        def stochastic() -> tuple[TrainState, StepMetrics]:
-            return run_steps(step, state, data.train, batch_size=size, num_steps=num_steps)
-
-        state, metrics = jax.lax.cond(run.is_descent, descend, stochastic)
+    def advance(state: TrainState, run: Run, data: tuple[Batch, Batch]):
+        train, fixed = data
+        observed = _observe(model, config, state, run, train, fixed)
+        step = make_train_step(apply_fn_of(model), optimizer(run))
+        state, metrics = jax.lax.cond(
+            run.is_descent,
+            lambda: jax.lax.scan(lambda s, _: step(s, fixed), state, length=num_steps),
+            lambda: run_steps(step, state, train, batch_size=size, num_steps=num_steps),
+        )
         return state, metrics._replace(observed=observed)
 
     sweep = settings.sweep(advance, steps_per_dispatch=num_steps)
@@ -196,73 +186,37 @@ def create_model(network: str, arm: str) -> CNN:
     return CNN(network, norm, placement, kernel_init=kernel_initializer("he"))
 
 
-def batch_loss(model: CNN, batch: Batch, stats: Any = None) -> LossFn:
-    """Params → mean cross-entropy of a batch, normalized by its own statistics or those given."""
-
-    def loss_fn(params: Any) -> Float[Array, ""]:
-        variables = {"params": params, "batch_stats": stats or {}}
-        logits, _ = _apply_fn(model)(variables, batch.image, train=stats is None)
-        return cross_entropy_metrics(logits, batch.label).loss / len(batch.label)
-
-    return loss_fn
-
-
-def frozen_loss(model: CNN, params: Any, batch: Batch) -> LossFn:
-    """The same with the statistics that the batch has at `params`, whatever it is given.
-
-    At `params` its value is that of `batch_loss`; its derivatives are not.
-    """
-    _, stats = _apply_fn(model)({"params": params, "batch_stats": {}}, batch.image, train=True)
-    return batch_loss(model, batch, stats)
-
-
-def step_surface(
-    model: CNN, params: Any, batch: Batch, rate: float | Float[Array, ""]
-) -> StepSurface:
-    """The loss of a batch along the step that plain SGD takes on it."""
-    loss_fn = batch_loss(model, batch)
-    direction = jax.tree.map(lambda gradient: -rate * gradient, jax.grad(loss_fn)(params))
-    return loss_along_step(loss_fn, params, direction)
-
-
-def _observe(model: CNN, config: Config, state: TrainState, run: Run, data: Data) -> Observed:
-    params = state.params
+def _observe(
+    model: CNN, config: Config, state: TrainState, run: Run, train: Batch, fixed: Batch
+) -> Observed:
+    apply_fn, params = apply_fn_of(model), state.params
     top = functools.partial(  # one eigenvalue at each end of the spectrum
         hessian_top_eigenvalues, num_iterations=config.num_iterations, key=jax.random.key(0)
     )
 
     def surface() -> StepSurface:
-        batch = batch_at(state, data.train, config.batch_size)
-        return step_surface(model, params, batch, run.rate)
+        loss_fn = batch_loss(apply_fn, batch_at(state, train, config.batch_size))
+        return loss_along_descent(loss_fn, params, run.rate)
 
     def through() -> HessianEigenvalues:
-        return top(batch_loss(model, data.fixed), params)
+        return top(batch_loss(apply_fn, fixed), params)
 
     def frozen() -> HessianEigenvalues:
-        return top(frozen_loss(model, params, data.fixed), params)
+        return top(frozen_loss(apply_fn, params, fixed), params)
 
     is_sgd = ~run.is_descent & run.is_watched
     is_due = is_sgd & jnp.any(jnp.array(config.curvature_steps) == state.step)
     return Observed(
         _if(is_sgd, surface),
         _if(is_due | (run.is_descent & run.is_watched), through),
-        _missing(through) if model.placement == "none" else _if(is_due, frozen),
+        _if(model.placement != "none" and is_due, frozen),
     )
 
 
 def _if(condition: Any, measure: Any) -> Any:
     """What is measured, or NaN in its place at no cost."""
-    return jax.lax.cond(condition, measure, lambda: _missing(measure))
 
+    def missing() -> Any:
+        return jax.tree.map(lambda x: jnp.full(x.shape, jnp.nan, x.dtype), jax.eval_shape(measure))
 
-def _missing(measure: Any) -> Any:
-    shapes = jax.eval_shape(measure)
-    return jax.tree.map(lambda leaf: jnp.full(leaf.shape, jnp.nan, leaf.dtype), shapes)
-
-
-def _apply_fn(model: CNN) -> Any:
-    def apply_fn(variables: Any, image: Array, *, train: bool) -> tuple[Array, Any]:
-        logits, new = model.apply(variables, image, train=train, mutable=["batch_stats"])
-        return logits, new.get("batch_stats", {})
-
-    return apply_fn
+    return missing() if condition is False else jax.lax.cond(condition, measure, missing)

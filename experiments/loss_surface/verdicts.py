@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from bn_research.claims.bounded import Bounded, Ratio, ratio
+from bn_research.claims.bounded import UNBOUNDED, Bounded, Ratio, known, mean_of_curve, open_ratio
 from bn_research.claims.claim import Claim
-from bn_research.claims.estimate import estimate
+from bn_research.claims.estimate import Estimate, estimate
 from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide, verdict_of
 from bn_research.claims.formatting import format_interval, format_number
 from bn_research.claims.judging import Record, at_end, final, numbers, with_intervals
@@ -21,20 +21,15 @@ PLAIN, SAME, OWN = "plain", "BN, plain's rate", "BN, own rate"  # roles of the S
 LOW, LOW_BN = "plain, lower rate", "BN, lower rate"  # the rate of the grid below plain's best
 ARMS = {"plain": PLAIN, "BN": SAME}  # and the roles in which each also descends by one batch
 TRAINS = 0.2  # nats below the loss of guessing
-UNBOUNDED = Bounded(1e-30, math.inf)  # a positive number of which nothing is known
-_RESOLUTION = 1e-7  # of float32: a range of losses below it reads as 0
 _AGREE = 4.0
 _EDGE = (1.5, 3.0)
-
-
-Descents = Mapping[tuple[str, float], Sequence[Record]]
 
 
 class Records(NamedTuple):
     """Of a run; each list is in order of seeds."""
 
     surfaces: Mapping[str, Sequence[Record]]  # of SGD, by role
-    descents: Descents  # by one batch, by arm and factor
+    descents: Mapping[tuple[str, float], Sequence[Record]]  # by one batch, by arm and factor
     edges: Mapping[str, Sequence[Record]]  # likewise, λmax followed, by arm
 
 
@@ -84,47 +79,42 @@ def judge_surface(config: Config, records: Records) -> Finding:
     """smoother-along-the-step."""
     trained = records.surfaces
     dispatches = config.num_steps // config.steps_per_dispatch
-    curves = {
-        role: [surface_curves(record, dispatches) for record in records]
-        for role, records in trained.items()
-    }
+    curves = {role: [surface_curves(r, dispatches) for r in runs] for role, runs in trained.items()}
 
     def compare(role: str, name: str, part: slice = slice(None)) -> Ratio:
-        sides = (role, LOW if role == LOW_BN else PLAIN)
-        return compared(*([geometric_mean(c[name][part]) for c in curves[side]] for side in sides))
+        sides = (curves[side] for side in (role, LOW if role == LOW_BN else PLAIN))
+        return open_ratio(*([mean_of_curve(c[name][part]) for c in side] for side in sides))
 
-    measured: dict[str, float] = {}
+    measured: dict[str, float | Ratio] = {}
     names = [name for name in curves[PLAIN][0] if name != "cosine at the step"]
     for role, words in ((SAME, "same rate"), (OWN, "own rates"), (LOW_BN, "same lower rate")):
-        measured |= _numbers({f"{n}, BN/plain, {words}": compare(role, n) for n in names})
-    half = slice(dispatches // 2, None)
-    for words, part in (("at the first step", slice(1)), ("second half", half)):
-        measured |= _numbers(
-            {f"{n}, BN/plain, same rate, {words}": compare(SAME, n, part) for n in names[:3]}
-        )
+        measured |= {f"{n}, BN/plain, {words}": compare(role, n) for n in names}
+    first, half = slice(1), slice(dispatches // 2, None)
+    for words, part in (("at the first step", first), ("second half", half)):
+        words = f"BN/plain, same rate, {words}"
+        measured |= {f"{name}, {words}": compare(SAME, name, part) for name in names[:3]}
     for role, runs in trained.items():
         cosines = [np.nanmean(c["cosine at the step"]) for c in curves[role]]
         norms = numbers(runs, lambda record: record["surface"]["param_norm"][-1])
         measured |= {
-            f"cosine at the step, {role}": float(np.mean(cosines)),
-            f"‖θ‖ at the end, {role}": float(norms.mean()),
-            f"training loss at the end, {role}": float(numbers(runs, final_loss).mean()),
+            f"cosine at the step, {role}": np.mean(cosines),
+            f"‖θ‖ at the end, {role}": norms.mean(),
+            f"training loss at the end, {role}": numbers(runs, final_loss).mean(),
             f"rate, {role}": runs[0]["rate"],
         }
-    loss, gradient = compare(SAME, "loss range"), compare(SAME, "gradient distance")
-    own, low = (
-        f"{compare(role, 'loss range')} and {compare(role, 'gradient distance')}"
-        for role in (OWN, LOW_BN)
+    (loss, gradient), own, low = (
+        [compare(role, name) for name in ("loss range", "gradient distance")]
+        for role in (SAME, OWN, LOW_BN)
     )
     note = (
         "interval: of the ratio of ranges of the loss; that of the gradient distances is "
-        f"{gradient}. Each arm at its own best rate: {own}. At the next lower rate of the grid, "
-        f"{trained[LOW][0]['rate']:g}: {low}. Distances are in units of the weights and of the "
-        "gradient, of which BN changes the scale; free of it are the relative distance and the "
-        "cosine." + _notes(config, trained)
+        f"{gradient}. Each arm at its own best rate: {own[0]} and {own[1]}. At the next lower rate "
+        f"of the grid, {trained[LOW][0]['rate']:g}: {low[0]} and {low[1]}. Distances are in units "
+        "of the weights and of the gradient, of which BN changes the scale; free of it are the "
+        "relative distance and the cosine." + _notes(config, trained)
     )
     verdict = conjunction(decide(loss.interval, at_most=1), decide(gradient.interval, at_most=1))
-    return Finding(CLAIMS[0], measured, loss.interval, verdict, note)
+    return Finding(CLAIMS[0], _numbers(measured), loss.interval, verdict, note)
 
 
 def judge_sharpness(config: Config, records: Records) -> Finding:
@@ -135,36 +125,38 @@ def judge_sharpness(config: Config, records: Records) -> Finding:
     factors = {arm: stable_factors(config, records.descents, arm) for arm in ARMS}
     rates = {
         arm: [
-            Bounded(factor.low * limit, factor.high * limit)
-            for factor, limit in zip(factors[arm], limits(trained[role]), strict=True)
+            Bounded(low * limit, high * limit)
+            for (low, high), limit in zip(factors[arm], limits(trained[role]), strict=True)
         ]
         for arm, role in ARMS.items()
     }
-    flatter = compared(known(start["plain"]), known(start["BN"]))
-    stable = compared(rates["BN"], rates["plain"])
-    explained = compared(factors["BN"], factors["plain"])  # since a rate is a factor times 2/λmax
-    measured = _numbers({"1/λmax at the start, BN/plain": flatter})
-    measured |= _numbers({"largest stable rate, BN/plain": stable})
-    measured |= _numbers({"the second over the first": explained})
+    flatter = open_ratio(known(start["plain"]), known(start["BN"]))
+    stable = open_ratio(rates["BN"], rates["plain"])
+    explained = open_ratio(factors["BN"], factors["plain"])  # since a rate is a factor times 2/λmax
+    measured: dict[str, float | Ratio] = {
+        "1/λmax at the start, BN/plain": flatter,
+        "largest stable rate, BN/plain": stable,
+        "the second over the first": explained,
+    }
+    limit = known(np.ones(config.seeds))
     for arm in ARMS:
-        found = compared(factors[arm], [Bounded(1.0, 1.0)] * config.seeds)
-        measured |= _numbers({f"largest stable rate/(2/λmax), {arm}": found})
-        measured[f"λmax at the start, {arm}"] = float(start[arm].mean())
-    measured["λmax at the start, BN, statistics frozen"] = float(frozen.mean())
-    found = compared(known(start["plain"]), known(frozen))
-    measured |= _numbers({"1/λmax at the start, frozen, BN/plain": found})
+        measured[f"largest stable rate/(2/λmax), {arm}"] = open_ratio(factors[arm], limit)
+        measured[f"λmax at the start, {arm}"] = start[arm].mean()
+    measured |= {
+        "λmax at the start, BN, statistics frozen": frozen.mean(),
+        "1/λmax at the start, frozen, BN/plain": open_ratio(known(start["plain"]), known(frozen)),
+    }
     for role, runs in trained.items():
         for kind, words in (("through", ""), ("frozen", ", statistics frozen")):
             if kind in runs[0]:
                 last = sharpness(runs, kind, at=-1) * numbers(runs, "rate")
-                measured[f"rate·λmax late in SGD, {role}{words}"] = float(last.mean())
+                measured[f"rate·λmax late in SGD, {role}{words}"] = last.mean()
     measured["largest relative residual of λmax"] = largest_residual(trained)
-    ends = [*factors["plain"], *factors["BN"]]
-    beyond = sum(math.isinf(found.high) for found in ends)
-    none = sum(found.low == UNBOUNDED.low for found in ends)
+    lows, highs = np.transpose([*factors["plain"], *factors["BN"]])
+    none, beyond = np.sum(lows == UNBOUNDED.low), np.sum(np.isinf(highs))
     return Finding(
         CLAIMS[1],
-        measured,
+        _numbers(measured),
         flatter.interval,
         conjunction(
             decide(flatter.interval, at_least=1),
@@ -183,31 +175,29 @@ def judge_sharpness(config: Config, records: Records) -> Finding:
 
 def judge_edge(config: Config, records: Records) -> Finding:
     """edge-of-stability."""
-    measured: dict[str, float] = {}
+    measured: dict[str, float | Estimate] = {}
     ends = {}
     for arm, runs in records.edges.items():
-        curves = [edge_curve(config, run) for run in runs]
-        last = [float(np.mean(curve[-max(1, len(curve) // 4) :])) for curve in curves]
-        died = sum(map(math.isnan, last))
+        curves = edge_curves(config, runs)
+        last = curves[:, -max(1, curves.shape[1] // 4) :].mean(axis=1)
+        died = int(np.isnan(last).sum())
         ends[arm] = None if died else estimate(last)
-        measured |= with_intervals({f"rate·λmax at the end, {arm}": ends[arm] or math.nan})
         measured |= {
-            f"rate·λmax at the start, {arm}": float(np.mean([curve[0] for curve in curves])),
-            f"rate, {arm}": float(numbers(runs, "rate").mean()),
-            f"largest rate·λmax, {arm}": float(np.mean([np.nanmax(curve) for curve in curves])),
-            f"loss at the end, {arm}": float(numbers(runs, final_loss).mean()),
+            f"rate·λmax at the end, {arm}": ends[arm] or math.nan,
+            f"rate·λmax at the start, {arm}": curves[:, 0].mean(),
+            f"rate, {arm}": numbers(runs, "rate").mean(),
+            f"largest rate·λmax, {arm}": np.nanmax(curves, axis=1).mean(),
+            f"loss at the end, {arm}": numbers(runs, final_loss).mean(),
             f"runs that were lost, {arm}": died,
         }
     measured["largest relative residual of λmax"] = largest_residual(records.edges)
-    found, verdict = ends["plain"], INCONCLUSIVE
+    found, (low, high), verdict = ends["plain"], _EDGE, INCONCLUSIVE
     if found:
-        verdict = verdict_of(
-            reproduced=_EDGE[0] <= found.low and found.high <= _EDGE[1],
-            refuted=found.low > _EDGE[1],
-        )
+        reproduced = low <= found.low and found.high <= high
+        verdict = verdict_of(reproduced=reproduced, refuted=found.low > high)
     return Finding(
         CLAIMS[2],
-        measured,
+        with_intervals(measured),
         found and found.interval,
         verdict,
         f"interval: of the plain network. {config.edge_steps} steps by {config.fixed_examples} "
@@ -234,32 +224,11 @@ def surface_curves(record: Record, dispatches: int) -> dict[str, np.ndarray]:
     return dict(zip(curves, padded(list(curves.values()), dispatches), strict=True))
 
 
-def geometric_mean(values: Sequence[float] | np.ndarray) -> Bounded:
-    """Over a run. NaN is above all that is finite, and 0 is below the resolution of float32."""
-    values = np.asarray(values, float)
-    finite = values[np.isfinite(values)]
-    if not len(finite):
-        return UNBOUNDED
-    least = np.where(np.isfinite(values), values, finite.max())
-    low = math.exp(np.mean(np.log(np.maximum(least, UNBOUNDED.low))))
-    high = math.exp(np.mean(np.log(np.maximum(least, _RESOLUTION)))) if finite.min() == 0 else low
-    return Bounded(low, UNBOUNDED.high if len(finite) < len(values) else high)
-
-
-def edge_curve(config: Config, record: Record) -> np.ndarray:
-    """rate·λmax of each dispatch; NaN from where the run had ended."""
+def edge_curves(config: Config, runs: Sequence[Record]) -> np.ndarray:
+    """rate·λmax of each run and dispatch; NaN from where a run had ended."""
     dispatches = config.edge_steps // config.steps_per_dispatch
-    return padded([record["through"]["largest"]], dispatches)[0] * record["rate"]
-
-
-def compared(numerators: Sequence[Bounded], denominators: Sequence[Bounded]) -> Ratio:
-    """Their `ratio`; an end that rests on a number of which nothing is known is open."""
-    found = ratio(numerators, denominators)
-    if any(number.low <= UNBOUNDED.low for number in numerators):
-        found = found._replace(low=0.0, mean=Bounded(0.0, found.mean.high))
-    if any(number.low <= UNBOUNDED.low for number in denominators):
-        found = found._replace(high=math.inf, mean=Bounded(found.mean.low, math.inf))
-    return found
+    found = padded([run["through"]["largest"] for run in runs], dispatches)
+    return found * numbers(runs, "rate")[:, None]
 
 
 def sharpness(runs: Sequence[Record], kind: str = "through", *, at: int = 0) -> np.ndarray:
@@ -273,12 +242,7 @@ def limits(runs: Sequence[Record]) -> list[float]:
     return (2 / np.nan_to_num(sharpness(runs), nan=UNBOUNDED.low)).tolist()
 
 
-def known(values: np.ndarray) -> list[Bounded]:
-    """Measured numbers; of one that is NaN nothing is known."""
-    return [UNBOUNDED if math.isnan(value) else Bounded(value, value) for value in values.tolist()]
-
-
-def stable_factors(config: Config, descents: Descents, arm: str) -> list[Bounded]:
+def stable_factors(config: Config, descents: Mapping, arm: str) -> list[Bounded]:
     """Largest multiple of 2/λmax that is stable, of each seed; the next of the grid is not."""
     factors = sorted(config.descent_factors)
     ends = [UNBOUNDED.low, *factors, UNBOUNDED.high]
@@ -314,10 +278,10 @@ def largest_residual(runs: Mapping[str, Sequence[Record]]) -> float:
     return float(np.nanmax(np.concatenate(found)))
 
 
-def _numbers(ratios: Mapping[str, Ratio]) -> dict[str, float]:
+def _numbers(found: Mapping[str, float | Ratio]) -> dict[str, float]:
     """Ratios with their intervals; where a mean is a bound, its middle on a log scale."""
-    means = {name: found.mean for name, found in ratios.items()}
-    return with_intervals(ratios) | {
+    means = {name: number.mean for name, number in found.items() if isinstance(number, Ratio)}
+    return with_intervals(found) | {
         name: math.sqrt(mean.low * mean.high) if mean.is_censored else mean.low
         for name, mean in means.items()
     }
@@ -325,17 +289,14 @@ def _numbers(ratios: Mapping[str, Ratio]) -> dict[str, float]:
 
 def _notes(config: Config, trained: Mapping[str, Sequence[Record]]) -> str:
     """Runs that were lost, and rates at an end of the grid."""
-    text = ""
+    text, guessing = "", math.log(num_logits(config.network)) - TRAINS
+    flat = "did not learn: where all units are dead the surface is flat, and counts as smooth."
     for role, records in trained.items():
         if died := sum(record["diverged"] > 0 for record in records):
             text += f" {died} of {role} diverged."
-    guessing = math.log(num_logits(config.network)) - TRAINS
     for role, records in trained.items():
-        if flat := sum(final_loss(record) > guessing for record in records):
-            text += (
-                f" {flat} of {len(records)} of {role} did not learn: where all units are dead the "
-                "surface is flat, and counts as smooth."
-            )
+        if dead := sum(final_loss(record) > guessing for record in records):
+            text += f" {dead} of {len(records)} of {role} {flat}"
     for role in (PLAIN, OWN):
         rate = trained[role][0]["rate"]
         if at_end(rate, config.rates):

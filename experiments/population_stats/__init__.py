@@ -39,49 +39,37 @@ cosine, where the weights stand still in the end and the lag should vanish.
 
 from pydantic.dataclasses import dataclass
 
+from bn_research.lab import fields
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Inside,
-    Network,
-    OnImages,
-    OrNone,
-    Positive,
-    Several,
-    Some,
-    whole_dispatches,
-)
 
 
 @dataclass(frozen=True)
-class Config(OnImages):
+class Config(fields.OnImages):
     """Settings of a run."""
 
-    seeds: Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
-    examples: OrNone = 0  # of each split; 0 is all. The whole training set is one batch for truth
-    network: Network = "c8 P c16 P f32 f10"
-    batch_sizes: Some[Several] = (16, 64)
-    momenta: Some[Inside] = (0.9, 0.99, 0.999)  # of the moving averages, Flax's convention
-    snapshots: Some[Count] = (10, 40, 160, 640)  # steps at which statistics are measured
-    steps_per_dispatch: Count = 10
-    learning_rates: Some[Positive] = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)  # of the tuning
-    tuning_steps: Count = 160
-    population_batches: Count = 32  # of Algorithm 2
-    most_population_batches: Several = 128  # at the last step
+    seeds: fields.Count = 3  # 0, 1, …; the next one chooses the rates and enters no verdict
+    examples: fields.OrNone = 0  # of each split, 0 is all; for truth they are one batch
+    network: fields.Network = "c8 P c16 P f32 f10"
+    batch_sizes: fields.Some[fields.Several] = (16, 64)
+    momenta: fields.Some[fields.Inside] = (0.9, 0.99, 0.999)  # of the averages, as Flax has it
+    snapshots: fields.Some[fields.Count] = (10, 40, 160, 640)  # steps that are measured
+    steps_per_dispatch: fields.Count = 10
+    learning_rates: fields.Some[fields.Positive] = (1 / 256, 1 / 64, 1 / 16, 1 / 4, 1.0)
+    tuning_steps: fields.Count = 160
+    population_batches: fields.Count = 32  # of Algorithm 2
+    most_population_batches: fields.Several = 128  # at the last step
 
     def __post_init__(self) -> None:
         """A training ends with a dispatch; population batches are seen in chunks."""
-        whole_dispatches(self, "tuning_steps")
-        if any(step % self.steps_per_dispatch for step in self.snapshots):
-            raise ValueError(
-                f"snapshots={self.snapshots} is not allowed: each must be a multiple of "
-                f"steps_per_dispatch={self.steps_per_dispatch}"
-            )
-        if self.most_population_batches % self.population_batches:
-            raise ValueError(
-                f"most_population_batches={self.most_population_batches} is not allowed: it must "
-                f"be a multiple of population_batches={self.population_batches}"
-            )
+        fields.whole_dispatches(self, "tuning_steps")
+        for name, values, unit in (
+            ("snapshots", self.snapshots, "steps_per_dispatch"),
+            ("most_population_batches", [self.most_population_batches], "population_batches"),
+        ):
+            each = getattr(self, unit)
+            if any(value % each for value in values):
+                must = f"must be a multiple of {unit}={each}"
+                raise ValueError(f"{name}={getattr(self, name)} is not allowed: {must}")
 
 
 PRESETS = {

@@ -29,7 +29,7 @@ from experiments.population_stats import Config
 
 EPSILON = 1e-5  # of BN
 TRUTH, ALGORITHM2, MERGED = "truth", "Algorithm 2", "merged"
-_METHODS = {ALGORITHM2: "algorithm2", MERGED: "merged"}
+_METHODS: dict[str, Any] = {ALGORITHM2: "algorithm2", MERGED: "merged"}
 _EVAL_BATCH = 32
 _LEAVES = ("mean", "var")
 _POPULATION_DRAW = 1  # tells the random numbers of its batches from others of the seed
@@ -42,14 +42,10 @@ def average(momentum: float) -> str:
     return f"average {momentum:g}"
 
 
-def start_removed(momentum: float) -> str:
-    """Name of its control without the initial 0 and 1."""
-    return f"average {momentum:g}, start removed"
-
-
-def unbiased(momentum: float) -> str:
-    """Name of its control that has Algorithm 2's n/(n − 1) as well."""
-    return f"average {momentum:g}, start removed, n/(n − 1)"
+def averages(momentum: float) -> tuple[str, str, str]:
+    """And of its controls: without the initial 0 and 1; that with Algorithm 2's n/(n − 1) too."""
+    name = average(momentum)
+    return name, f"{name}, start removed", f"{name}, start removed, n/(n − 1)"
 
 
 def counts(most: int) -> list[int]:
@@ -71,8 +67,8 @@ def errors(stats: Any, truth: Any) -> Errors:
     """(μ̂ − μ)/σ and ln σ̂ − ln σ of each feature, layer by layer, the lowest first."""
     found = []
     for layer in sorted(truth, key=lambda name: (len(name), name)):
-        mean, var, true_mean, true_var = (
-            np.asarray(tree[layer][leaf], float) for tree in (stats, truth) for leaf in _LEAVES
+        (mean, var), (true_mean, true_var) = (
+            [np.asarray(tree[layer][leaf], float) for leaf in _LEAVES] for tree in (stats, truth)
         )
         true_var = true_var + EPSILON
         log_ratio = np.log((np.maximum(var, 0) + EPSILON) / true_var) / 2
@@ -90,13 +86,9 @@ def parts(a: Errors, b: Errors | None = None) -> list[list[float]]:
 
 def without_start(stats: Any, momentum: float, steps: int) -> Any:
     """An average without what is left of its initial 0 and 1: (s − βᵗ·s₀)/(1 − βᵗ)."""
-    left = momentum**steps
-
-    def remove(leaf: Any, start: float) -> np.ndarray:
-        return (np.asarray(leaf, float) - left * start) / (1 - left)
-
+    left, start = momentum**steps, {"mean": 0.0, "var": 1.0}
     return {
-        layer: {"mean": remove(s["mean"], 0.0), "var": remove(s["var"], 1.0)}
+        layer: {n: (np.asarray(s[n], float) - left * start[n]) / (1 - left) for n in _LEAVES}
         for layer, s in stats.items()
     }
 
@@ -118,8 +110,7 @@ class Measurement:
         training. Late, more batches are seen: the record keeps the parts for 1, 2, 4, … of them
         ("counts") and the part of d² that two halves of them have in common ("floor").
         """
-        config = self._config
-        chunk = config.population_batches
+        config, chunk = self._config, self._config.population_batches
         drawn = config.most_population_batches if late else chunk
         rows = draw_batches(seed, len(self._image), batch_size, drawn)
         # In chunks, so that one program serves every number of batches.
@@ -128,9 +119,7 @@ class Measurement:
         whole = self._moments(state, np.arange(len(self._image))[None])
         truth = _population(whole, MERGED, [0])
         kinds = {kind: _population(moments, kind, range(chunk)) for kind in _METHODS}
-        kinds |= {
-            average(m): stats for m, stats in zip(config.momenta, state.batch_stats, strict=True)
-        }
+        kinds |= zip(map(average, config.momenta), state.batch_stats, strict=True)
         evaluation = _evaluation_program(config.network, self._test.mesh)
         scores = {
             kind: evaluation(self._test.batches, state._replace(batch_stats=stats, opt_state=()))
@@ -144,11 +133,12 @@ class Measurement:
         }
         if late:
             halves = range(drawn // 2), range(drawn // 2, drawn)
+            record |= {"counts": {}, "floor": {}}
             for kind in _METHODS:
                 several = [_population(moments, kind, range(n)) for n in counts(drawn)]
-                record.setdefault("counts", {})[kind] = [parts(errors(s, truth)) for s in several]
+                record["counts"][kind] = [parts(errors(s, truth)) for s in several]
                 both = (errors(_population(moments, kind, half), truth) for half in halves)
-                record.setdefault("floor", {})[kind] = parts(*both)
+                record["floor"][kind] = parts(*both)
         return record
 
     def _moments(self, state: TrainState, rows: Int[np.ndarray, "K m"]) -> Any:
@@ -161,18 +151,17 @@ class Measurement:
         """Averages without their start, and with the factor n/(n − 1) of Algorithm 2."""
         kinds = {}
         for momentum, stats in zip(self._config.momenta, state.batch_stats, strict=True):
-            removed = without_start(stats, momentum, int(state.step))
-            kinds[start_removed(momentum)] = removed
-            kinds[unbiased(momentum)] = {
-                layer: {**s, "var": s["var"] * _bessel(moments[layer]["moments"])}
-                for layer, s in removed.items()
-            }
+            _, start_removed, unbiased = averages(momentum)
+            kinds[start_removed] = removed = without_start(stats, momentum, int(state.step))
+            kinds[unbiased] = {}
+            for layer, s in removed.items():
+                n = float(np.max(moments[layer]["moments"].count))
+                kinds[unbiased][layer] = {**s, "var": s["var"] * (n / (n - 1))}
         return kinds
 
 
 def _population(moments: Any, kind: str, batches: Iterable[int]) -> Any:
     """Statistics from those batches of moments, leaves [K, ...]."""
-    method: Any = _METHODS[kind]
     shapes = {
         layer: {"mean": left["moments"].mean[0], "var": left["moments"].m2[0]}
         for layer, left in moments.items()
@@ -181,13 +170,8 @@ def _population(moments: Any, kind: str, batches: Iterable[int]) -> Any:
         lambda _, k: jax.tree.map(lambda leaf: leaf[k], moments),
         {"batch_stats": shapes},
         batches,
-        method=method,
+        method=_METHODS[kind],
     )
-
-
-def _bessel(moments: Any) -> float:
-    n = float(np.max(moments.count))
-    return n / (n - 1)
 
 
 def make_model(network: str) -> CNN:
@@ -199,8 +183,6 @@ def make_model(network: str) -> CNN:
 
 @functools.cache
 def _moments_program(network: str):
-    """Moments of each batch of rows, leaves [K, ...]."""
-
     @functools.partial(jax.jit, compiler_options=compiler_options(1))
     def moments(variables, image, rows):
         def of_batch(row):
@@ -217,7 +199,8 @@ def _evaluation_program(network: str, mesh: Any):
     def apply_fn(variables, image, *, train):
         return make_model(network).apply(variables, image, train=train), variables["batch_stats"]
 
-    def eval_step(batch, state):
-        return make_eval_step(apply_fn)(state, batch)
-
-    return make_evaluation(eval_step, mesh, compiler_options=compiler_options(1))
+    return make_evaluation(
+        lambda batch, state: make_eval_step(apply_fn)(state, batch),
+        mesh,
+        compiler_options=compiler_options(1),
+    )

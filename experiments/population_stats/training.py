@@ -17,18 +17,11 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from bn_research.claims.judging import choose
+from bn_research.lab import settings
 from bn_research.lab.fields import at_most
 from bn_research.lab.images import Images, check_network, images_of
 from bn_research.lab.runner import Runner
-from bn_research.lab.settings import (
-    Programs,
-    Setting,
-    Training,
-    creator,
-    per_structure,
-    sweep,
-    train,
-)
+from bn_research.lab.settings import Programs, Setting, Training, per_structure
 from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import MOMENTS, update_from_batch_moments
 from bn_research.training.cores import use_cpu_cores
@@ -52,6 +45,12 @@ class Run(Setting, traced="rate step decay", unseen="seed level"):
     seed: int = 0
     level: str = ""  # of the rate: low or high
     decay: bool = False  # by a cosine to 0 at the last step; else the rate is constant
+
+    @property
+    def name(self) -> str:
+        """In the ledger."""
+        rate = f"{self.level} rate={self.rate:g} {'cosine' if self.decay else 'constant'}"
+        return f"batch={self.batch_size} {rate} step={self.step} seed={self.seed}"
 
 
 class Rates(NamedTuple):
@@ -88,20 +87,18 @@ def measure(config: Config, images: Images, path: Path) -> Records:
     with Runner(path, ledger, total_steps=total, strategy="devices") as runner:
         given = config, images, runner, Measurement(config, images)
         for size in sorted(config.batch_sizes):
-            trials = [
-                Run(size, rate, config.tuning_steps, config.seeds) for rate in config.learning_rates
-            ]
+            trial = Run(size, 0.0, config.tuning_steps, config.seeds)
+            trials = [trial.replace(rate=rate) for rate in config.learning_rates]
             rates[size] = choose_rates(trained("tune", trials, *given), images.num_classes)
-            found += trained("train", settings(config, size, rates[size]), *given)
+            found += trained("train", trainings(config, size, rates[size]), *given)
     return Records(found, rates, images.num_classes)
 
 
-def settings(config: Config, batch_size: int, rates: Rates) -> list[Run]:
+def trainings(config: Config, batch_size: int, rates: Rates) -> list[Run]:
     """Trainings of a batch size, the longest first: the control with decay, and the grid."""
     last, seeds = max(config.snapshots), range(config.seeds)
     constant = itertools.product(sorted(config.snapshots, reverse=True), LEVELS, seeds)
-    decayed = [Run(batch_size, rates.high, last, s, "high", decay=True) for s in seeds]
-    return decayed + [
+    return [Run(batch_size, rates.high, last, seed, "high", decay=True) for seed in seeds] + [
         Run(batch_size, getattr(rates, level), step, seed, level) for step, level, seed in constant
     ]
 
@@ -148,29 +145,20 @@ def trained(
         return {**found, **measurement(state, batch_size=run.batch_size, seed=run.seed, late=late)}
 
     shape = (1, *images.train.image.shape[1:])
-    return train(
+    return settings.train(
         runner,
         [Training(run, run.seed, run.step) for run in runs],
         lambda run: _programs(run, config, shape),
         images.train,
         record=record,
-        name=lambda training: f"{purpose} {_name(training.setting)}",
+        name=lambda training: f"{purpose} {training.setting.name}",
         describe=lambda training: f"{purpose}, batch {training.setting.batch_size}",
-    )
-
-
-def _name(run: Run) -> str:
-    schedule = "cosine" if run.decay else "constant"
-    return (
-        f"batch={run.batch_size} {run.level} rate={run.rate:g} {schedule} "
-        f"step={run.step} seed={run.seed}"
     )
 
 
 def learning_rate(run: Run, count: Int[Array, ""]) -> Float[Array, ""]:
     """Rate of an update: η, or with decay η·(1 + cos(π·count/step))/2."""
-    progress = jnp.clip(count / run.step, 0, 1)
-    cosine = (1 + jnp.cos(jnp.pi * progress)) / 2
+    cosine = (1 + jnp.cos(jnp.pi * jnp.clip(count / run.step, 0, 1))) / 2
     return run.rate * jnp.where(run.decay, cosine, 1.0)
 
 
@@ -184,7 +172,7 @@ def _create(config: Config, shape: tuple[int, ...]) -> CreateFn:
         variables = make_model(config.network).init(key, jnp.zeros(shape), train=False)
         return {**variables, "batch_stats": (variables["batch_stats"],) * len(config.momenta)}
 
-    return creator(init, _optimizer)
+    return settings.creator(init, _optimizer)
 
 
 @per_structure
@@ -205,4 +193,4 @@ def _programs(run: Run, config: Config, shape: tuple[int, ...]) -> Programs:
         step = make_train_step(apply_fn, _optimizer(run))
         return run_steps(step, state, examples, batch_size=size, num_steps=steps)
 
-    return Programs(_create(config, shape), sweep(advance, steps_per_dispatch=steps))
+    return Programs(_create(config, shape), settings.sweep(advance, steps_per_dispatch=steps))

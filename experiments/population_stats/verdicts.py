@@ -15,14 +15,7 @@ from bn_research.claims.estimate import Estimate, estimate
 from bn_research.claims.finding import INCONCLUSIVE, Finding, verdict_of
 from bn_research.claims.judging import Record, at_end, by_seed, listed, numbers, with_intervals
 from experiments.population_stats import Config
-from experiments.population_stats.statistics import (
-    ALGORITHM2,
-    MERGED,
-    TRUTH,
-    average,
-    start_removed,
-    unbiased,
-)
+from experiments.population_stats.statistics import ALGORITHM2, MERGED, TRUTH, average, averages
 from experiments.population_stats.training import LEVELS, Rates, Records, trains
 
 CLAIMS = (
@@ -67,15 +60,8 @@ class Cell(NamedTuple):
 Cells = Mapping[Cell, Sequence[Record]]
 
 
-class Grid(NamedTuple):
-    """Records of the grid by cell and seed, and what was left out."""
-
-    cells: Cells
-    lost: list[Cell]  # where the run of a seed had non-finite steps, for all seeds
-
-
-def grid(records: Iterable[Record], *, decay: bool = False) -> Grid:
-    """The records at a constant rate, or those of the control with decay, by cell.
+def grid(records: Iterable[Record], *, decay: bool = False) -> tuple[Cells, list[Cell]]:
+    """The records at a constant rate, or of the control with decay, by cell; and cells left out.
 
     A cell with a run that had non-finite steps is left out for every seed, so that none of the
     others is decided by the seeds that were lucky.
@@ -84,12 +70,16 @@ def grid(records: Iterable[Record], *, decay: bool = False) -> Grid:
     for record in by_seed(records, decay=decay):
         cells.setdefault(Cell(*(record[field] for field in Cell._fields)), []).append(record)
     lost = [cell for cell in sorted(cells) if any(map(_is_lost, cells[cell]))]
-    return Grid({cell: cells[cell] for cell in sorted(cells) if cell not in lost}, lost)
+    return {cell: cells[cell] for cell in sorted(cells) if cell not in lost}, lost
 
 
 def _is_lost(run: Record) -> bool:
-    parts = [part for layers in run["parts"].values() for layer in layers for part in layer]
-    return run["diverged"] > 0 or None in parts
+    return run["diverged"] > 0 or None in np.ravel([*run["parts"].values()])
+
+
+def part(cells: Cells, **fields: Any) -> Cells:
+    """The cells that have these fields."""
+    return {c: runs for c, runs in cells.items() if fields.items() <= c._asdict().items()}
 
 
 def table(cells: Cells, pick: Callable[[Record], Any]) -> np.ndarray:
@@ -105,6 +95,11 @@ def distance(parts: Any) -> float:
 def distance_of(kind: str) -> Callable[[Record], float]:
     """The distance of a kind of statistics, as a function of the record."""
     return lambda run: distance(run["parts"][kind])
+
+
+def accuracy_by(kind: str) -> Callable[[Record], float]:
+    """Likewise the test accuracy by it."""
+    return lambda run: run["accuracy"][kind]
 
 
 def floor(runs: Sequence[Record]) -> Estimate:
@@ -149,17 +144,13 @@ def judge(config: Config, records: Records) -> list[Finding]:
     left_out += [f"batch {c.batch_size} rate decayed to 0" for c in lost_controls]
     common += listed("Left out, since a run had non-finite steps", left_out, "; ")
     last = max(config.snapshots)
-    long = [run for runs in cells.values() for run in runs if run["step"] == last]
+    long = [run for runs in part(cells, step=last).values() for run in runs]
     stuck = sum(not trains(run, records.num_classes) for run in long)
     if stuck:
-        common += (
-            f". Of {len(long)} runs to step {last}, {stuck} do not train (loss "
-            "not below half of ln C) and count all the same"
-        )
-    return [
-        _judge_distance(config, cells, controls, momentum, common),
-        _judge_accuracy(config, cells, controls, momentum, common),
-    ]
+        told = f"{stuck} do not train (loss not below half of ln C) and count all the same"
+        common += f". Of {len(long)} runs to step {last}, {told}"
+    given = config, cells, controls, momentum, common
+    return [_judge_distance(*given), _judge_accuracy(*given)]
 
 
 def _judge_distance(
@@ -167,24 +158,22 @@ def _judge_distance(
 ) -> Finding:
     """population-beats-ema."""
     best, momenta, last = average(momentum), config.momenta, max(config.snapshots)
-    ratio = _ratio(cells, best)
+    ratio = _geometric(log_ratios(cells, best))
     found: dict[str, float | Estimate] = {f"{best}/{ALGORITHM2}": ratio}
     for name, where in _subsets(config, cells):
-        found[f"{best}/{ALGORITHM2}, {name}"] = _ratio(where, best)
-    late = {cell: runs for cell, runs in cells.items() if cell.step == last}
-    for where, of in ((cells, "each cell"), (late, f"each cell of step {last}")):
-        if where:
-            name = f"average/{ALGORITHM2}, best momentum in {of}"
-            found[name] = _geometric(best_in_each_cell(where, momenta))
-    for m in momenta:
-        for kind in (average(m), start_removed(m), unbiased(m)):
-            found[f"{kind}/{ALGORITHM2}"] = _ratio(cells, kind)
-            if late:
-                found[f"{kind}/{ALGORITHM2}, all cells of step {last}"] = _ratio(late, kind)
+        found[f"{best}/{ALGORITHM2}, {name}"] = _geometric(log_ratios(where, best))
+    late = part(cells, step=last)
+    wholes = {"": cells} | ({f" of step {last}": late} if late else {})
+    for of, where in wholes.items():
+        name = f"average/{ALGORITHM2}, best momentum in each cell{of}"
+        found[name] = _geometric(best_in_each_cell(where, momenta))
+    for kind, of in itertools.product(itertools.chain(*map(averages, momenta)), wholes):
+        name = f"{kind}/{ALGORITHM2}{of and f', all cells{of}'}"
+        found[name] = _geometric(log_ratios(wholes[of], kind))
     for (cell, runs), m in itertools.product(controls.items(), momenta):
         name = f"{average(m)}/{ALGORITHM2}, batch {cell.batch_size}, rate decayed to 0"
-        found[name] = _ratio({cell: runs}, average(m))
-    found[f"{ALGORITHM2}/{MERGED}"] = _ratio(cells, ALGORITHM2, MERGED)
+        found[name] = _geometric(log_ratios({cell: runs}, average(m)))
+    found[f"{ALGORITHM2}/{MERGED}"] = _geometric(log_ratios(cells, ALGORITHM2, MERGED))
     for cell, runs in cells.items():
         for kind in (ALGORITHM2, best):
             found[f"distance, {kind}, {cell}"] = numbers(runs, distance_of(kind)).mean()
@@ -213,24 +202,18 @@ def _judge_accuracy(
     for name, where in _subsets(config, cells):
         found[f"{ALGORITHM2} − {best}, {name}"] = _gain(where, momentum)
     for m in config.momenta:
-        if m != momentum:
-            found[f"{ALGORITHM2} − {average(m)}"] = _gain(cells, m)
+        found[f"{ALGORITHM2} − {average(m)}"] = _gain(cells, m)
     for (cell, runs), m in itertools.product(controls.items(), config.momenta):
         name = f"{ALGORITHM2} − {average(m)}, batch {cell.batch_size}, rate decayed to 0"
         found[name] = _gain({cell: runs}, m)
     for (cell, runs), kind in itertools.product(cells.items(), (TRUTH, ALGORITHM2, best)):
-        accuracy = np.mean([run["accuracy"][kind] for run in runs])
-        found[f"test accuracy, {kind}, {cell}"] = float(accuracy)
+        found[f"test accuracy, {kind}, {cell}"] = numbers(runs, accuracy_by(kind)).mean()
     note = (
         f"interval: of the mean difference over {len(cells)} cells, for momentum {momentum:g}. "
         f"Truth: the statistics of the full training set. {common}"
     )
     verdict = verdict_of(reproduced=gain.low > 0, refuted=gain.high < 0)
     return Finding(CLAIMS[1], with_intervals(found), gain.interval, verdict, note)
-
-
-def _ratio(cells: Cells, kind: str, other: str = ALGORITHM2) -> Estimate:
-    return _geometric(log_ratios(cells, kind, other))
 
 
 def _geometric(log_ratios: np.ndarray) -> Estimate:
@@ -240,40 +223,36 @@ def _geometric(log_ratios: np.ndarray) -> Estimate:
 
 def _gain(cells: Cells, momentum: float) -> Estimate:
     """Test accuracy by Algorithm 2 minus that by the average."""
-    kind = average(momentum)
-    gains = table(cells, lambda run: run["accuracy"][ALGORITHM2] - run["accuracy"][kind])
+    gains = table(cells, accuracy_by(ALGORITHM2)) - table(cells, accuracy_by(average(momentum)))
     return estimate(gains.mean(axis=1))
 
 
 def _subsets(config: Config, cells: Cells) -> Iterator[tuple[str, Cells]]:
     """Parts of the grid, by name: each step, level and batch size, and early and late."""
-    first, last = min(config.snapshots), max(config.snapshots)
-    wanted: list[tuple[str, dict[str, Any]]] = [
-        *((f"step {step}", {"step": step}) for step in config.snapshots),
-        *((f"{level} rate", {"level": level}) for level in LEVELS),
-        *((f"batch {size}", {"batch_size": size}) for size in config.batch_sizes),
-        *(
-            (f"{level} rate, step {step}", {"level": level, "step": step})
-            for level, step in itertools.product(LEVELS, dict.fromkeys((first, last)))
-        ),
-    ]
-    for name, fields in wanted:
-        found = {c: runs for c, runs in cells.items() if fields.items() <= c._asdict().items()}
-        if found:
+    ends = dict.fromkeys((min(config.snapshots), max(config.snapshots)))
+    wanted: dict[str, dict[str, Any]] = {
+        **{f"step {step}": {"step": step} for step in config.snapshots},
+        **{f"{level} rate": {"level": level} for level in LEVELS},
+        **{f"batch {size}": {"batch_size": size} for size in config.batch_sizes},
+    }
+    for level, step in itertools.product(LEVELS, ends):
+        wanted[f"{level} rate, step {step}"] = {"level": level, "step": step}
+    for name, fields in wanted.items():
+        if found := part(cells, **fields):
             yield name, found
 
 
 def _closer(cells: Cells, momenta: Sequence[float]) -> str:
     """In which cells an average is surely closer than Algorithm 2."""
     said = []
-    for momentum in momenta:
-        ratios = log_ratios(cells, average(momentum))
-        won = [cell for cell, row in zip(cells, ratios.T, strict=True) if estimate(row).high < 0]
+    for kind in map(average, momenta):
+        ratios = zip(cells, log_ratios(cells, kind).T, strict=True)
+        won = [cell for cell, row in ratios if estimate(row).high < 0]
         places = [
             f"batch {size} {level} rate, step {', '.join(str(cell.step) for cell in of)}"
             for (size, level), of in itertools.groupby(won, lambda cell: cell[:2])
         ]
-        told = f"{average(momentum)} in {len(won)} of {len(cells)} cells"
+        told = f"{kind} in {len(won)} of {len(cells)} cells"
         said.append(f"{told} ({'; '.join(places)})" if won else told)
     return "A moving average is surely closer, by each cell's own interval: " + "; ".join(said)
 
@@ -281,9 +260,9 @@ def _closer(cells: Cells, momenta: Sequence[float]) -> str:
 def _rates_note(config: Config, rates: Mapping[int, Rates]) -> str:
     ordered = sorted(rates.items())
     shown = (f"batch {n}: low {r.low:g}, best {r.best:g}, high {r.high:g}" for n, r in ordered)
-    note = f"Rates: {'; '.join(shown)}"
     at_ends = [str(n) for n, rate in ordered if at_end(rate.best, config.learning_rates)]
     same = [str(n) for n, rate in ordered if rate.high == rate.best]
+    note = f"Rates: {'; '.join(shown)}"
     if at_ends:
         note += f". Best rate at an end of the grid: batch {', '.join(at_ends)}"
     if same:

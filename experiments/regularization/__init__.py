@@ -55,86 +55,63 @@ from typing import Annotated, Literal
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
+from bn_research.lab import fields
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Ascending,
-    CompilerLevel,
-    Count,
-    Inside,
-    Network,
-    NonNegative,
-    OnImages,
-    Positive,
-    Several,
-    Some,
-    at_most,
-    whole_dispatches,
-)
 from bn_research.models.spec import num_weight_layers
 
 
 @dataclass(frozen=True)
-class Config(OnImages):
+class Config(fields.OnImages):
     """Settings of a run; those of one part begin with its name."""
 
-    seeds: Count = 3  # 0, 1, …; settings are chosen on others
-    train_examples: Several = 512  # at most; few, so that the networks can overfit
-    validation_examples: Count = (
-        256  # after them in the training split: settings are chosen by these
-    )
-    test_examples: Count = 899
-    compiler_level: CompilerLevel = 1  # less compiles faster and steps slower
+    seeds: fields.Count = 3  # 0, 1, …; settings are chosen on others
+    train_examples: fields.Several = 512  # at most; few, so that the networks can overfit
+    validation_examples: fields.Count = 256  # next in the training split: they choose settings
+    test_examples: fields.Count = 899
+    compiler_level: fields.CompilerLevel = 1  # less compiles faster and steps slower
 
-    groups_network: Network = "f64 f64 f10"
-    groups_examples: Several = 512  # of the training set
+    groups_network: fields.Network = "f64 f64 f10"
+    groups_examples: fields.Several = 512  # of the training set
     # Examples that share statistics; the last is the SGD batch.
-    groups_sizes: Annotated[Ascending[Several], Field(min_length=2)] = (8, 32, 256)
-    groups_size: Several = 8  # g*: of the arms whose groups are frozen, or whose noise is drawn
-    groups_rates: Some[Positive] = (0.03, 0.1, 0.3, 1.0)
-    groups_slower: NonNegative = 0.0  # divides the rate of a second ladder; 0 is none
-    groups_steps: Count = 100
-    groups_steps_per_dispatch: Count = 20
-    groups_tuning_seeds: Count = 1
-    groups_seeds: Count = 3
+    groups_sizes: Annotated[fields.Ascending[fields.Several], Field(min_length=2)] = (8, 32, 256)
+    groups_size: fields.Several = 8  # g*: of the arms with frozen groups or drawn noise
+    groups_rates: fields.Some[fields.Positive] = (0.03, 0.1, 0.3, 1.0)
+    groups_slower: fields.NonNegative = 0.0  # divides the rate of a second ladder; 0 is none
+    groups_steps: fields.Count = 100
+    groups_steps_per_dispatch: fields.Count = 20
+    groups_tuning_seeds: fields.Count = 1
+    groups_seeds: fields.Count = 3
 
-    dropout_network: Network = "f64 f64 f10"
+    dropout_network: fields.Network = "f64 f64 f10"
     dropout_placement: Literal["before", "after", "last"] = "last"  # of the two by two
-    dropout_rates: Some[Inside] = (0.3, 0.6)
-    dropout_learning_rates: Some[Positive] = (0.03, 0.1, 0.3)
-    dropout_shift_rate: Inside = 0.5  # where the variance shift is measured
-    dropout_examples: Several = 512  # of the training set
-    dropout_batch_size: Several = 64
-    dropout_steps: Count = 300
-    dropout_steps_per_dispatch: Count = 100
-    dropout_tuning_seeds: Count = 1
-    dropout_seeds: Count = 5  # of the two by two
+    dropout_rates: fields.Some[fields.Inside] = (0.3, 0.6)
+    dropout_learning_rates: fields.Some[fields.Positive] = (0.03, 0.1, 0.3)
+    dropout_shift_rate: fields.Inside = 0.5  # where the variance shift is measured
+    dropout_examples: fields.Several = 512  # of the training set
+    dropout_batch_size: fields.Several = 64
+    dropout_steps: fields.Count = 300
+    dropout_steps_per_dispatch: fields.Count = 100
+    dropout_tuning_seeds: fields.Count = 1
+    dropout_seeds: fields.Count = 5  # of the two by two
 
     def __post_init__(self) -> None:
         """Checks fields against each other."""
-        whole_dispatches(self, "groups_steps", "dropout_steps")
-        at_most(self, self.train_examples, "train_examples", "groups_examples", "dropout_examples")
-        at_most(self, self.groups_examples, "groups_examples", "groups_sizes")
-        at_most(self, self.dropout_examples, "dropout_examples", "dropout_batch_size")
+        fields.whole_dispatches(self, "groups_steps", "dropout_steps")
+        for part in ("groups_examples", "dropout_examples"):
+            fields.at_most(self, self.train_examples, "train_examples", part)
+        fields.at_most(self, self.groups_examples, "groups_examples", "groups_sizes")
+        fields.at_most(self, self.dropout_examples, "dropout_examples", "dropout_batch_size")
         *sizes, batch = self.groups_sizes
-        if any(batch % size for size in sizes):
-            raise ValueError(
-                f"groups_sizes={self.groups_sizes} is not allowed: each must divide the last"
-            )
-        if self.groups_size not in sizes:
-            raise ValueError(
-                f"groups_size={self.groups_size} is not allowed: one of groups_sizes="
-                f"{self.groups_sizes} but the last"
-            )
-        if 0 < self.groups_slower <= 1:
-            raise ValueError(
-                f"groups_slower={self.groups_slower} is not allowed: above 1, what the rate of a "
-                "second ladder is divided by, or 0 for none"
-            )
-        if num_weight_layers(self.dropout_network) < 3:
-            raise ValueError(
-                f"dropout_network={self.dropout_network!r} is not allowed: it needs two hidden "
-                "layers, so that a BN layer has dropout after an activation below it"
-            )
+        layers = num_weight_layers(self.dropout_network)
+        for name, is_bad, why in (
+            ("groups_sizes", any(batch % size for size in sizes), "each must divide the last"),
+            ("groups_size", self.groups_size not in sizes, "one of groups_sizes but the last"),
+            ("groups_slower", 0 < self.groups_slower <= 1, "above 1, or 0 for no second ladder"),
+            # So that a BN layer has dropout after an activation below it.
+            ("dropout_network", layers < 3, "it needs two hidden layers"),
+        ):
+            if is_bad:
+                raise ValueError(f"{name}={getattr(self, name)!r} is not allowed: {why}")
 
 
 PRESETS = {

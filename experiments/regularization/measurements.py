@@ -15,25 +15,14 @@ from bn_research.lab.fields import at_most
 from bn_research.lab.images import check_network, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
-from bn_research.models.cnn import DROPOUT_PLACEMENTS
-from bn_research.normalization import BatchStats, batch_moments, population_stats
+from bn_research.normalization import batch_moments, population_stats
 from bn_research.training.compiler import compiler_options
 from bn_research.training.cores import use_cpu_cores
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
-from experiments.regularization import Config
+from experiments.regularization import Config, verdicts
 from experiments.regularization.training import Data, Network, Trainer, apply_training, make_model
-from experiments.regularization.verdicts import (
-    CELLS,
-    FROZEN,
-    INJECTED,
-    PLAIN,
-    PLAIN_FROZEN,
-    POPULATION,
-    Records,
-    ladder_arm,
-    of_cell,
-)
+from experiments.regularization.verdicts import CELLS, PLAIN, Records, ladder_arm, of_cell
 
 _SHIFT_KEY = 30_000  # of the dropout under which pre-activations are measured
 _DOSE_KEY = 40_000  # of the order and the draws of passes
@@ -45,18 +34,14 @@ def prepare(config: Config) -> Data:
     use_cpu_cores()
     images = images_of(config, scale="standardized")
     train, whole = config.train_examples, len(images.train.label)
-    used = train + config.validation_examples
-    if used > whole:
-        raise ValueError(
-            f"train_examples={train} and validation_examples={config.validation_examples} are not "
-            f"allowed: {config.dataset} has {whole} together"
-        )
+    at_most(config, whole, f"those of {config.dataset}", "train_examples")
+    at_most(config, whole - train, f"the others of {config.dataset}", "validation_examples")
     at_most(config, len(images.test.label), f"those of {config.dataset}", "test_examples")
     for network in (config.groups_network, config.dropout_network):
         check_network(network, images, config.dataset)
     return Data(
         _cut(images.train, 0, train),
-        _cut(images.train, train, used),
+        _cut(images.train, train, train + config.validation_examples),
         _cut(images.test, 0, config.test_examples),
     )
 
@@ -72,7 +57,7 @@ def total_steps(config: Config) -> int:
     if config.groups_slower:
         groups += len(config.groups_sizes) * config.seeds
     dropout = len(_rates_of_dropout(config)) * config.dropout_tuning_seeds
-    dropout += len(CELLS) * config.dropout_seeds + len(DROPOUT_PLACEMENTS) * config.seeds
+    dropout += len(CELLS) * config.dropout_seeds + len(verdicts.PLACED) * config.seeds
     return groups * config.groups_steps + dropout * config.dropout_steps
 
 
@@ -102,12 +87,9 @@ def _trainer(part: str, config: Config, data: Data, runner: Runner) -> Trainer:
 
 def most_accurate(tuning: Sequence[Mapping[str, Any]]) -> Network:
     """The network with the highest accuracy on the validation set, mean over its seeds."""
-    fields = Network.__dataclass_fields__
-    found = choose(tuning, lambda run: 1 - run["validation_accuracy"], fields=list(fields))
+    fields = [*Network.__dataclass_fields__]
+    found = choose(tuning, lambda run: 1 - run["validation_accuracy"], fields=fields)
     return Network(**{field: found[field] for field in fields})
-
-
-# --- groups ---
 
 
 def measure_groups(config: Config, data: Data, runner: Runner) -> Records:
@@ -120,20 +102,17 @@ def measure_groups(config: Config, data: Data, runner: Runner) -> Records:
         for norm in ("batch", "none")
     )
     groups = train(_arms(config, rate, plain_rate).items(), range(config.groups_seeds))
-    slower: list[dict[str, Any]] = []
-    if config.groups_slower:
-        ladder = _ladder(config, rate / config.groups_slower)
-        slower = train(ladder.items(), range(config.seeds))
+    ladder = _ladder(config, rate / config.groups_slower) if config.groups_slower else {}
+    slower = train(ladder.items(), range(config.seeds))
     return {"groups_tuning": tuning, "groups": groups, "groups_slower": slower}
 
 
 def _rates_of_groups(config: Config) -> list[tuple[str, Network]]:
     """Every rate, with statistics of the whole batch and without BN."""
-    batch, rates = config.groups_sizes[-1], config.groups_rates
-    return [
-        *((ladder_arm(batch), _network(config, "batch", batch, rate)) for rate in rates),
-        *((PLAIN, _network(config, "none", config.groups_size, rate)) for rate in rates),
-    ]
+    batch = config.groups_sizes[-1]
+    arms = (ladder_arm(batch), "batch", batch), (PLAIN, "none", config.groups_size)
+    rates = config.groups_rates
+    return [(arm, _network(config, norm, m, rate)) for arm, norm, m in arms for rate in rates]
 
 
 def _arms(config: Config, rate: float, plain_rate: float) -> dict[str, Network]:
@@ -143,11 +122,11 @@ def _arms(config: Config, rate: float, plain_rate: float) -> dict[str, Network]:
     plain = _network(config, "none", size, plain_rate)
     return {
         **_ladder(config, rate),
-        FROZEN: _network(config, "batch", size, rate).replace(regrouped=False),
-        POPULATION: _network(config, "population", 0, rate),
-        **{noise: _network(config, noise, size, rate) for noise in INJECTED},
+        verdicts.FROZEN: _network(config, "batch", size, rate).replace(regrouped=False),
+        verdicts.POPULATION: _network(config, "population", 0, rate),
+        **{noise: _network(config, noise, size, rate) for noise in verdicts.INJECTED},
         PLAIN: plain,
-        PLAIN_FROZEN: plain.replace(regrouped=False),
+        verdicts.PLAIN_FROZEN: plain.replace(regrouped=False),
     }
 
 
@@ -207,9 +186,6 @@ def _dose_program(compiler_level: int):
     return program
 
 
-# --- dropout ---
-
-
 def measure_dropout(config: Config, data: Data, runner: Runner) -> Records:
     """Two by two, each cell at its best rates, and the placements of dropout below BN."""
     trainer = _trainer("dropout", config, data, runner)
@@ -217,7 +193,7 @@ def measure_dropout(config: Config, data: Data, runner: Runner) -> Records:
     tuning = trainer.train(_rates_of_dropout(config), _tuning_seeds(config, "dropout"))
     cells = {cell: most_accurate(of_cell(tuning, cell)) for cell in CELLS}
     bn = cells["BN, no dropout"].replace(dropout=config.dropout_shift_rate)
-    placements = [(place, bn.replace(dropout_placement=place)) for place in DROPOUT_PLACEMENTS]
+    placements = [(place, bn.replace(dropout_placement=place)) for place in verdicts.PLACED]
     return {
         "dropout_tuning": tuning,
         "dropout": trainer.train(cells.items(), range(config.dropout_seeds), measure=shift),
@@ -227,20 +203,15 @@ def measure_dropout(config: Config, data: Data, runner: Runner) -> Records:
 
 def _rates_of_dropout(config: Config) -> list[tuple[str, Network]]:
     """Every learning rate and dropout rate."""
+    base = Network(
+        config.dropout_network,
+        batch_size=config.dropout_batch_size,
+        dropout_placement=config.dropout_placement,
+    )
     return [
-        (
-            cell,
-            Network(
-                config.dropout_network,
-                norm,
-                batch_size=config.dropout_batch_size,
-                dropout_placement=config.dropout_placement,
-                rate=rate,
-                dropout=rate_of_dropout,
-            ),
-        )
-        for cell, (norm, dropout) in CELLS.items()
-        for rate_of_dropout in (config.dropout_rates if dropout else (0.0,))
+        (cell, base.replace(norm=norm, rate=rate, dropout=dropout))
+        for cell, (norm, drops) in CELLS.items()
+        for dropout in (config.dropout_rates if drops else (0.0,))
         for rate in config.dropout_learning_rates
     ]
 
@@ -260,9 +231,9 @@ def variance_shift(trainer: Trainer, network: Network, state: TrainState) -> dic
     before = network.dropout_placement == "before"
     training = pre_activation_stats(trainer.data, network, state, train=True) if before else {}
     found: dict[str, Any] = {"ratio": [], "closed_form": [], "population_over_closed_form": []}
-    for layer in sorted(state.batch_stats, key=_number):
-        sown = f"pre_activation_{_number(layer)}"
-        population = np.asarray(state.batch_stats[layer]["var"], np.float64)
+    for number in range(1, len(state.batch_stats) + 1):  # BN stands on all hidden layers
+        sown = f"pre_activation_{number}"
+        population = np.asarray(state.batch_stats[f"batch_norm{number}"]["var"], np.float64)
         variance = np.asarray(inference[sown].var, np.float64)
         found["ratio"].append(float(np.median(variance / population)))
         if before:
@@ -280,9 +251,7 @@ def dropped_variance(mean: Any, var: Any, rate: float) -> Any:
     return (var + rate * mean**2) / (1 - rate)
 
 
-def pre_activation_stats(
-    data: Data, network: Network, state: TrainState, *, train: bool
-) -> dict[str, BatchStats]:
+def pre_activation_stats(data: Data, network: Network, state: TrainState, *, train: bool):
     """Mean and unbiased variance of each pre-activation's units over the training set, as sown.
 
     Passes are in training mode, with dropout and the statistics of batches; or in inference.
@@ -306,15 +275,9 @@ def pre_activation_stats(
 def _pre_activation_program():
     @functools.partial(jax.jit, compiler_options=compiler_options(0), static_argnames="train")
     def moments(network: Network, variables: Any, image: Array, keys: Array, *, train: bool):
-        options: dict[str, Any] = {"keys": keys} if train else {}
-        mutable = ["intermediates", "batch_stats"] if train else ["intermediates"]
-        _, new = make_model(network).apply(
-            variables, image, train=train, mutable=mutable, **options
-        )
+        mutable = ["intermediates", "batch_stats"]
+        model = make_model(network)
+        _, new = model.apply(variables, image, train=train, mutable=mutable, keys=keys)
         return {name: batch_moments(x) for name, (x,) in new["intermediates"].items()}
 
     return moments
-
-
-def _number(layer: str) -> int:
-    return int(layer.removeprefix("batch_norm"))

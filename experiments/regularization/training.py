@@ -5,22 +5,14 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Key
 
+from bn_research.lab import settings
 from bn_research.lab.runner import Runner
-from bn_research.lab.settings import (
-    Programs,
-    Setting,
-    Training,
-    creator,
-    per_structure,
-    sweep,
-    train,
-)
+from bn_research.lab.settings import Programs, Setting, Training, per_structure
 from bn_research.layers.linen import MOMENTS, BatchNorm, population_batch_stats
 from bn_research.layers.stochastic_norm import StochasticBatchNorm
 from bn_research.models.cnn import CNN
@@ -121,7 +113,7 @@ class Trainer:
 
         shape = (1, *self.data.train.image.shape[1:])
         options = self.num_steps, self.steps_per_dispatch, self.compiler_level
-        return train(
+        return settings.train(
             self.runner,
             [Training(net, seed, self.num_steps, arm) for arm, net in arms for seed in seeds],
             lambda network: _programs(network, shape, *options),
@@ -164,19 +156,20 @@ def optimizer(network: Network, num_steps: int) -> optax.GradientTransformation:
 
 def make_model(network: Network) -> CNN:
     """BN, of whatever kind, stands on the hidden layers."""
-    options: dict[str, Any] = dict(epsilon=1e-5, group_size=network.group_size or None)
-    options |= dict(momentum=0.9)  # of the running statistics, which no result rests on
-    norm: Callable[..., nn.Module] = functools.partial(BatchNorm, **options)
+    norm: Any = functools.partial(
+        BatchNorm,
+        epsilon=1e-5,
+        group_size=network.group_size or None,
+        momentum=0.9,  # of the running statistics, which no result rests on
+    )
+    options: dict[str, Any] = dict(population=network.population)
     if network.norm in NORMS[2:]:
-        options |= dict(population=network.population)
         options |= dict(noise="none" if network.norm == "population" else network.norm)
-        norm = functools.partial(StochasticBatchNorm, **options)
-    drops: dict[str, Any] = {}
+        norm = functools.partial(StochasticBatchNorm, **norm.keywords, **options)
+    options = dict(kernel_init=kernel_initializer("he"))
     if network.dropout_placement != "none":
-        drops = dict(dropout=network.dropout, dropout_placement=network.dropout_placement)
-    placement: Any = "none" if network.norm == "none" else "hidden"
-    init = kernel_initializer("he")
-    return CNN(network.network, norm, placement, kernel_init=init, **drops)
+        options |= dict(dropout=network.dropout, dropout_placement=network.dropout_placement)
+    return CNN(network.network, norm, "none" if network.norm == "none" else "hidden", **options)
 
 
 def apply_training(
@@ -196,20 +189,16 @@ def apply_training(
 
 @per_structure
 def _creator(network: Network, shape: tuple[int, ...], num_steps: int):
-    return creator(
+    return settings.creator(
         lambda key, network: make_model(network).init(key, jnp.zeros(shape), train=False),
         functools.partial(optimizer, num_steps=num_steps),
     )
 
 
 @per_structure
-def _programs(
-    network: Network,
-    shape: tuple[int, ...],
-    num_steps: int,
-    steps_per_dispatch: int,
-    compiler_level: int,
-) -> Programs:
+def _programs(network: Network, shape: tuple[int, ...], num_steps: int, each: int, level: int):
+    """Of num_steps, so many each dispatch, compiled at a level."""
+
     def advance(state: TrainState, network: Network, examples: Batch):
         def apply_fn(variables, image, *, train, keys=None):
             logits, new = apply_training(network, variables, image, keys)
@@ -220,7 +209,7 @@ def _programs(
             state,
             examples,
             batch_size=network.batch_size,
-            num_steps=steps_per_dispatch,
+            num_steps=each,
             order_of_epoch=functools.partial(
                 epoch_order_of_groups,
                 group_size=network.group_size or network.batch_size,
@@ -231,7 +220,7 @@ def _programs(
     create = _creator(network.bare, shape, num_steps)
     return Programs(
         lambda key, network: create(key, network.bare),
-        sweep(advance, steps_per_dispatch=steps_per_dispatch, compiler_level=compiler_level),
+        settings.sweep(advance, steps_per_dispatch=each, compiler_level=level),
     )
 
 
@@ -264,7 +253,8 @@ def _evaluation_program(network: Network, mesh: jax.sharding.Mesh, compiler_leve
         model = make_model(network)
         return model.apply(variables, image, train=False), variables["batch_stats"]
 
-    def eval_step(batch, state):
-        return make_eval_step(apply_fn)(state, batch)
-
-    return make_evaluation(eval_step, mesh, compiler_options=compiler_options(compiler_level))
+    return make_evaluation(
+        lambda batch, state: make_eval_step(apply_fn)(state, batch),
+        mesh,
+        compiler_options=compiler_options(compiler_level),
+    )

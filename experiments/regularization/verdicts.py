@@ -11,7 +11,6 @@ from bn_research.claims.estimate import Estimate, estimate, paired_difference, r
 from bn_research.claims.finding import INCONCLUSIVE, Finding, conjunction, decide, verdict_of
 from bn_research.claims.formatting import format_number
 from bn_research.claims.judging import at_end, by_seed, listed, lost, numbers, with_intervals
-from bn_research.models.cnn import DROPOUT_PLACEMENTS
 from experiments.regularization import Config
 
 FLAT = 0.5  # points of accuracy: half of the paper's 1 %
@@ -100,9 +99,6 @@ def judge(config: Config, records: Records) -> list[Finding]:
     ]
 
 
-# --- groups ---
-
-
 class Measure(NamedTuple):
     """A number by which networks are compared."""
 
@@ -142,16 +138,13 @@ def slopes(runs: Runs, sizes: Sequence[int], measure: Measure) -> np.ndarray:
     return np.polyfit(np.log2(sizes), values, 1)[0]
 
 
-def recovery(
-    runs: Runs, group_size: int, noise: str, measure: Measure
-) -> tuple[np.ndarray, np.ndarray]:
+def recovery(runs: Runs, group_size: int, noise: str, measure: Measure) -> list[np.ndarray]:
     """A measure by population statistics, less that by a noise, and less that of BN by groups.
 
     The quotient is the part of BN's change of the measure that the noise brings back.
     """
-    arms = (POPULATION, noise, ladder_arm(group_size))
-    population, injected, groups = (measure.of_arm(runs, arm) for arm in arms)
-    return population - injected, population - groups
+    population = measure.of_arm(runs, POPULATION)
+    return [population - measure.of_arm(runs, arm) for arm in (noise, ladder_arm(group_size))]
 
 
 def judge_groups(config: Config, records: Records) -> list[Finding]:
@@ -207,10 +200,8 @@ def _judge_noise(
     if records["groups_slower"]:
         lower = estimate(slopes(records["groups_slower"], sizes, gap))
         found[f"{gap.name} by doubling at a lower rate, {gap.unit}"] = lower
-        note += (
-            f". Lower rate: that of the others divided by {config.groups_slower:g}, "
-            f"{config.seeds} seeds"
-        )
+        divided = f"divided by {config.groups_slower:g}, {config.seeds} seeds"
+        note += f". Lower rate: that of the others {divided}"
     others = (TRAIN,) if gap is GAP else (TRAIN_LOSS, DOSE)
     for arm in dict.fromkeys(run["arm"] for run in main):
         for measure in (gap, test, *others):
@@ -220,9 +211,8 @@ def _judge_noise(
 
 def _judge_reshuffling(config: Config, main: Runs) -> Finding:
     own = ladder_arm(config.groups_size)
-    regrouped, frozen, plain, plain_frozen = (
-        TEST.of_arm(main, arm) for arm in (own, FROZEN, PLAIN, PLAIN_FROZEN)
-    )
+    arms = (own, FROZEN, PLAIN, PLAIN_FROZEN)
+    regrouped, frozen, plain, plain_frozen = (TEST.of_arm(main, arm) for arm in arms)
     gain = paired_difference(regrouped, frozen)
     excess = paired_difference(regrouped - frozen, plain - plain_frozen)
     found = {
@@ -253,9 +243,6 @@ def _rates(config: Config, main: Runs) -> str:
     return f"Learning rate {'; '.join(words)}; chosen by validation accuracy on seeds apart"
 
 
-# --- dropout ---
-
-
 CELLS = {  # of two by two: the norm, and whether there is dropout
     "no BN, no dropout": ("none", False),
     "no BN, dropout": ("none", True),
@@ -277,10 +264,8 @@ def of_cell(runs: Runs, cell: str) -> Runs:
 
 def gains(runs: Runs) -> tuple[Estimate, Estimate, Estimate]:
     """Dropout's gain in test accuracy without BN, with BN, and their difference; by seed."""
-    plain_off, plain_on, bn_off, bn_on = (
-        numbers(of_cell(runs, cell), "test_accuracy") for cell in CELLS
-    )
-    plain, bn = plain_on - plain_off, bn_on - bn_off
+    off, on, bn_off, bn_on = (numbers(of_cell(runs, cell), "test_accuracy") for cell in CELLS)
+    plain, bn = on - off, bn_on - bn_off
     return estimate(plain), estimate(bn), paired_difference(plain, bn)
 
 
@@ -296,16 +281,12 @@ def judge_need(config: Config, runs: Runs) -> Finding:
     for cell, (_, dropout) in CELLS.items():
         own = of_cell(runs, cell)
         found[f"test accuracy, {cell}"] = estimate(numbers(own, "test_accuracy"))
-        for key, words in (
-            ("train_accuracy", "training accuracy"),
-            ("test_loss", "test loss"),
-            ("train_loss", "training loss"),
-        ):
-            found[f"{words}, {cell}"] = numbers(own, key).mean()
-        grids = [("rate", "learning rate", config.dropout_learning_rates)]
-        if dropout:
-            grids.append(("dropout", "dropout rate", config.dropout_rates))
-        for field, words, grid in grids:
+        for measure in (TRAIN, TEST_LOSS, TRAIN_LOSS):
+            found[f"{measure.name}, {cell}"] = numbers(own, measure.key).mean()
+        for field, words, grid in (
+            ("rate", "learning rate", config.dropout_learning_rates),
+            ("dropout", "dropout rate", config.dropout_rates),
+        )[: 1 + dropout]:
             value = own[0][field]
             found[f"{words}, {cell}"] = value
             if at_end(value, grid):
@@ -325,8 +306,7 @@ def judge_need(config: Config, runs: Runs) -> Finding:
 
 def shifted(placement: str, layers: int) -> list[int]:
     """Indices of the BN layers that have dropout below them."""
-    first = {"before": 0, "after": 1, "last": layers}[placement]
-    return list(range(first, layers))
+    return list(range({"before": 0, "after": 1, "last": layers}[placement], layers))
 
 
 def accuracy_lost(runs: Runs) -> Estimate:
@@ -337,15 +317,13 @@ def accuracy_lost(runs: Runs) -> Estimate:
 def judge_shift(config: Config, records: Records) -> Finding:
     """dropout-before-bn-shifts-variance."""
     runs = records["shift"]
-    shift = {place: by_seed(runs, dropout_placement=place) for place in DROPOUT_PLACEMENTS}
+    shift = {place: by_seed(runs, dropout_placement=place) for place in PLACED}
     ratios = {place: numbers(of_place, "ratio") for place, of_place in shift.items()}
     if not all(np.isfinite(r).all() for r in ratios.values()):
         note = f"a layer's variance is not finite or 0 in some run{lost(runs)}"
         return Finding(CLAIMS[4], {}, None, INCONCLUSIVE, note)
     layers = ratios["last"].shape[1]
-    below = np.concatenate(
-        [ratios[place][:, shifted(place, layers)] for place in ("before", "after")], axis=1
-    )
+    below = np.hstack([ratios[place][:, shifted(place, layers)] for place in PLACED])
     smallest = estimate(np.abs(below - 1).min(axis=1))
     largest = estimate(np.abs(ratios["last"] - 1).max(axis=1))
     found = {
@@ -359,9 +337,8 @@ def judge_shift(config: Config, records: Records) -> Finding:
     closed = numbers(shift["before"], "population_over_closed_form")
     for layer, values in enumerate(closed.T, start=1):
         found[f"population variance over its closed form, BN {layer}"] = estimate(values)
-    found["accuracy lost to the shift, tuned cell"] = accuracy_lost(
-        of_cell(records["dropout"], "BN, dropout")
-    )
+    tuned = of_cell(records["dropout"], "BN, dropout")
+    found["accuracy lost to the shift, tuned cell"] = accuracy_lost(tuned)
     note = (
         f"interval: over {config.seeds} seeds, of the smallest |r − 1| of all BN layers with "
         f"dropout below. Dropout {format_number(runs[0]['dropout'])}, learning rate "

@@ -48,17 +48,9 @@ bias of BN and the head's kernel have a rate of their own and no decay, in both 
 
 from pydantic.dataclasses import dataclass
 
+from bn_research.lab import fields
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import (
-    Count,
-    Network,
-    OnImages,
-    Positive,
-    Several,
-    Share,
-    Some,
-    whole_dispatches,
-)
+from bn_research.lab.fields import Count, Network, OnImages, Positive, Several, Share, Some
 
 
 @dataclass(frozen=True)
@@ -84,7 +76,7 @@ class Config(OnImages):
 
     def __post_init__(self) -> None:
         """Raises ValueError."""
-        whole_dispatches(self, "equilibrium_steps")
+        fields.whole_dispatches(self, "equilibrium_steps")
         if self.wide_network == self.network:
             raise ValueError(
                 f"wide_network={self.wide_network!r} is not allowed: network is the same"
@@ -118,7 +110,6 @@ PRESETS = {
         equilibrium_products=(5e-4, 1.4e-3, 4e-3),
     ),
 }
-
 
 EXPERIMENT = Experiment(
     __name__, PRESETS, title="What does it mean that BN does not see the scale of the weights?"

@@ -1,7 +1,7 @@
 """The networks of `experiments.scale_invariance`: their loss, and their training runs."""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
 from bn_research.lab.flags import UsageError
 from bn_research.lab.settings import Programs, Setting, creator, per_structure, sweep
@@ -18,7 +18,7 @@ from bn_research.models.cnn import CNN, NormPlacement, hidden_layers
 from bn_research.probes.angular_updates import angular_update
 from bn_research.training.loop import run_steps
 from bn_research.training.state import TrainState, create_train_state
-from bn_research.training.step import Batch, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_train_step
 
 
 class Run(Setting, traced="rates other_rate decay momentum factor"):
@@ -44,42 +44,7 @@ class Norms(NamedTuple):
     radial: Array  # ⟨w, ∇L⟩
 
 
-def largest_product(momentum: float) -> float:
-    """ηλ up to which momentum and decay do not overshoot, (1 − √γ)² (Li & Arora, 2019)."""
-    return (1 - momentum**0.5) ** 2
-
-
-def exponential_rates(
-    rates: Sequence[float] | np.ndarray, decay: float, momentum: float
-) -> Float[np.ndarray, "steps"]:
-    """Rates at which momentum SGD without decay follows that with decay (Li & Arora, 2019).
-
-    With v ← γv + ∇L + λθ, θ ← θ − η_t·v and v₀ = 0, θ̃_t = P_t·θ_t follows momentum SGD without
-    decay at η̃_t = P_t·P_{t+1}·η_t, where P₀ = 1, P_{t+1} = P_t/α_{t+1}, α₁ = 1 − η₀λ and
-    α_{t+1} = 1 − η_t·λ + γ·(η_t/η_{t−1})·(1 − 1/α_t).
-
-    Raises:
-      ValueError: ηλ > (1 − √γ)² at some step, where α can turn negative.
-    """
-    rates = np.asarray(rates, np.float64)
-    bound = largest_product(momentum)
-    if np.max(rates) * decay > bound:
-        raise ValueError(
-            f"decay={decay:g} at a rate of {np.max(rates):g} is not allowed: their product must be "
-            f"at most (1 − √momentum)² = {bound:.3g}"
-        )
-    p, alpha, found = 1.0, 1 - rates[0] * decay, []
-    for t, rate in enumerate(rates):
-        if t:
-            alpha = 1 - rate * decay + momentum * rate / rates[t - 1] * (1 - 1 / alpha)
-        found.append(p * (p / alpha) * rate)
-        p /= alpha
-    return np.array(found)
-
-
-def trajectory(
-    run: Run, examples: Batch, seed: int, *, batch_size: int
-) -> tuple[np.ndarray, Norms]:
+def trajectory(run: Run, examples: Batch, seed: int, batch_size: int) -> tuple[np.ndarray, Norms]:
     """Losses [steps] and norms [steps, kernels] of a run, in float64.
 
     Runs with the same network, seed and number of steps see the same initial weights, but for
@@ -106,7 +71,7 @@ def _trajectory_program(run: Run, shape: tuple[int, ...], batch_size: int, steps
     def program(key, examples, run):
         init = functools.partial(_variables, run, shape, jnp.float64)
         state = create_train_state(init, _optimizer(run), key)
-        step = make_train_step(_apply_fn(run), _optimizer(run), observe=observe)
+        step = make_train_step(apply_fn_of(_model(run)), _optimizer(run), observe=observe)
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=steps)[1]
 
     return program
@@ -117,7 +82,7 @@ def _observe(layers: Sequence[str], params: Any, grads: Any, new_params: Any) ->
     for layer in layers:
         w, new, g = (tree[layer]["kernel"] for tree in (params, new_params, grads))
         rows.append((jnp.vdot(w, w), jnp.vdot(new, new), jnp.vdot(g, g), jnp.vdot(w, g)))
-    return Norms(*(jnp.stack(column) for column in zip(*rows, strict=True)))
+    return Norms(*map(jnp.stack, zip(*rows, strict=True)))
 
 
 @per_structure
@@ -129,13 +94,12 @@ def equilibrium_programs(run: Run, shape: tuple[int, ...], batch_size: int, step
         return _variables(run, shape, jnp.float32, key)
 
     def advance(state: TrainState, run: Run, examples: Batch):
-        step = make_train_step(_apply_fn(run), _optimizer(run), observe=observe)
+        step = make_train_step(apply_fn_of(_model(run)), _optimizer(run), observe=observe)
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=steps)
 
-    return Programs(  # at XLA's own level: the published records are of that, to the bit
-        creator(init, _optimizer, compiler_level=3),
-        sweep(advance, steps_per_dispatch=steps, compiler_level=3),
-    )
+    level = 3  # XLA's own: the published records are of that, to the bit
+    program = sweep(advance, steps_per_dispatch=steps, compiler_level=level)
+    return Programs(creator(init, _optimizer, compiler_level=level), program)
 
 
 def kernel_paths(spec: str) -> list[str]:
@@ -143,9 +107,7 @@ def kernel_paths(spec: str) -> list[str]:
     return [f"['{layer}']['kernel']" for layer in hidden_layers(spec)]
 
 
-def losses(
-    run: Run, examples: Batch, scales: Sequence[float], seed: int
-) -> Float[np.ndarray, "scales"]:
+def losses(run: Run, examples: Batch, scales: Sequence[float], seed: int) -> np.ndarray:
     """Training loss at initialization with all hidden kernels times each scale, float64.
 
     Biases, if there are any, are random, and not scaled.
@@ -162,7 +124,7 @@ def losses(
         @jax.jit
         def loss(a):
             variables = {"params": _scaled(run, params, a), "batch_stats": state.batch_stats}
-            logits, _ = _apply_fn(run)(variables, image, train=True)
+            logits, _ = apply_fn_of(_model(run))(variables, image, train=True)
             return optax.softmax_cross_entropy_with_integer_labels(logits, examples.label).mean()
 
         return np.array([loss(np.float64(a)) for a in scales])
@@ -177,25 +139,11 @@ def _variables(run: Run, shape: Sequence[int], dtype: Any, key: Array) -> dict[s
 
 def _optimizer(run: Run) -> optax.GradientTransformation:
     """Momentum SGD; rates of their own and L2 decay for the hidden kernels."""
-
-    def rate(count):
-        return jnp.take(run.rates, count, mode="clip")
-
-    hidden = optax.chain(
-        optax.add_decayed_weights(run.decay), optax.sgd(rate, momentum=run.momentum)
-    )
-    other = optax.sgd(run.other_rate, momentum=run.momentum)
-    return optax.partition({"hidden": hidden, "other": other}, functools.partial(_labels, run))
-
-
-def _apply_fn(run: Run) -> Callable[..., tuple[Array, Any]]:
-    model = _model(run)
-
-    def apply(variables, image, *, train):
-        logits, new = model.apply(variables, image, train=True, mutable=["batch_stats"])
-        return logits, new.get("batch_stats", {})
-
-    return apply
+    sgd = functools.partial(optax.sgd, momentum=run.momentum)
+    rate = functools.partial(jnp.take, run.rates, mode="clip")  # of a step
+    hidden = optax.chain(optax.add_decayed_weights(run.decay), sgd(rate))
+    kinds = {"hidden": hidden, "other": sgd(run.other_rate)}
+    return optax.partition(kinds, functools.partial(_labels, run))
 
 
 def _model(run: Run) -> CNN:
@@ -218,8 +166,8 @@ def _labels(run: Run, params: Any) -> Any:
 
 def _scaled(run: Run, params: Any, factor: Array | float) -> Any:
     """The params, with all hidden kernels times a factor."""
-    return jax.tree.map(
-        lambda label, leaf: factor * leaf if label == "hidden" else leaf,
-        _labels(run, params),
-        params,
-    )
+
+    def scaled(label: str, leaf: Any) -> Any:
+        return factor * leaf if label == "hidden" else leaf
+
+    return jax.tree.map(scaled, _labels(run, params), params)

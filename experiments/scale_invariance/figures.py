@@ -6,23 +6,17 @@ from typing import Any
 
 import numpy as np
 
-from bn_research.claims.figures import (
-    GREY,
-    PALETTE,
-    Figure,
-    band,
-    new_figure,
-    save_all,
-    shared_legend,
-)
+from bn_research.claims import figures
+from bn_research.claims.figures import GREY, PALETTE, band, new_figure, save_all, shared_legend
 from bn_research.claims.judging import Record, by_seed, numbers
 from bn_research.claims.plots import bands, over_seeds, reference
-from experiments.scale_invariance import Config
+from experiments.scale_invariance import Config, identities
 
 Records = Mapping[str, Sequence[Record]]  # by kind
 Drawn = tuple[Any, dict[str, Any]]  # a figure, and its words
 
 _FLOOR = 1e-17  # where a deviation of zero is drawn
+_LIMIT: dict[str, Any] = dict(linestyle=":", linewidth=1.5)
 _NETWORKS = {
     "BN": PALETTE.blue,
     "BN, ε > 0": PALETTE.sky,
@@ -31,22 +25,10 @@ _NETWORKS = {
 }
 
 
-def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
+def draw(config: Config, records: Records, folder: Path) -> list[figures.Figure]:
     """All figures, in the order of the report."""
-    figures = (
-        _identities,
-        _loss_against_scale,
-        _norm_growth,
-        _effective_rate,
-        _exponential_rate,
-        _equilibrium_angle,
-        _approach,
-    )
-    return save_all(figures, folder, config, records)
-
-
-def _limit(axis: Any, y: float) -> None:
-    reference(axis, y=y, linestyle=":", linewidth=1.5)
+    exact = (_identities, _loss_against_scale, _norm_growth, _effective_rate, _exponential_rate)
+    return save_all((*exact, _equilibrium_angle, _approach), folder, config, records)
 
 
 def _drawn(deviations: Any) -> np.ndarray:
@@ -58,23 +40,19 @@ def _identities(config: Config, records: Records) -> Drawn:
     """The identities hold to the last digits of float64, and only with BN."""
     found = records["backprop"]
     fig, axes = new_figure(rows=2, width=5.4, height=6.4)
-    kinds = ("value", "input gradient", "weight gradient", "exact form")
-    for name, color in zip(kinds, PALETTE, strict=False):
-        curves = [
-            record[interface][name] for record in found for interface in ("functions", "linen")
-        ]
-        worst = _drawn(np.max(curves, axis=0))
-        axes[0].plot(config.scales, worst, "o-", color=color, markersize=4, label=name)
-    _limit(axes[0], 1e-12)
-    ignored = [{"ε ignored": record["functions"]["ε ignored"]} for record in found]
-    for label, controls, name, color in (
-        ("no BN", found, "no BN", PALETTE.vermillion),
-        ("bias inside", found, "bias inside", PALETTE.purple),
-        (f"ε = {config.epsilon:g} ignored", ignored, "ε ignored", PALETTE.sky),
-        ("bias right before BN", found, "bias before BN", PALETTE.black),
+    functions = [record["functions"] for record in found]
+    both = [record[interface] for record in found for interface in identities.INTERFACES]
+    above, below = (axes[0], "o-"), (axes[1], "s-")
+    for (axis, marks), chosen, name, label, color in (
+        *((above, both, kind, kind, c) for kind, c in zip(identities.KINDS, PALETTE, strict=False)),
+        (below, found, "no BN", "no BN", PALETTE.vermillion),
+        (below, found, "bias inside", "bias inside", PALETTE.purple),
+        (below, functions, "ε ignored", f"ε = {config.epsilon:g} ignored", PALETTE.sky),
+        (below, found, "bias before BN", "bias right before BN", PALETTE.black),
     ):
-        worst = _drawn(numbers(controls, name).max(axis=0))
-        axes[1].plot(config.scales, worst, "s-", color=color, markersize=4, label=label)
+        worst = _drawn(numbers(chosen, name).max(axis=0))
+        axis.plot(config.scales, worst, marks, color=color, markersize=4, label=label)
+    reference(axes[0], y=1e-12, **_LIMIT)
     for axis, words in zip(axes, ("largest deviation", "largest deviation, controls"), strict=True):
         axis.set(ylabel=words, xscale="log", yscale="log")
     axes[1].set_xlabel("a, factor of the weights")
@@ -114,9 +92,8 @@ def _loss_against_scale(config: Config, records: Records) -> Drawn:
         "epsilon 1e-5 flat but for the smallest factors; without BN it leaves the figure, and with "
         "a bias inside it is not flat.",
         caption="Kernels of all layers but the head times a; BN with ε = 0, and with "
-        f"ε = {config.epsilon:g}. Bias inside: BN on the last layer "
-        f"alone, and biases below it, which are not scaled. Dotted: ln 10. "
-        f"{over_seeds(config.seeds)}.",
+        f"ε = {config.epsilon:g}. Bias inside: BN on the last layer alone, and biases below it, "
+        f"which are not scaled. Dotted: ln 10. {over_seeds(config.seeds)}.",
         claims=("scale-invariant-backprop",),
     )
 
@@ -134,12 +111,10 @@ def _norm_growth(config: Config, records: Records) -> Drawn:
         axes[0].plot(steps, predicted[:, layer], "--", color=color, label=label)
     axes[0].set_ylabel("‖w‖², over that at the start")
     axes[0].legend(frameon=False, fontsize=9)
-    shares = {
-        name: _drawn(numbers(by_seed(found, network=name), "shares"))
-        for name in dict.fromkeys(record["network"] for record in found)
-    }
+    names = dict.fromkeys(record["network"] for record in found)
+    shares = {name: _drawn(numbers(by_seed(found, network=name), "shares")) for name in names}
     bands(axes[1], steps, shares, _NETWORKS)
-    _limit(axes[1], 1e-12)
+    reference(axes[1], y=1e-12, **_LIMIT)
     axes[1].set(yscale="log", ylabel="largest |⟨w, ∇L⟩|/(‖w‖‖∇L‖)", xlabel="step of plain SGD")
     axes[1].legend(frameon=False, fontsize=9, loc="center right")
     return fig, dict(
@@ -157,14 +132,13 @@ def _effective_rate(config: Config, records: Records) -> Drawn:
     """Only η/‖w‖² counts."""
     fig, axes = new_figure(rows=2, width=5.4, height=5.6)
     for record in records["effective"]:
-        steps, momentum = record["steps"], record["momentum"]
-        color = PALETTE.blue if momentum else PALETTE.vermillion
-        look = dict(color=color, linewidth=1, alpha=0.7, label=f"momentum {momentum:g}")
-        axes[0].plot(steps, record["loss"], **look)
+        steps, label = record["steps"], f"momentum {record['momentum']:g}"
+        color = PALETTE.blue if record["momentum"] else PALETTE.vermillion
+        axes[0].plot(steps, record["loss"], color=color, linewidth=1, alpha=0.7, label=label)
         for (c, values), color in zip(record["differences"].items(), PALETTE[2:], strict=False):
             axes[1].plot(steps, _drawn(values), color=color, linewidth=1, label=f"c = {c}")
     axes[0].set_ylabel("training loss")
-    _limit(axes[1], 1e-10)
+    reference(axes[1], y=1e-10, **_LIMIT)
     axes[1].set(yscale="log", ylabel="|difference|", xlabel="step")
     shared_legend(fig, columns=3)
     return fig, dict(
@@ -191,7 +165,7 @@ def _exponential_rate(config: Config, records: Records) -> Drawn:
         steps, difference = record["steps"], _drawn(record["differences"])
         axes[1].plot(steps, record["rates"], color=PALETTE.black, linewidth=1.4)
         axes[2].plot(steps, difference, color=PALETTE.blue, linewidth=1, alpha=0.7)
-    _limit(axes[2], 1e-10)
+    reference(axes[2], y=1e-10, **_LIMIT)
     axes[0].set(yscale="log", ylabel="training loss")
     axes[1].set(yscale="log", ylabel="rate without decay")
     axes[2].set(yscale="log", ylabel="|difference of losses|", xlabel="step of momentum SGD")
@@ -217,14 +191,14 @@ def _equilibrium_angle(config: Config, records: Records) -> Drawn:
     axes[0].fill_between(theory, 0.95 * theory, 1.05 * theory, color=GREY, alpha=0.25, linewidth=0)
     axes[1].axhspan(0.95, 1.05, color=GREY, alpha=0.25, linewidth=0)
     reference(axes[1], y=1, linestyle="-")
-    momenta = tuple(dict.fromkeys(record["momentum"] for record in judged))
-    for index, color in zip(range(len(judged[0]["layers"])), PALETTE, strict=False):
+    momenta = dict.fromkeys(record["momentum"] for record in judged)
+    for index, (_, color) in enumerate(zip(judged[0]["layers"], PALETTE, strict=False)):
         shift = 1 + 0.02 * (index - 1)  # side by side
+        look = dict(color=color, markersize=5, fillstyle="none", alpha=0.7)
         for momentum, marker in zip(momenta, "os", strict=False):
             chosen = [record for record in judged if record["momentum"] == momentum]
             x, y = numbers(chosen, "predicted"), numbers(chosen, "rms")[:, index]
             label = f"layer {index + 1}, momentum {momentum:g}"
-            look = dict(color=color, markersize=5, fillstyle="none", alpha=0.7)
             axes[0].plot(x * shift, y, marker, label=label, **look)
             axes[1].plot(x * shift, y / x, marker, **look)
     ratios = numbers(judged, "rms") / numbers(judged, "predicted")[:, None]
@@ -257,9 +231,9 @@ def _approach(config: Config, records: Records) -> Drawn:
     wide = next(r for r in found if r["network"] != config.network)
     for record, axis in zip((judged, wide), axes, strict=True):
         angles = np.maximum(np.array(record["angles"], dtype=float), 1e-9)
-        for index, (curve, color) in enumerate(zip(angles.T, PALETTE, strict=False)):
-            label = f"hidden layer {index + 1}"
-            axis.plot(record["steps"], curve, color=color, linewidth=1, label=label)
+        for index, (curve, color) in enumerate(zip(angles.T, PALETTE, strict=False), 1):
+            look = dict(color=color, linewidth=1, label=f"hidden layer {index}")
+            axis.plot(record["steps"], curve, **look)
         reference(axis, y=record["predicted"], color=PALETTE.black, linewidth=1.4)
         axis.set(yscale="log", ylabel="angle of a step, radians")
         title = f"{record['network']}, momentum {record['momentum']:g}, loss {record['loss']:.2g}"

@@ -11,31 +11,27 @@ import numpy as np
 from bn_research.layers.conv import Conv, conv2d
 from bn_research.layers.linen import BatchNorm
 from bn_research.normalization import batch_norm
+from bn_research.training.step import Batch
+from experiments.scale_invariance import Config
 
 LAYERS = ("dense", "conv")
 INTERFACES = ("functions", "linen")
+KINDS = ("value", "input gradient", "weight gradient", "exact form")  # to hold
 CONTROLS = ("no BN", "bias inside", "bias before BN")
 _BATCH = 64
 _KERNELS = {"dense": ((), 32), "conv": ((3, 3), 8)}  # size, and features
 
 
-def measure(
-    images: np.ndarray, layer: str, scales: tuple[float, ...], epsilon: float, seed: int
-) -> dict[str, Any]:
+def measure(config: Config, examples: Batch, layer: str, seed: int) -> dict[str, Any]:
     """Record of one layer and one seed: deviations at each scale a, relative to the largest value.
 
     "value", "input gradient" and "weight gradient" compare BN(aWu), ∂/∂u and a·∂/∂(aW) with those
     at a = 1, all for ε = 0; "exact form" compares all three of BN_ε(aWu) with BN_{ε/a²}(Wu), and
-    "ε ignored" the value with BN_ε(Wu). Gradients are those of ⟨C, y⟩ with a random C.
-
-    Args:
-      images: [examples, height, width, channels].
-      layer: of LAYERS.
-      scales: a.
-      epsilon: of the exact form.
-      seed: draws the examples, W, γ, β, b and C.
+    "ε ignored" the value with BN_ε(Wu). Gradients are those of ⟨C, y⟩ with a random C. The seed
+    draws the examples, W, γ, β, b and C.
     """
     rng = np.random.default_rng([seed, LAYERS.index(layer)])
+    images, epsilon = np.asarray(examples.image), config.epsilon
     u = images[rng.choice(len(images), _BATCH, replace=False)].astype(np.float64)
     u = u.reshape(_BATCH, -1) if layer == "dense" else u
     size, features = _KERNELS[layer]
@@ -55,21 +51,16 @@ def measure(
     with jax.enable_x64(True):
         for interface in INTERFACES:
             plain, with_epsilon, rows = at(interface), at(interface, epsilon=epsilon), []
-            for a in scales:
-                value, input_gradient, weight_gradient = _deviations(at(interface, a), plain)
-                scaled = at(interface, a, epsilon)
-                row = {
-                    "value": value,
-                    "input gradient": input_gradient,
-                    "weight gradient": weight_gradient,
-                    "exact form": max(_deviations(scaled, at(interface, epsilon=epsilon / a**2))),
-                    "ε ignored": _deviations(scaled, with_epsilon)[0],
-                }
-                rows.append(row)
-            record[interface] = {key: [row[key] for row in rows] for key in rows[0]}
+            for a in config.scales:
+                scaled, exact = at(interface, a, epsilon), at(interface, epsilon=epsilon / a**2)
+                exact_form = max(_deviations(scaled, exact))
+                ignored = _deviations(scaled, with_epsilon)[0]
+                rows.append([*_deviations(at(interface, a), plain), exact_form, ignored])
+            columns = np.transpose(rows).tolist()
+            record[interface] = dict(zip((*KINDS, "ε ignored"), columns, strict=True))
         for control in CONTROLS:
             plain = at(control)
-            record[control] = [max(_deviations(at(control, a), plain)) for a in scales]
+            record[control] = [max(_deviations(at(control, a), plain)) for a in config.scales]
     return record
 
 

@@ -18,11 +18,12 @@ from bn_research.lab.settings import Training, train
 from bn_research.lab.workdir import Ledger
 from bn_research.models.cnn import hidden_layers
 from bn_research.probes.angular_updates import equilibrium_angle
+from bn_research.training.exponential_rates import exponential_rates
 from bn_research.training.loop import History
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch
 from experiments.scale_invariance import Config, dynamics, identities
-from experiments.scale_invariance.dynamics import Norms, Run, exponential_rates
+from experiments.scale_invariance.dynamics import Norms, Run
 
 _POINTS = 200  # of a trajectory that are kept for the figures
 
@@ -54,12 +55,10 @@ def measure(config: Config, examples: Batch, path: Path) -> dict[str, Sequence[R
             ]
 
         return {
-            "backprop": each("identities {} seed={}", _measure_identities, identities.LAYERS),
+            "backprop": each("identities {} seed={}", identities.measure, identities.LAYERS),
             "losses": each("loss seed={}", measure_losses),
             "tangent": each("tangent {} seed={}", measure_tangent, networks(config)),
-            "effective": each(
-                "effective rate momentum={:g} seed={}", _measure_effective_rate, momenta
-            ),
+            "effective": each("effective rate momentum={:g} seed={}", _measure_effective, momenta),
             "exponential": each("exponential rate seed={}", _measure_exponential),
             "equilibrium": train(
                 runner,
@@ -90,22 +89,12 @@ def _kept(steps: int) -> np.ndarray:
 
 
 def _trajectory(
-    config: Config,
-    examples: Batch,
-    name: str,
-    seed: int,
-    rates: float | np.ndarray,
-    **options: float,
+    config: Config, examples: Batch, name: str, seed: int, rate: Any, **options: float
 ) -> tuple[np.ndarray, Norms]:
-    """Losses and norms of one of the networks; a rate alone is that of every step."""
-    rates = np.array(np.broadcast_to(np.asarray(rates, np.float64), (config.num_steps,)))
+    """Losses and norms of one of the networks, at a rate or at one for each step."""
+    rates = np.full(config.num_steps, rate, np.float64)
     run = networks(config)[name].replace(rates=rates, other_rate=config.other_rate, **options)
-    return dynamics.trajectory(run, examples, seed, batch_size=config.batch_size)
-
-
-def _measure_identities(config: Config, examples: Batch, layer: str, seed: int) -> Record:
-    images = np.asarray(examples.image)
-    return identities.measure(images, layer, config.scales, config.epsilon, seed)
+    return dynamics.trajectory(run, examples, seed, config.batch_size)
 
 
 def measure_losses(config: Config, examples: Batch, seed: int) -> Record:
@@ -137,7 +126,7 @@ def measure_tangent(config: Config, examples: Batch, name: str, seed: int) -> Re
     }
 
 
-def _measure_effective_rate(config: Config, examples: Batch, momentum: float, seed: int) -> Record:
+def _measure_effective(config: Config, examples: Batch, momentum: float, seed: int) -> Record:
     """Losses of (η, λ, w₀) and of (c²η, λ/c², c·w₀), largest difference over all steps."""
 
     def losses(name: str, c: float, factor: float) -> np.ndarray:
@@ -145,12 +134,10 @@ def _measure_effective_rate(config: Config, examples: Batch, momentum: float, se
         options = dict(momentum=momentum, factor=factor)
         return _trajectory(config, examples, name, seed, rate, decay=decay, **options)[0]
 
-    base = losses("BN", 1.0, 1.0)
-    plain = losses("no BN", 1.0, 1.0)
+    base, plain = losses("BN", 1.0, 1.0), losses("no BN", 1.0, 1.0)
     difference = {c: np.abs(losses("BN", c, c) - base) for c in config.factors}
     # Of the controls the factor nearest to 1: the larger ones may diverge.
-    c = min(config.factors, key=lambda c: abs(math.log(c)))
-    kept = _kept(config.num_steps)
+    c, kept = min(config.factors, key=lambda c: abs(math.log(c))), _kept(config.num_steps)
     return {
         "momentum": momentum,
         "seed": seed,
@@ -174,8 +161,7 @@ def _measure_exponential(config: Config, examples: Batch, seed: int) -> Record:
         return _trajectory(config, examples, name, seed, rates, decay=decay, momentum=momentum)[0]
 
     decayed = losses("BN", rate, decay)
-    exponential = losses("BN", growing)
-    constant = losses("BN", rate)
+    exponential, constant = losses("BN", growing), losses("BN", rate)
     # Without BN the loss may blow up at a growing rate: its first steps will do.
     few = min(config.num_steps, 50)
     plain = losses("no BN", rate, decay) - losses("no BN", np.minimum(growing, growing[few - 1]))
@@ -224,10 +210,7 @@ def _equilibrium_record(training: Training, state: TrainState, history: History)
     run, steps = training.setting, training.num_steps
     rate, layers = float(run.rates[0]), dynamics.kernel_paths(run.spec)
     half, kept = steps // 2, _kept(steps)
-    angle, norm = (
-        np.asarray(values, np.float64).reshape(-1, len(layers))
-        for values in (history.observed.angle, history.observed.norm)
-    )
+    norm, _, angle = (np.asarray(v, np.float64).reshape(-1, len(layers)) for v in history.observed)
     return {
         "network": run.spec,
         "rate": rate,

@@ -8,8 +8,8 @@ from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import estimate
 from bn_research.claims.finding import INCONCLUSIVE, REPRODUCED, Finding, conjunction, verdict_of
 from bn_research.claims.judging import Record, by_seed, numbers
+from bn_research.training.exponential_rates import largest_product
 from experiments.scale_invariance import Config, identities
-from experiments.scale_invariance.dynamics import largest_product
 
 # Limits of the largest deviation: reproduced up to the first, not reproduced above the second.
 IDENTITIES = (1e-12, 1e-9)  # in float64, in units of what they compare
@@ -86,8 +86,7 @@ def judge(config: Config, records: Mapping[str, Sequence[Record]]) -> list[Findi
 
 def exactly(worst: float, limits: tuple[float, float]) -> str:
     """Verdict of a largest deviation; NaN refutes."""
-    reproduced, refuted = limits
-    return verdict_of(reproduced=worst <= reproduced, refuted=not worst <= refuted)
+    return verdict_of(reproduced=worst <= limits[0], refuted=not worst <= limits[1])
 
 
 def _finding(
@@ -106,31 +105,23 @@ def _finding(
 
 
 def _judge_backprop(config: Config, records: Sequence[Record]) -> Finding:
-    worst = {
-        kind: max(
-            max(record[interface][kind])
-            for record in records
-            for interface in identities.INTERFACES
-        )
-        for kind in ("value", "input gradient", "weight gradient", "exact form")
-    }
+    by_interface = [record[interface] for record in records for interface in identities.INTERFACES]
+    worst = {kind: numbers(by_interface, kind).max() for kind in identities.KINDS}
     farthest = int(np.argmax(np.abs(np.log(config.scales))))  # from 1
-    controls = {
-        name: min(record[name][farthest] for record in records) for name in ("no BN", "bias inside")
-    }
+    controls = {n: numbers(records, n)[:, farthest].min() for n in ("no BN", "bias inside")}
     return _finding(
         CLAIMS[0],
         {
             **{f"largest deviation, {kind}": value for kind, value in worst.items()},
             **{f"smallest deviation, {name}": value for name, value in controls.items()},
-            "bias right before BN": max(max(record["bias before BN"]) for record in records),
+            "bias right before BN": numbers(records, "bias before BN").max(),
         },
         max(worst.values()),
         IDENTITIES,
         controls,
-        "interval: the largest deviation of all. Deviations are relative to the largest "
-        "value. Of the controls the smallest over seeds and layers, at the scale farthest from 1. "
-        "A bias right before BN does no harm: BN subtracts it",
+        "interval: the largest deviation of all. Deviations are relative to the largest value. Of "
+        "the controls the smallest over seeds and layers, at the scale farthest from 1. A bias "
+        "right before BN does no harm: BN subtracts it",
     )
 
 
@@ -207,8 +198,10 @@ def judge_equilibrium(config: Config, records: Sequence[Record]) -> Finding:
         return np.abs(ratios(chosen) - 1).max()
 
     worst = estimate([off(by_seed(judged, seed=seed)) for seed in range(config.seeds)])
-    drift = max(_drift(config, record) for record in judged)
-    still = drift <= _STILL
+    late = config.equilibrium_steps - config.equilibrium_steps // 2
+    drifts = np.abs(np.log(numbers(judged, "norm_drift"))).max(axis=1)
+    decays = numbers(judged, lambda r: late * r["rate"] * r["decay"] / (1 - r["momentum"]))
+    drift = (drifts / decays).max()  # of log ‖w‖, over what decay alone would do
     overdamped = [r for r in judged if r["rate"] * r["decay"] <= largest_product(r["momentum"])]
     measured = {
         "largest |rms angle/theory − 1|": worst.mean,
@@ -242,14 +235,6 @@ def judge_equilibrium(config: Config, records: Sequence[Record]) -> Finding:
     )
     if diverged := sum(record["diverged"] for record in judged):
         note += f"; {diverged} steps were not finite and not taken"
-    verdict = verdict_of(
-        reproduced=still and worst.high <= _NARROW, refuted=still and worst.low > _WIDE
-    )
+    decided = verdict_of(reproduced=worst.high <= _NARROW, refuted=worst.low > _WIDE)
+    verdict = decided if drift <= _STILL else INCONCLUSIVE
     return Finding(CLAIMS[4], measured, worst.interval, verdict, note)
-
-
-def _drift(config: Config, record: Record) -> float:
-    """Drift of log ‖w‖ over the second half, over what decay alone would do; largest layer."""
-    steps = config.equilibrium_steps - config.equilibrium_steps // 2
-    decayed = steps * record["rate"] * record["decay"] / (1 - record["momentum"])
-    return float(np.max(np.abs(np.log(record["norm_drift"]))) / decayed)

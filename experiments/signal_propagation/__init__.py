@@ -14,8 +14,8 @@ networks of growing depth to see what comes of it.
 
 Gradients: layers h ← W·φ(BN(h)) with Gaussian weights, Gaussian input and a Gaussian gradient at
 the top; no bias, ε = 0. The mean-field growth of the squared gradient norm per layer is derived in
-`theory`: (B − 2)/(B − 3) without φ, and for ReLU a closed form that falls to π/(π − 1) as the batch
-grows. Control: He initialization without BN, where it is 1.
+`bn_research.probes.mean_field`: (B − 2)/(B − 3) without φ, and for ReLU a closed form that falls to
+π/(π − 1) as the batch grows. Control: He initialization without BN, where it is 1.
 
 Residual stream: x ← x + W·relu(BN(x)) against x ← x + W·relu(x), weights of variance 2/n, input of
 variance 1. Variance is the mean square over units and examples. 2^l is a law of wide layers: the

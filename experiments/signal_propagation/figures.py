@@ -1,30 +1,19 @@
 """The figures of `experiments.signal_propagation`."""
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bn_research.claims.figures import (
-    GREY,
-    PALETTE,
-    Figure,
-    band,
-    new_figure,
-    save_all,
-    shared_legend,
-)
+from bn_research.claims import figures
+from bn_research.claims.figures import GREY, PALETTE, band, new_figure, save_all, shared_legend
 from bn_research.claims.judging import Record, by_seed, numbers
 from bn_research.claims.plots import bands, log_ticks, over_seeds, points, reference
-from experiments.signal_propagation import Config
-from experiments.signal_propagation.measurements import (
-    JACOBIAN_BATCH,
-    JACOBIAN_WIDTH,
-    Records,
-    middle,
-)
-from experiments.signal_propagation.theory import LIMIT, growth, residual_variances
+from bn_research.probes.mean_field import LIMIT, growth, residual_variances
+from experiments.signal_propagation import Config, measurements
+from experiments.signal_propagation.measurements import JACOBIAN_BATCH, JACOBIAN_WIDTH, Records
 
 Drawn = tuple[Any, dict[str, Any]]  # a figure, and its words
 
@@ -33,35 +22,30 @@ _NAMES = {"BN": "with BN", "none": "without BN"}
 _THEORY: dict[str, Any] = dict(color="black", linewidth=1.2)  # its lines, each of its own style
 
 
-def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
+def draw(config: Config, records: Records, folder: Path) -> list[figures.Figure]:
     """All figures, in the order of the report."""
-    figures = (_gradients, _jacobians, _residual_variance, _soft_rank, _depth)
-    return save_all(figures, folder, config, records)
+    drawn = (_gradients, _jacobians, _residual_variance, _soft_rank, _depth)
+    return save_all(drawn, folder, config, records)
 
 
 def _gradients(config: Config, records: Records) -> Drawn:
     """BN makes gradients explode with depth, as mean-field theory says."""
     fig, axes = new_figure(rows=2, width=5.4, height=7.4)
 
-    def found(activation: str, batch: int, key: str) -> np.ndarray:
-        return numbers(
-            records.gradients,
-            lambda record: next(
-                setting[key]
-                for setting in record["settings"]
-                if (setting["activation"], setting["batch_size"]) == (activation, batch)
-            ),
-        )
+    settings = [s | {"seed": r["seed"]} for r in records.gradients for s in r["settings"]]
 
-    layers, (first, last) = np.arange(config.gradient_depth), middle(config.gradient_depth)
+    def found(activation: str, batch: int, key: str) -> np.ndarray:
+        return numbers(by_seed(settings, activation=activation, batch_size=batch), key)
+
+    layers = np.arange(config.gradient_depth)
+    first, last = measurements.middle(config.gradient_depth)
     centre = (first + last) / 2
-    colors = (*PALETTE[:5], PALETTE.sky)
-    for index, batch in enumerate(config.batch_sizes):
+    for batch, color in zip(config.batch_sizes, itertools.cycle(PALETTE[:6]), strict=False):
         curves = found("relu", batch, "squared")
-        band(axes[0], layers, curves, label=f"B = {batch}", color=colors[index % len(colors)])
+        band(axes[0], layers, curves, label=f"B = {batch}", color=color)
         height = np.interp(centre, layers, np.log(curves).mean(axis=0))
         theory = np.exp(height + (centre - layers) * np.log(growth("relu", batch)))
-        label = "_" if index < len(config.batch_sizes) - 1 else "theory"
+        label = "theory" if batch == config.batch_sizes[-1] else "_"
         axes[0].plot(layers, theory, linestyle=":", label=label, **_THEORY)
     control = numbers(records.gradients, lambda record: record["control"]["squared"])
     band(axes[0], layers, control, label="no BN, He", color=GREY, linestyle="--")
@@ -145,7 +129,7 @@ def _soft_rank(config: Config, records: Records) -> Drawn:
     by_width = {width: by_seed(records.ranks, width=width) for width in config.rank_widths}
     widest = by_width[widths[-1]]
     bands(axes[0], widest[0]["layers"], _of_arms(widest, "ranks"), _COLORS, names=_NAMES)
-    deep: Mapping[str, np.ndarray] = {
+    deep = {
         arm: np.transpose([_of_arms(found, key)[arm] for found in by_width.values()])
         for arm, key in (("BN", "mean"), ("none", "last"))
     }
@@ -186,8 +170,8 @@ def _depth(config: Config, records: Records) -> Drawn:
         band(axis, depths, accuracies, label=name, color=color, marker="o", markersize=5)
     reference(axis, y=1 / records.num_classes, label="chance")
     log_ticks(axis, depths)
-    axis.set(ylim=(0, 1.03), ylabel="test accuracy")
-    axis.set_xlabel("depth, hidden dense layers after the first")
+    xlabel = "depth, hidden dense layers after the first"
+    axis.set(ylim=(0, 1.03), xlabel=xlabel, ylabel="test accuracy")
     shared_legend(fig, columns=3)
     return fig, dict(
         alt="Test accuracy against depth: of residual networks flat, of plain ones equal to it at "

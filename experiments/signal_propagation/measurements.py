@@ -21,11 +21,11 @@ from bn_research.lab.images import Images, images_of
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
 from bn_research.normalization import batch_norm
+from bn_research.probes.mean_field import growth
 from bn_research.training.compiler import compiler_options
 from bn_research.training.cores import use_cpu_cores
 from experiments.signal_propagation import Config
 from experiments.signal_propagation.networks import train_by_depth
-from experiments.signal_propagation.theory import growth
 
 ACTIVATIONS = {"relu": 0.0, "linear": 1.0}  # their slope below 0
 THRESHOLD = 0.5  # τ of the thresholded soft rank
@@ -40,9 +40,8 @@ def prepare(config: Config) -> Images:
     """The images; each core becomes a device, for the sweeps."""
     least = min(config.batch_sizes)
     deepest = int(_MOST_DOUBLINGS / math.log2(growth("relu", least)))
-    at_most(
-        config, deepest, f"or gradients leave float32's range at batch {least}", "gradient_depth"
-    )
+    what = f"or gradients leave float32's range at batch {least}"
+    at_most(config, deepest, what, "gradient_depth")
     use_cpu_cores()
     images = images_of(config, scale="standardized")
     at_most(config, len(images.train.label), "the training set", "batch_size")
@@ -62,20 +61,20 @@ class Records(NamedTuple):
 
 def measure(config: Config, images: Images, path: Path) -> Records:
     """Measurements before training, and the networks that are trained."""
-    seeds = range(config.seeds)
     runs = 2 * len(config.train_depths) * (len(config.learning_rates) + config.seeds)
     ledger, steps = Ledger(path / "metrics.jsonl"), runs * config.num_steps
     with Runner(path, ledger, total_steps=steps, strategy="devices") as runner:
-        get = runner.get
+
+        def each(name: str, measurement: Callable[..., Record], *given: Any) -> list[Record]:
+            return [
+                runner.get(f"{name} seed={s}", measurement, *given, s) for s in range(config.seeds)
+            ]
+
         return Records(
-            [get(f"gradients seed={seed}", _measure_gradients, config, seed) for seed in seeds],
-            [get(f"Jacobian seed={seed}", _measure_jacobian, seed) for seed in seeds],
-            [get(f"residual stream seed={seed}", measure_residual, config, seed) for seed in seeds],
-            [
-                get(f"rank d={d} seed={seed}", measure_ranks, config, d, seed)
-                for d in config.rank_widths
-                for seed in seeds
-            ],
+            each("gradients", _measure_gradients, config),
+            each("Jacobian", _measure_jacobian),
+            each("residual stream", measure_residual, config),
+            [r for d in config.rank_widths for r in each(f"rank d={d}", measure_ranks, config, d)],
             train_by_depth(config, images, runner),
             images.num_classes,
         )
@@ -93,9 +92,6 @@ def _layer(h: Array, weight: Array, norm: bool, slope: Array | float = 0.0) -> A
     """
     y = batch_norm(h, epsilon=0.0)[0] if norm else h
     return jnp.where(y > 0, y, slope * y) @ weight
-
-
-# --- gradients of a plain network ---
 
 
 @_compiled(1, "norm")
@@ -150,15 +146,13 @@ def rate(squared: Sequence[float] | np.ndarray) -> float:
 
 def _measure_gradients(config: Config, seed: int) -> Record:
     """Squared gradient norms by layer, of all batch sizes and activations with the same weights."""
-    depth, width = config.gradient_depth, config.gradient_width
-    keys = jax.random.split(jax.random.key(seed), 3)
-    weights = _weights(keys[0], depth=depth, width=width)
+    keys, width = jax.random.split(jax.random.key(seed), 3), config.gradient_width
+    weights = _weights(keys[0], depth=config.gradient_depth, width=width)
 
-    def found(activation: str, batch: int, factor: float = 1.0, norm: bool = True) -> Record:
+    def setting(activation: str, batch: int, factor: float = 1.0, norm: bool = True) -> Record:
         h = _input(jax.random.fold_in(keys[1], batch), batch=batch, width=width)
-        slope = ACTIVATIONS[activation]
-        squared = squared_gradients(keys[2], h, weights, slope, factor, norm=norm)
-        norms = np.asarray(squared, np.float64)
+        found = squared_gradients(keys[2], h, weights, ACTIVATIONS[activation], factor, norm=norm)
+        norms = np.asarray(found, np.float64)
         return {
             "activation": activation,
             "batch_size": batch,
@@ -167,12 +161,9 @@ def _measure_gradients(config: Config, seed: int) -> Record:
             "squared": norms / norms[-1],
         }
 
-    settings = [found(a, batch) for a in ACTIVATIONS for batch in config.batch_sizes]
-    control = found("relu", config.batch_sizes[-1], 2**0.5, norm=False)
+    settings = [setting(a, batch) for a in ACTIVATIONS for batch in config.batch_sizes]
+    control = setting("relu", config.batch_sizes[-1], 2**0.5, norm=False)
     return {"seed": seed, "settings": settings, "control": control}
-
-
-# --- singular values of a layer's Jacobian ---
 
 
 @_compiled(0, "norm")
@@ -206,9 +197,6 @@ def _measure_jacobian(seed: int) -> Record:
             "quantiles": np.quantile(values, np.linspace(0, 1, _QUANTILES)),
         }
     return record
-
-
-# --- the variance of a residual stream ---
 
 
 @_compiled(1, "depth", "width", "batch")
@@ -258,9 +246,6 @@ def measure_residual(config: Config, seed: int) -> Record:
         batch=config.residual_batch,
     )
     return {"seed": seed, **{name: np.asarray(v, np.float64) for name, v in found.items()}}
-
-
-# --- the rank of a linear network's output ---
 
 
 def soft_rank(gram: Array) -> Array:

@@ -11,23 +11,12 @@ import optax
 from jaxtyping import Array
 
 from bn_research.claims.judging import Record, choose
+from bn_research.lab import settings
 from bn_research.lab.images import Images
 from bn_research.lab.runner import Runner
-from bn_research.lab.settings import (
-    Programs,
-    Setting,
-    Training,
-    creator,
-    per_structure,
-    sweep,
-    train,
-)
+from bn_research.lab.settings import Programs, Setting, Training
 from bn_research.models.scanned_mlp import forward, initialize
-from bn_research.normalization import (
-    BatchStats,
-    population_stats,
-    update_batch_stats,
-)
+from bn_research.normalization import BatchStats, population_stats, update_batch_stats
 from bn_research.training.compiler import compiler_options
 from bn_research.training.loop import History, evaluate, padded_batches, run_steps
 from bn_research.training.optimizers import create_optimizer
@@ -65,7 +54,7 @@ def train_by_depth(config: Config, images: Images, runner: Runner) -> Sequence[R
 
 def train_all(
     purpose: Literal["tune", "train"],
-    settings: Sequence[Deep],
+    networks: Sequence[Deep],
     seeds: Sequence[int],
     config: Config,
     images: Images,
@@ -91,9 +80,9 @@ def train_all(
         return f"{purpose} {arm} depth={depth} rate={rate:g} seed={training.seed}"
 
     sizes = int(np.prod(images.train.image.shape[1:])), config.train_width, images.num_classes
-    return train(
+    return settings.train(
         runner,
-        [Training(setting, seed, config.num_steps) for setting in settings for seed in seeds],
+        [Training(setting, seed, config.num_steps) for setting in networks for seed in seeds],
         lambda setting: _programs(setting, sizes, config.batch_size, config.steps_per_dispatch),
         images.train,
         record=record,
@@ -119,10 +108,8 @@ def _scores(setting: Deep, state: TrainState, config: Config, images: Images) ->
     return {"accuracy": found["accuracy"], "test_loss": found["loss"]}
 
 
-@per_structure
-def _programs(
-    setting: Deep, sizes: tuple[int, int, int], batch_size: int, num_steps: int
-) -> Programs:
+@settings.per_structure
+def _programs(setting: Deep, sizes: tuple[int, ...], batch_size: int, num_steps: int) -> Programs:
     inputs, width, classes = sizes
 
     def init(key: Array, setting: Deep) -> dict[str, Any]:
@@ -132,7 +119,8 @@ def _programs(
         step = make_train_step(_apply_fn(setting.residual), _optimizer(setting))
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 
-    return Programs(creator(init, _optimizer), sweep(advance, steps_per_dispatch=num_steps))
+    sweep = settings.sweep(advance, steps_per_dispatch=num_steps)
+    return Programs(settings.creator(init, _optimizer), sweep)
 
 
 def _optimizer(setting: Deep) -> optax.GradientTransformation:

@@ -9,14 +9,9 @@ from bn_research.claims.claim import Claim
 from bn_research.claims.estimate import estimate, paired_difference, slope
 from bn_research.claims.finding import Finding, conjunction, decide, verdict_of
 from bn_research.claims.judging import Record, at_end, by_seed, listed, lost, numbers
-from experiments.signal_propagation import Config
-from experiments.signal_propagation.measurements import (
-    JACOBIAN_BATCH,
-    JACOBIAN_WIDTH,
-    THRESHOLD,
-    Records,
-)
-from experiments.signal_propagation.theory import LIMIT, residual_gradient, residual_variances
+from bn_research.probes.mean_field import LIMIT, residual_gradient, residual_variances
+from experiments.signal_propagation import Config, measurements
+from experiments.signal_propagation.measurements import JACOBIAN_BATCH, JACOBIAN_WIDTH, Records
 
 _WIDE = 1000  # units from which the mean-field theory is held to its 3 %
 _RATE, _VARIANCE = 0.03, 0.05  # relative deviations from theory
@@ -88,13 +83,9 @@ def judge_gradients(
     config: Config, records: Sequence[Record], jacobians: Sequence[Record]
 ) -> Finding:
     """gradient-explosion."""
-
-    def named(setting: Record) -> str:
-        activation = {"relu": "ReLU", "linear": "linear"}[setting["activation"]]
-        return f"{activation}, batch {setting['batch_size']}"
-
-    names = [named(setting) for setting in records[0]["settings"]]
-    theory = [setting["theory"] for setting in records[0]["settings"]]
+    settings, shown = records[0]["settings"], {"relu": "ReLU", "linear": "linear"}
+    names = [f"{shown[s['activation']]}, batch {s['batch_size']}" for s in settings]
+    theory = [setting["theory"] for setting in settings]
     rates = numbers(records, lambda record: [s["rate"] for s in record["settings"]])
     relu = [name.startswith("ReLU") for name in names]
     deviations = rates / theory - 1
@@ -109,15 +100,11 @@ def judge_gradients(
     for name, column, expected in zip(names, rates.T, theory, strict=True):
         measured |= {f"rate, {name}": column.mean(), f"theory, {name}": expected}
     measured["rate, ReLU without BN"] = numbers(records, lambda r: r["control"]["rate"]).mean()
-    for arm, shown in (("BN", "BN"), ("none", "no BN")):
-        for key, words in (
-            ("largest", "largest singular value"),
-            ("rms", "rms singular value"),
-            ("near_one", "share from 0.5 to 2"),
-            ("zero", "share of zeros"),
-        ):
-            values = [jacobian[arm][key] for jacobian in jacobians]
-            measured[f"Jacobian, {shown}: {words}"] = np.mean(values)
+    shares = {"near_one": "share from 0.5 to 2", "zero": "share of zeros"}
+    for arm, name in (("BN", "BN"), ("none", "no BN")):
+        for key in ("largest", "rms", "near_one", "zero"):
+            words = shares.get(key, f"{key} singular value")
+            measured[f"Jacobian, {name}: {words}"] = np.mean([j[arm][key] for j in jacobians])
     note = (
         "interval: over seeds, of the largest deviation of all batch sizes and activations. The "
         f"largest of all is {names[worst]}: {deviations[seed, worst]:+.1%}. Jacobians: of a ReLU "
@@ -183,7 +170,7 @@ def judge_ranks(config: Config, records: Sequence[Record]) -> Finding:
     largest = estimate(values("none", "last").max(axis=1))
     kept, above = values("BN", "mean"), values("BN", "thresholded")
     exponent = estimate([slope(np.log(widths), np.log(row)).mean for row in kept])
-    bound = (1 - THRESHOLD) ** 2 * values("BN", "last")
+    bound = (1 - measurements.THRESHOLD) ** 2 * values("BN", "last")
     measured = {
         "exponent of the soft rank in d, BN": exponent.mean,
         "smallest soft rank/√d, BN": (kept / np.sqrt(widths)).min(),
@@ -192,7 +179,7 @@ def judge_ranks(config: Config, records: Sequence[Record]) -> Finding:
         "smallest rank_τ/((1 − τ)²·r), BN": (above / bound).min(),
     }
     for index, d in enumerate(widths):
-        rank = f"rank_τ, τ = {THRESHOLD:g}, d = {d}"
+        rank = f"rank_τ, τ = {measurements.THRESHOLD:g}, d = {d}"
         measured[f"soft rank, d = {d}, BN"] = kept[:, index].mean()
         measured[f"{rank}, BN"] = above[:, index].mean()
         measured[f"{rank}, no BN"] = values("none", "thresholded")[:, index].mean()

@@ -48,56 +48,38 @@ from typing import Annotated
 from pydantic import Field
 from pydantic.dataclasses import dataclass
 
-from bn_research.lab import Experiment
-from bn_research.lab.fields import (
-    CompilerLevel,
-    Count,
-    NonNegative,
-    OnImages,
-    Positive,
-    Several,
-    Share,
-    Some,
-    whole_dispatches,
-)
+from bn_research.lab import Experiment, fields
 
 
 @dataclass(frozen=True)
-class Config(OnImages):
+class Config(fields.OnImages):
     """Settings of a run."""
 
-    seeds: Count = 3  # 0, 1, …
-    train_examples: Several = 800  # few enough for many epochs, as in the paper
-    eval_examples: Count = 400  # of the test set, at most
-    width: Positive = 0.0625  # times the channels of figure 5
-    modules: Some[str] = ("3a", "3c")  # of figure 5
-    batch_size: Several = 32  # one example has no variance
-    num_steps: Count = 500
-    steps_per_dispatch: Count = 10  # after each the test set is seen
-    base_rate: Positive = 0.01  # of Inception and BN-Baseline; fixed before the run
-    learning_rates: Some[Positive] = (0.01, 0.03, 0.1, 0.3)  # for plain's own best
-    final_rate: Annotated[Positive, Field(le=1)] = 0.1  # of Inception, over its first; 1: no decay
-    l2: NonNegative = 5e-4
-    dropout: Share = 0.4
-    distortion: Share = 0.5  # factors of contrast and brightness within 1 ± this
-    weaker_distortion: Share = 0.25
+    seeds: fields.Count = 3  # 0, 1, …
+    train_examples: fields.Several = 800  # few enough for many epochs, as in the paper
+    eval_examples: fields.Count = 400  # of the test set, at most
+    width: fields.Positive = 0.0625  # times the channels of figure 5
+    modules: fields.Some[str] = ("3a", "3c")  # of figure 5
+    batch_size: fields.Several = 32  # one example has no variance
+    num_steps: fields.Count = 500
+    steps_per_dispatch: fields.Count = 10  # after each the test set is seen
+    base_rate: fields.Positive = 0.01  # of Inception and BN-Baseline; fixed before the run
+    learning_rates: fields.Some[fields.Positive] = (0.01, 0.03, 0.1, 0.3)  # for plain's own best
+    final_rate: Annotated[fields.Positive, Field(le=1)] = 0.1  # of plain, over its first; 1: none
+    l2: fields.NonNegative = 5e-4
+    dropout: fields.Share = 0.4
+    distortion: fields.Share = 0.5  # factors of contrast and brightness within 1 ± this
+    weaker_distortion: fields.Share = 0.25
     switches: bool = False  # make each change alone, too
-    timing_rounds: Count = 7  # of seconds per step
-    compiler_level: CompilerLevel = 1  # less compiles faster and steps slower
+    timing_rounds: fields.Count = 7  # of seconds per step
+    compiler_level: fields.CompilerLevel = 1  # less compiles faster and steps slower
 
     def __post_init__(self) -> None:
         """Raises ValueError where fields do not fit each other."""
-        whole_dispatches(self, "num_steps")
-        if self.weaker_distortion > self.distortion:
-            raise ValueError(
-                f"weaker_distortion={self.weaker_distortion} is not allowed: at most "
-                f"distortion={self.distortion}"
-            )
-        if self.batch_size > self.train_examples:
-            raise ValueError(
-                f"batch_size={self.batch_size} is not allowed: at most "
-                f"train_examples={self.train_examples}"
-            )
+        fields.whole_dispatches(self, "num_steps")
+        for name, limit in (("weaker_distortion", "distortion"), ("batch_size", "train_examples")):
+            most = getattr(self, limit)
+            fields.at_most(self, most, f"for {limit}={most}", name)
 
 
 PRESETS = {

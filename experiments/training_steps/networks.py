@@ -1,9 +1,6 @@
 """The networks of `experiments.training_steps`: the paper's ladder, and its changes one at a time.
 
-Inception and BN-Baseline differ in BN alone. BN-x5 makes seven changes more to BN-Baseline (Ioffe &
-Szegedy, 2015, section 4.2.1, and the rate of 4.2.2); BN-x30 differs from it in the rate, and
-BN-x5-Sigmoid in the activation. Each change is a function of a setting here, so that it can be made
-alone.
+The changes are those of Ioffe & Szegedy (2015), section 4.2.1, and the rate of 4.2.2.
 """
 
 import functools
@@ -22,14 +19,12 @@ from bn_research.models.inception import Inception
 from bn_research.training.optimizers import create_optimizer, weight_mask
 from experiments.training_steps import Config
 
-PLAIN, BASELINE, X5, X30 = "Inception", "BN-Baseline", "BN-x5", "BN-x30"
-SIGMOID = "BN-x5-Sigmoid"
-LADDER = (PLAIN, BASELINE, X5, X30, SIGMOID)
+LADDER = ("Inception", "BN-Baseline", "BN-x5", "BN-x30", "BN-x5-Sigmoid")
+PLAIN, BASELINE, X5, X30, SIGMOID = LADDER
 TUNED, TUNED_BN = "Inception, tuned", "BN-Baseline, tuned"  # each at its own best rate
 TUNING_SEED = 10_000  # apart from every seed of a run
 
-_MOMENTUM = 0.9  # of SGD
-_STATS_MOMENTUM = 0.9  # of the running statistics, by which the test set is seen
+_MOMENTUM = 0.9  # of SGD, and of the running statistics, by which the test set is seen
 _EPSILON = 1e-3  # of BN
 
 # Steps to 72.2 %, Inception's best accuracy: Ioffe & Szegedy (2015), figure 3, on ImageNet by a
@@ -82,13 +77,11 @@ def changes(config: Config) -> dict[str, Callable[[Network], Network]]:
 def ladder(config: Config) -> dict[str, Network]:
     """The five networks of the paper, by name."""
     plain = inception(config)
-    baseline = plain.replace(batch_norm=True)
-    x5 = baseline
+    baseline = x5 = plain.replace(batch_norm=True)
     for change in changes(config).values():
         x5 = change(x5)
-    x30 = x5.replace(rate=30 * plain.rate)
-    settings = (plain, baseline, x5, x30, x5.replace(activation="sigmoid"))
-    return dict(zip(LADDER, settings, strict=True))
+    others = x5.replace(rate=30 * plain.rate), x5.replace(activation="sigmoid")
+    return dict(zip(LADDER, (plain, baseline, x5, *others), strict=True))
 
 
 def switched(config: Config) -> dict[str, Network]:
@@ -124,7 +117,7 @@ class Task(NamedTuple):
 
 def make_model(network: Network, task: Task) -> Inception:
     """The module of a network."""
-    norm = functools.partial(BatchNorm, momentum=_STATS_MOMENTUM, epsilon=_EPSILON)
+    norm = functools.partial(BatchNorm, momentum=_MOMENTUM, epsilon=_EPSILON)
     return Inception(
         task.num_classes,
         norm if network.batch_norm else None,

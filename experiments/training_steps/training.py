@@ -26,21 +26,8 @@ from bn_research.training.loop import History, epoch_order_of_groups, run_steps
 from bn_research.training.state import TrainState
 from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
 from bn_research.training.sweep import Member, Sweep
-from experiments.training_steps import Config
-from experiments.training_steps.networks import (
-    BASELINE,
-    PLAIN,
-    TUNED,
-    TUNED_BN,
-    TUNING_SEED,
-    X5,
-    Network,
-    Task,
-    ladder,
-    make_model,
-    optimizer,
-    plan,
-)
+from experiments.training_steps import Config, networks
+from experiments.training_steps.networks import BASELINE, PLAIN, X5, Network, Task
 from experiments.training_steps.verdicts import Records
 
 _EVAL_BATCH = 125
@@ -50,13 +37,13 @@ def prepare(config: Config) -> Images:
     """The images, which the networks can take; each core becomes a device, for the sweeps."""
     use_cpu_cores()
     images = images_of(config, scale="unit")
-    at_most(config, len(images.train.label), f"all of {config.dataset}", "train_examples")
-    at_most(config, len(images.test.label), f"all of {config.dataset}", "eval_examples")
+    for split, name in ((images.train, "train_examples"), (images.test, "eval_examples")):
+        at_most(config, len(split.label), f"all of {config.dataset}", name)
     images = images._replace(
         train=jax.tree.map(lambda leaf: leaf[: config.train_examples], images.train)
     )
     task = task_of(config, images)
-    model = make_model(ladder(config)[PLAIN], task)
+    model = networks.make_model(networks.ladder(config)[PLAIN], task)
     sample = jax.ShapeDtypeStruct((1, *task.image_shape), jnp.float32)
     # Modules that are unknown, and images too small for them, are refused here.
     jax.eval_shape(functools.partial(model.init, train=False), jax.random.key(0), sample)
@@ -70,12 +57,12 @@ def task_of(config: Config, images: Images) -> Task:
 
 def measure(config: Config, images: Images, path: Path) -> Records:
     """Every network trained with every seed, the tuned ones at rates that are chosen first."""
-    networks, task = plan(config), task_of(config, images)
+    arms, task = networks.plan(config), task_of(config, images)
     data = place(images, config.eval_examples)
-    total = 2 * len(config.learning_rates) + (len(networks) + 2) * config.seeds
+    total = 2 * len(config.learning_rates) + (len(arms) + 2) * config.seeds
     total_steps, ledger = total * config.num_steps, Ledger(path / "metrics.jsonl")
     with Runner(path, ledger, total_steps=total_steps, strategy="devices") as runner:
-        timed = {name: networks[name] for name in (PLAIN, BASELINE, X5)}
+        timed = {name: arms[name] for name in (PLAIN, BASELINE, X5)}
         seconds = runner.get("seconds per step", time_steps, timed, task, data)
 
         def records_of(runs: Sequence[tuple[str, Network, int]]) -> list[dict[str, Any]]:
@@ -87,32 +74,28 @@ def measure(config: Config, images: Images, path: Path) -> Records:
                 record=functools.partial(record, config),
             )
 
-        for name, given in ((TUNED, PLAIN), (TUNED_BN, BASELINE)):
-            grid = [networks[given].replace(rate=rate) for rate in config.learning_rates]
-            trials = records_of([("tuning", network, TUNING_SEED) for network in grid])
-            networks[name] = networks[given].replace(rate=choose_rate(trials))
+        for name, given in ((networks.TUNED, PLAIN), (networks.TUNED_BN, BASELINE)):
+            grid = [arms[given].replace(rate=rate) for rate in config.learning_rates]
+            trials = records_of([("tuning", network, networks.TUNING_SEED) for network in grid])
+            arms[name] = arms[given].replace(rate=choose_rate(trials))
         seeds = range(config.seeds)
-        trained = records_of([(n, network, s) for n, network in networks.items() for s in seeds])
-    by_arm = {name: [r for r in trained if r["arm"] == name] for name in networks}
+        trained = records_of([(n, network, s) for n, network in arms.items() for s in seeds])
+    by_arm = {name: [r for r in trained if r["arm"] == name] for name in arms}
     return Records(by_arm, seconds, images.num_classes)
 
 
 def record(
     config: Config, training: Training, state: TrainState, history: History
 ) -> dict[str, Any]:
-    """What the ledger keeps of a training: a number for each time the test set was seen.
-
-    These are the steps until then, the accuracy by running statistics, and the mean training loss
-    since the last time; and of the whole the number of steps that were not finite and not taken.
-    """
+    """What the ledger keeps of a training."""
     every = config.steps_per_dispatch
     return {
         **training.setting.as_record(),
         "seed": training.seed,
-        "steps": [every * (i + 1) for i in range(len(history.observed))],
-        "accuracy": history.observed,
-        "loss": history.loss.reshape(-1, every).mean(axis=1),
-        "diverged": history.diverged,
+        "steps": [every * (i + 1) for i in range(len(history.observed))],  # at which tested
+        "accuracy": history.observed,  # then, by running statistics
+        "loss": history.loss.reshape(-1, every).mean(axis=1),  # since the last time
+        "diverged": history.diverged,  # steps that were not finite and not taken
     }
 
 
@@ -150,7 +133,7 @@ def place(images: Images, eval_examples: int) -> Data:
 
 def apply_fn(network: Network, task: Task, data: Data):
     """What the steps apply: distortion (in training), standardization, the network."""
-    apply_model = apply_fn_of(make_model(network, task))
+    apply_model = apply_fn_of(networks.make_model(network, task))
 
     def apply(variables: Any, image: Array, *, train: bool, keys: Any = None):
         options = {}
@@ -166,21 +149,18 @@ def apply_fn(network: Network, task: Task, data: Data):
 
 def programs(network: Network, task: Task) -> Programs:
     """Those of a network, whose start is that of all networks with its parameters."""
-
-    def bare(network: Network) -> Network:
-        return network.replace(activation="relu", dropout=0.0, local_response_norm=False)
-
-    create = _creator(bare(network), task)
-    return Programs(lambda key, network: create(key, bare(network)), _sweep(network, task))
+    bare = dict(activation="relu", dropout=0.0, local_response_norm=False)
+    create = _creator(network.replace(**bare), task)
+    return Programs(lambda key, net: create(key, net.replace(**bare)), _sweep(network, task))
 
 
 @per_structure
 def _creator(_: Network, task: Task) -> CreateFn:
     def init(key: Array, network: Network) -> Any:
         image = jnp.zeros((1, *task.image_shape))
-        return make_model(network, task).init(key, image, train=False)
+        return networks.make_model(network, task).init(key, image, train=False)
 
-    return creator(init, optimizer)
+    return creator(init, networks.optimizer)
 
 
 @per_structure
@@ -190,26 +170,17 @@ def _sweep(_: Network, task: Task) -> Sweep:
     def advance(state: TrainState, network: Network, data: Data):
         """A dispatch, and the test accuracy after it."""
         apply = apply_fn(network, task, data)
-        step = make_train_step(apply, optimizer(network), stochastic=True)
-        state, metrics = run_steps(
-            step,
-            state,
-            data.train,
-            batch_size=batch_size,
-            num_steps=every,
-            order_of_epoch=functools.partial(
-                epoch_order_of_groups, group_size=batch_size, regrouped=network.shuffled
-            ),
+        step = make_train_step(apply, networks.optimizer(network), stochastic=True)
+        order = functools.partial(
+            epoch_order_of_groups, group_size=batch_size, regrouped=network.shuffled
         )
+        sizes: dict[str, Any] = dict(batch_size=batch_size, num_steps=every)
+        state, metrics = run_steps(step, state, data.train, **sizes, order_of_epoch=order)
         sums = jax.lax.map(lambda batch: make_eval_step(apply)(state, batch), data.test)
         return state, metrics._replace(observed=jnp.sum(sums.correct) / jnp.sum(sums.count))
 
-    return sweep(
-        advance,
-        steps_per_dispatch=every,
-        devices=_devices(task),
-        compiler_level=task.config.compiler_level,
-    )
+    level = task.config.compiler_level
+    return sweep(advance, steps_per_dispatch=every, devices=_devices(task), compiler_level=level)
 
 
 def _devices(task: Task) -> list[jax.Device]:
@@ -217,35 +188,26 @@ def _devices(task: Task) -> list[jax.Device]:
     return jax.local_devices()[: task.config.seeds]
 
 
-def time_steps(networks: Mapping[str, Network], task: Task, data: Data) -> dict[str, float]:
+def time_steps(timed: Mapping[str, Network], task: Task, data: Data) -> dict[str, float]:
     """Seconds per training step, its share of the evaluations included, by name.
 
     Measured as the run spends them, with every device at work on its own member. The programs take
     turns, and the median of the rounds counts.
     """
     every = task.config.steps_per_dispatch
-    times: dict[str, list[float]] = {name: [] for name in networks}
+    times: dict[str, list[float]] = {name: [] for name in timed}
     for _ in range(1 + task.config.timing_rounds):
-        for name, network in networks.items():
+        for name, network in timed.items():
             # One dispatch to load the lanes, and in the first round to compile, and one timed.
-            members = [
-                Member(f"{name} {seed}", seed, network.traced, 2 * every)
-                for seed in range(len(_devices(task)))
-            ]
-            clock: list[float] = []
+            seeds = range(len(_devices(task)))
+            members = [Member(f"{name} {s}", s, network.traced, 2 * every) for s in seeds]
             create, program = programs(network, task)
-            trained = program.run(
-                create,
-                members,
-                data,
+            clock: list[float] = []
+            hooks: dict[str, Any] = dict(
                 on_choice=lambda choice: None,
-                on_steps=functools.partial(_note_time, clock),
+                on_steps=lambda steps, clock=clock: clock.append(time.perf_counter()),
             )
-            collections.deque(trained, maxlen=0)
+            collections.deque(program.run(create, members, data, **hooks), maxlen=0)
             # Told of each member: of its start, and after each dispatch.
             times[name].append((clock[-1] - clock[2 * len(members) - 1]) / every)
     return {name: statistics.median(values[1:]) for name, values in times.items()}
-
-
-def _note_time(clock: list[float], steps: int) -> None:
-    clock.append(time.perf_counter())

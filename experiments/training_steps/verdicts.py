@@ -1,5 +1,6 @@
 """The claims of `experiments.training_steps`, and how records of trainings decide them."""
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,18 +12,9 @@ from bn_research.claims.estimate import Estimate
 from bn_research.claims.finding import INCONCLUSIVE, conjunction, verdict_of
 from bn_research.claims.judging import at_end, final, listed, numbers, with_intervals
 from experiments.training_steps import Config
-from experiments.training_steps.networks import (
-    BASELINE,
-    LADDER,
-    PLAIN,
-    SIGMOID,
-    TUNED,
-    TUNED_BN,
-    X5,
-    X30,
-    switched,
-)
+from experiments.training_steps.networks import LADDER, TUNED, TUNED_BN, switched
 
+PLAIN, BASELINE, X5, X30, SIGMOID = LADDER
 _SAME_RATE, _CHANGED = 1.5, 3.0  # times fewer steps
 _LEARNED = 3  # times the accuracy of chance
 _NEAR = 0.95  # of the best accuracy: a target that noise in a maximum hardly moves
@@ -93,12 +85,8 @@ def steps_to(record: Record, target: float) -> Bounded:
 
 def fewer(baseline: Sequence[Record], records: Sequence[Record], targets: Sequence[float]) -> Ratio:
     """How many times fewer steps records need than baseline, to the target of each seed."""
-    return ratio(
-        *(
-            [steps_to(r, target) for r, target in zip(rs, targets, strict=True)]
-            for rs in (baseline, records)
-        )
-    )
+    pairs = (zip(each, targets, strict=True) for each in (baseline, records))
+    return ratio(*(list(itertools.starmap(steps_to, of)) for of in pairs))
 
 
 def against(baseline: Sequence[Record], records: Sequence[Record], share: float = 1.0) -> Ratio:
@@ -166,10 +154,8 @@ def _is_known(found: Ratio) -> bool:
 
 
 def _at_least(found: Ratio, threshold: float) -> str:
-    return verdict_of(
-        reproduced=found.low >= threshold and found.low > 1,
-        refuted=_is_known(found) and found.high <= 1,
-    )
+    enough = found.low >= threshold and found.low > 1
+    return verdict_of(reproduced=enough, refuted=_is_known(found) and found.high <= 1)
 
 
 def _measured(records: Records, arm: str) -> dict[str, float | Ratio | Estimate]:
@@ -179,11 +165,10 @@ def _measured(records: Records, arm: str) -> dict[str, float | Ratio | Estimate]
     measured: dict[str, float | Ratio | Estimate] = {}
     for baseline, words in ((PLAIN, "base rate"), (TUNED, "its own best rate")):
         of = f"plain at {words} over {arm}"
-        found = against(arms[baseline], arms[arm])
+        measured[f"steps, {of}"] = found = against(arms[baseline], arms[arm])
         near = against(arms[baseline], arms[arm], _NEAR)
-        known, low, high = (faster * x for x in (found.known, *found.interval))
-        measured[f"steps, {of}"] = found
         measured[f"steps to {_NEAR:.0%} of the target, {of}"] = near
+        known, low, high = (faster * x for x in (found.known, *found.interval))
         measured[f"wall-clock time, {of}"] = Estimate(known, low, high, found.pairs)
     for name in (PLAIN, TUNED, arm):
         measured[f"best accuracy, {name}"] = numbers(arms[name], best).mean()
@@ -206,8 +191,7 @@ def _note(config: Config, arms: Arms, arm: str) -> str:
         end = ", an end of the grid" if at_end(rate, config.learning_rates) else ""
         note += f". {name}: rate {rate:g}{end}"
     for baseline, words in ((PLAIN, "the base rate"), (TUNED, "its own best rate")):
-        censored = against(arms[baseline], arms[arm]).censored
-        if censored:
+        if censored := against(arms[baseline], arms[arm]).censored:
             note += (
                 f". Of {len(arms[arm])} seeds {censored} never reached the best accuracy of "
                 f"plain at {words}: there the ratio is an upper bound"

@@ -38,7 +38,7 @@ from pydantic import Field
 from pydantic.dataclasses import dataclass
 
 from bn_research.lab.experiment import Experiment
-from bn_research.lab.fields import Count, NonNegative, OnDataset, OrNone, Several, Some
+from bn_research.lab.fields import Count, NonNegative, OnDataset, OrNone, Several, Some, at_most
 
 Sizes = Annotated[Some[Several], Field(min_length=2)]  # a slope is asked of them
 
@@ -63,11 +63,8 @@ class Config(OnDataset):
                 f"pairs={self.pairs} is not allowed: at least one for each of "
                 f"epsilons={self.epsilons}"
             )
-        if self.timed_batch <= max(self.dims):
-            raise ValueError(
-                f"timed_batch={self.timed_batch} is not allowed: it must be above the largest of "
-                f"dims={self.dims}, or the covariance is singular"
-            )
+        what = f"below timed_batch={self.timed_batch}, or the covariance is singular"
+        at_most(self, self.timed_batch - 1, what, "dims")
 
 
 PRESETS = {
@@ -82,6 +79,5 @@ PRESETS = {
         repeats=25,
     ),
 }
-
 
 EXPERIMENT = Experiment(__name__, PRESETS, title="What does batch normalization do to its input?")

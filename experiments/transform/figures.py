@@ -1,45 +1,30 @@
 """The figures of `experiments.transform`."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bn_research.claims import figures
 from bn_research.claims.alt_text import panel_ends
-from bn_research.claims.figures import (
-    GREY,
-    PALETTE,
-    Figure,
-    band,
-    end_labels,
-    new_figure,
-    save_all,
-    shared_legend,
-)
+from bn_research.claims.figures import GREY, PALETTE, Figure, band, new_figure
 from bn_research.claims.formatting import MINUS
 from bn_research.claims.judging import by_seed, numbers
 from bn_research.claims.plots import log_ticks, over_seeds
 from experiments.transform import Config
-from experiments.transform.measurements import PASSES, Records
+from experiments.transform.measurements import ARMS, PASSES, SOURCES, Records
 from experiments.transform.verdicts import exponent, transfer_slopes
 
-_COLORS = {
-    "pixels": PALETTE.blue,
-    "dense": PALETTE.vermillion,
-    "conv": PALETTE.green,
-    "offset": PALETTE.black,
-    "heavy tails": PALETTE.purple,
-    "BN": PALETTE.blue,
-    "ZCA": PALETTE.vermillion,
-    "Newton-Schulz": PALETTE.green,
-}
-_MARKERS = {"pixels": "o", "dense": "s", "conv": "D", "offset": "+", "heavy tails": "v"}
+_NAMES = "blue vermillion green black purple blue vermillion green".split()
+_COLORS = {n: getattr(PALETTE, color) for n, color in zip(SOURCES + ARMS, _NAMES, strict=True)}
+_MARKERS = dict(zip(SOURCES, "osD+v", strict=True))
 _POWERS = {"BN": 1, "ZCA": 3}  # of d, in theory
 
 
 def draw(config: Config, records: Records, folder: Path) -> list[Figure]:
     """All figures, in the order of the page."""
     draws = (clouds, correlations, another_batch, cost, rank)
-    return save_all(draws, folder, config, records)
+    return figures.save_all(draws, folder, config, records)
 
 
 def clouds(config: Config, records: Records):
@@ -55,8 +40,7 @@ def clouds(config: Config, records: Records):
             ellipse = mean[:, None] + radius * root @ np.stack([np.cos(angle), np.sin(angle)])
             axis.plot(*ellipse, color=PALETTE.vermillion, linewidth=1.5)
         for direction in root.T:
-            ends = mean + np.outer((-2, 2), direction)
-            axis.plot(*ends.T, color=PALETTE.black, linewidth=1)
+            axis.plot(*(mean + np.outer((-2, 2), direction)).T, color="black", linewidth=1)
         rho = f"{np.corrcoef(points.T)[0, 1]:z.2f}".replace("-", MINUS)
         axis.set_title(f"{title}\ncorrelation {rho}", fontsize=10.5)
         axis.set_aspect("equal", adjustable="datalim")
@@ -76,9 +60,8 @@ def correlations(config: Config, records: Records):
     fig, axes = new_figure(columns=3, width=6.8, height=2.5)
     order = np.argsort(np.linalg.eigh(records.correlations["raw"])[1][:, -1])
     for axis, (title, matrix) in zip(axes, records.correlations.items(), strict=True):
-        image = axis.imshow(
-            matrix[np.ix_(order, order)], vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest"
-        )
+        look = dict(vmin=-1, vmax=1, cmap="RdBu_r", interpolation="nearest")
+        image = axis.imshow(matrix[np.ix_(order, order)], **look)
         axis.grid(visible=False)
         axis.set(xticks=[], yticks=[])
         axis.set_title(title, fontsize=10.5)
@@ -96,24 +79,16 @@ def another_batch(config: Config, records: Records):
     """γ and β undo the normalization of their own batch only."""
     fig, axis = new_figure(height=3.8)
     for source, fitted in transfer_slopes(config, records.features).items():
-        law = f"$m^{{{fitted.mean:.2f}}}$" if fitted else "no fit"
-        band(
-            axis,
-            config.batch_sizes,
-            numbers(by_seed(records.features, source=source), "transfer"),
-            label=f"{source}: {law}",
-            color=_COLORS[source],
-            marker=_MARKERS[source],
-            markersize=6,
-            markerfacecolor="none",
-        )
+        label = f"{source}: $m^{{{fitted.mean:.2f}}}$" if fitted else f"{source}: no fit"
+        errors = numbers(by_seed(records.features, source=source), "transfer")
+        look: Any = dict(color=_COLORS[source], marker=_MARKERS[source], markersize=6)
+        band(axis, config.batch_sizes, errors, label=label, **look, markerfacecolor="none")
     theory = np.sqrt(3 / np.array(config.batch_sizes))
-    label = "Gaussian theory: √(3/m)"
-    axis.plot(config.batch_sizes, theory, color=GREY, linestyle="--", label=label)
+    axis.plot(config.batch_sizes, theory, "--", color=GREY, label="Gaussian theory: √(3/m)")
+    axis.set(xlabel="m, examples in a batch", ylabel="relative error on another batch")
     axis.set_yscale("log")
     log_ticks(axis, config.batch_sizes)
-    axis.set(xlabel="m, examples in a batch", ylabel="relative error on another batch")
-    shared_legend(fig, columns=2)
+    figures.shared_legend(fig, columns=2)
     return fig, dict(
         alt="Error of the recovered input against batch size, both logarithmic: falling lines of "
         "slope about minus one half, the heavy-tailed control above and flatter.",
@@ -140,10 +115,9 @@ def cost(config: Config, records: Records):
             if arm in _POWERS:
                 law = middle[-1] * (dims / dims[-1]) ** _POWERS[arm]
                 axis.plot(dims, law, color=_COLORS[arm], linestyle=":", linewidth=1.2)
-        axis.set_yscale("log")
+        axis.set(yscale="log", ylabel=f"milliseconds, {kind}")
         log_ticks(axis, list(dims))
-        axis.set_ylabel(f"milliseconds, {kind}")
-        end_labels(axis)
+        figures.end_labels(axis)
     axes[-1].set_xlabel("d, features")
     return fig, dict(
         alt="Milliseconds of a call against the number of features, both logarithmic, from the "
@@ -163,19 +137,13 @@ def rank(config: Config, records: Records):
     axis.plot(sizes, np.array(sizes) - 1, color="black", linestyle="--", label="m − 1", zorder=3)
     for source in ("pixels", "dense"):
         rows = by_seed(records.features, source=source)
-        band(
-            axis,
-            sizes,
-            numbers(rows, "rank"),
-            label=f"{source}, {rows[0]['d']} features",
-            color=_COLORS[source],
-            marker=_MARKERS[source],
-            markersize=5,
-        )
+        look: Any = dict(color=_COLORS[source], marker=_MARKERS[source], markersize=5)
+        label = f"{source}, {rows[0]['d']} features"
+        band(axis, sizes, numbers(rows, "rank"), label=label, **look)
     log_ticks(axis, sizes)
     log_ticks(axis, sizes, side="y")
     axis.set(xlabel="m, examples in a batch", ylabel="rank of the covariance")
-    shared_legend(fig, columns=1)
+    figures.shared_legend(fig, columns=1)
     return fig, dict(
         alt="Rank of the batch covariance against batch size: both kinds of features follow "
         "m minus 1 until the rank is near their number.",

@@ -1,6 +1,7 @@
 """What BN does to features, in float64, and the time it takes beside whitening, in float32."""
 
 import functools
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -58,15 +59,13 @@ def measure(config: Config, pixels: np.ndarray, path: Path) -> Records:
     """Measures what is not yet in the workdir."""
     seeds, ask = range(config.seeds), functools.partial
     plan: dict[str, Callable[[], dict[str, Any]]] = {
-        **{
-            f"{source} seed={seed}": ask(measure_source, config, pixels, source, seed)
-            for seed in seeds
-            for source in SOURCES
-        },
-        **{f"whitening seed={seed}": ask(measure_whitening, pixels, seed) for seed in seeds},
-        "one outlier": ask(measure_outlier, config),
-        **{f"time d={d}": ask(measure_time, config, d) for d in config.dims},
+        f"{source} seed={seed}": ask(measure_source, config, pixels, source, seed)
+        for seed in seeds
+        for source in SOURCES
     }
+    plan |= {f"whitening seed={seed}": ask(measure_whitening, pixels, seed) for seed in seeds}
+    plan["one outlier"] = ask(measure_outlier, config)
+    plan |= {f"time d={d}": ask(measure_time, config, d) for d in config.dims}
     found = Ledger(path / "metrics.jsonl").get_all(plan, unit="measurement")
     sources, whitening, (outlier,), times = (
         [record for record in found if field in record]
@@ -78,10 +77,10 @@ def measure(config: Config, pixels: np.ndarray, path: Path) -> Records:
 def features(source: str, pixels: np.ndarray, seed: int) -> np.ndarray:
     """Features of every example, float64 [N, ..., d]; the seed draws what is random in them."""
     rng = np.random.default_rng([seed, SOURCES.index(source)])
+    flat = pixels.reshape(len(pixels), -1)
     if source == "pixels":
-        return pixels.reshape(len(pixels), -1)
+        return flat
     if source == "dense":
-        flat = pixels.reshape(len(pixels), -1)
         return flat @ _he_normal(rng, (flat.shape[1], DENSE_UNITS))
     if source == "conv":  # 3×3, stride 2, no padding
         patches = np.lib.stride_tricks.sliding_window_view(pixels, (3, 3), (1, 2))[:, ::2, ::2]
@@ -96,22 +95,9 @@ def _he_normal(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
     return rng.standard_normal(shape) * math.sqrt(2 / math.prod(shape[:-1]))
 
 
-# --- the transform and what is compared with it, in float64 ---
-
-
-@jax.jit
-def _normalized(x, scale, bias, epsilon):
-    return batch_norm(x, scale, bias, epsilon=epsilon)[0]
-
-
-@jax.jit
-def _covariance(x):
-    return covariance(batch_covariance(x))
-
-
-@jax.jit
-def _whitened(x, epsilon):
-    return whiten(x, epsilon=epsilon)[0]
+_normalized = jax.jit(lambda x, scale, bias, eps: batch_norm(x, scale, bias, epsilon=eps)[0])
+_covariance = jax.jit(lambda x: covariance(batch_covariance(x)))
+_whitened = jax.jit(lambda x, epsilon: whiten(x, epsilon=epsilon)[0])
 
 
 def _float64(program: Callable[..., Any], *arguments: Any) -> np.ndarray:
@@ -140,23 +126,19 @@ def undoing(x: np.ndarray, epsilon: float) -> tuple[np.ndarray, np.ndarray]:
 
 def identities(x: np.ndarray, epsilon: float) -> dict[str, float]:
     """Largest deviations of BN(x), float64 [..., d], from what NumPy says of x, over features."""
-    x_hat = standardize(x, epsilon)
-    recovered = standardize(x, epsilon, *undoing(x, epsilon))
-    before, after, back = _rows(x), _rows(x_hat), _rows(recovered)
-    constant = np.ptp(before, axis=1) == 0
-    spread = np.var(before, axis=1)[~constant]
-    bound = math.sqrt(before.shape[1] - 1)
-    size = np.abs(before).max(axis=1)
-    error = np.abs(back - before).max(axis=1) / np.where(size > 0, size, 1)
-    reach = _largest(after[~constant])
+    before, after = _rows(x), _rows(standardize(x, epsilon))
+    back = _rows(standardize(x, epsilon, *undoing(x, epsilon)))
+    constant, size = np.ptp(before, axis=1) == 0, np.abs(before).max(axis=1)
+    spread, varying = np.var(before, axis=1)[~constant], after[~constant]
+    bound, reach = math.sqrt(before.shape[1] - 1), _largest(varying)
     return {
-        "mean": _largest(after[~constant].mean(axis=1)),
-        "variance": _largest(np.var(after[~constant], axis=1) - spread / (spread + epsilon)),
+        "mean": _largest(varying.mean(axis=1)),
+        "variance": _largest(np.var(varying, axis=1) - spread / (spread + epsilon)),
         "excess": float(np.maximum(reach - bound, 0)),
         "reach": reach / bound,
         "constant_share": float(constant.mean()),
         "constant_output": _largest(after[constant]),
-        "recovery": _largest(error),
+        "recovery": _largest(np.abs(back - before).max(axis=1) / np.where(size > 0, size, 1)),
     }
 
 
@@ -167,8 +149,7 @@ def _largest(values: np.ndarray) -> float:
 
 def transfer_error(a: np.ndarray, b: np.ndarray, epsilon: float) -> float:
     """Mean square of y − b where y is BN of batch b with γ and β that undo that of batch a."""
-    y = standardize(b, epsilon, *undoing(a, epsilon))
-    return float(np.mean(np.square(y - b)))
+    return float(np.mean(np.square(standardize(b, epsilon, *undoing(a, epsilon)) - b)))
 
 
 def correlation(x: np.ndarray) -> np.ndarray:
@@ -190,19 +171,14 @@ def measure_source(config: Config, pixels: np.ndarray, source: str, seed: int) -
     scale = math.sqrt(np.mean(np.var(x.reshape(-1, x.shape[-1]), axis=0)))
     record: dict[str, list[float]] = {}
     for m in config.batch_sizes:
-        deviations: list[dict[str, float]] = []
-        errors = []
-        for pair in range(config.pairs):
-            chosen = rng.choice(len(x), 2 * m, replace=False)
-            a, b = x[chosen[:m]], x[chosen[m:]]
-            epsilon = config.epsilons[pair % len(config.epsilons)]
-            deviations.append(identities(a, epsilon))
-            errors.append(transfer_error(a, b, epsilon))
-            if not pair:
-                first = a
+        deviations, errors = [], []
+        pairs = [rng.choice(len(x), 2 * m, replace=False) for _ in range(config.pairs)]
+        for chosen, epsilon in zip(pairs, itertools.cycle(config.epsilons), strict=False):
+            deviations.append(identities(x[chosen[:m]], epsilon))
+            errors.append(transfer_error(x[chosen[:m]], x[chosen[m:]], epsilon))
         row = {key: np.max([found[key] for found in deviations]) for key in deviations[0]}
         row["transfer"] = math.sqrt(np.mean(errors)) / scale
-        row |= _second_order(first, config.epsilons)
+        row |= _second_order(x[pairs[0][:m]], config.epsilons)
         for key, value in row.items():
             record.setdefault(key, []).append(float(value))
     return {"source": source, "seed": seed, "d": x.shape[-1], **record}
@@ -210,17 +186,16 @@ def measure_source(config: Config, pixels: np.ndarray, source: str, seed: int) -
 
 def _second_order(x: np.ndarray, epsilons: Sequence[float]) -> dict[str, float]:
     """Correlations before and after BN, and the rank of the covariance, of one batch."""
-    varies = np.ptp(x.reshape(-1, x.shape[-1]), axis=0) > 0
+    rows = x.reshape(-1, x.shape[-1])
+    varies = np.ptp(rows, axis=0) > 0
     before = correlation(x[..., varies])
-    changes = [
-        _largest(correlation(standardize(x, epsilon)[..., varies]) - before) for epsilon in epsilons
-    ]
-    rank = np.linalg.matrix_rank(_float64(_covariance, x.reshape(-1, x.shape[-1])))
+    after = [correlation(standardize(x, epsilon)[..., varies]) for epsilon in epsilons]
+    rank = np.linalg.matrix_rank(_float64(_covariance, rows))
     return {
-        "correlation_change": np.max(changes),
+        "correlation_change": np.max([_largest(matrix - before) for matrix in after]),
         "correlation_size": np.mean(_off_diagonal(before)),
         "rank": rank,
-        "rank_excess": max(rank - (math.prod(x.shape[:-1]) - 1), 0),
+        "rank_excess": max(rank - (len(rows) - 1), 0),
     }
 
 
@@ -236,16 +211,14 @@ def measure_outlier(config: Config) -> dict[str, Any]:
 
 def measure_whitening(pixels: np.ndarray, seed: int) -> dict[str, Any]:
     """Largest correlation of dense pre-activations: as they are, after BN, after ZCA."""
-    matrices = _correlations(pixels, seed)
-    return {name: [np.max(_off_diagonal(matrix))] for name, matrix in matrices.items()}
+    return {name: [np.max(_off_diagonal(m))] for name, m in _correlations(pixels, seed).items()}
 
 
 def _correlations(pixels: np.ndarray, seed: int) -> dict[str, np.ndarray]:
     """Correlations of dense pre-activations of all examples: as they are, after BN, after ZCA."""
     x = features("dense", pixels, seed)
-    whitened = _float64(_whitened, x, np.float64(0))
-    outputs = {"raw": x, "BN": standardize(x, _EPSILON), "ZCA": whitened}
-    return {name: correlation(output) for name, output in outputs.items()}
+    outputs = x, standardize(x, _EPSILON), _float64(_whitened, x, np.float64(0))
+    return dict(zip(("raw", "BN", "ZCA"), map(correlation, outputs), strict=True))
 
 
 def clouds(pixels: np.ndarray) -> dict[str, np.ndarray]:
@@ -262,19 +235,13 @@ def clouds(pixels: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-# --- time, in float32 ---
-
-
 def measure_time(config: Config, d: int) -> dict[str, Any]:
     """Seconds of a call of each arm and pass, in turn, `repeats` times."""
     rng = np.random.default_rng(d)
-    x, weights = (
-        jnp.asarray(rng.standard_normal((config.timed_batch, d)), jnp.float32) for _ in range(2)
-    )
+    x, weights = jnp.asarray(rng.standard_normal((2, config.timed_batch, d)), jnp.float32)
     arguments = x, jnp.ones(d), jnp.zeros(d), weights
     programs = {f"{arm} {kind}": _timed_program(arm, kind) for arm in ARMS for kind in PASSES}
-    for program in programs.values():  # compiles
-        jax.block_until_ready(program(*arguments))
+    jax.block_until_ready([program(*arguments) for program in programs.values()])  # compiles
     seconds: dict[str, list[float]] = {key: [] for key in programs}
     for _ in range(config.repeats):
         for key, program in programs.items():
@@ -284,11 +251,8 @@ def measure_time(config: Config, d: int) -> dict[str, Any]:
 
 def _timed_program(arm: str, kind: str) -> Callable[..., Any]:
     """A transform with γ and β; with gradient, that of Σ weights·y in x, γ and β."""
-    transform = {
-        "BN": batch_norm,
-        "ZCA": functools.partial(whiten, method="zca"),
-        "Newton-Schulz": functools.partial(whiten, method="newton_schulz"),
-    }[arm]
+    method: Any = arm.lower().replace("-", "_")
+    transform = batch_norm if arm == "BN" else functools.partial(whiten, method=method)
 
     def forward(x, scale, bias, weights):
         return transform(x, scale, bias)

@@ -1,5 +1,6 @@
 """The claims of `experiments.transform`, and how its records decide them."""
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -80,8 +81,7 @@ def _within(value: float) -> str:
 def judge_unit(records: Sequence[Record], outlier: Record) -> Finding:
     """unit-normalization."""
     mean, var, excess = (_worst(records, key) for key in ("mean", "variance", "excess"))
-    worst = max(mean, var, excess)
-    share = _worst(records, "constant_share")
+    worst, share = max(mean, var, excess), _worst(records, "constant_share")
     real = [record for record in records if record["source"] in REAL]
     measured = {
         "largest |mean|": mean,
@@ -121,7 +121,8 @@ def judge_identity(config: Config, records: Sequence[Record]) -> Finding:
     for source in slopes:
         errors = numbers(by_seed(records, source=source), "transfer")[:, -1]
         measured[f"error at m = {config.batch_sizes[-1]}, {source}"] = errors.mean()
-    farthest = max(real, key=lambda source: _off_the_law(real[source]))
+    off = {s: max(abs(e + 0.5) for e in f.interval) if f else math.inf for s, f in real.items()}
+    farthest = max(off, key=lambda source: off[source])
     shown = real[farthest]
     note = (
         f"interval: of the slope on another batch, {farthest}, the farthest from −0.5 of the "
@@ -132,20 +133,17 @@ def judge_identity(config: Config, records: Sequence[Record]) -> Finding:
     return Finding(CLAIMS[1], measured, shown.interval if shown else None, verdict, note)
 
 
-def _off_the_law(fitted: Estimate | None) -> float:
-    return max(abs(end + 0.5) for end in fitted.interval) if fitted else math.inf
-
-
 def judge_decorrelation(records: Sequence[Record], whitened: Sequence[Record]) -> Finding:
     """no-decorrelation."""
     change = _worst(records, "correlation_change")
-    largest = {name: _worst(whitened, name) for name in ("raw", "BN", "ZCA")}
     measured = {"largest change of a correlation": change}
-    measured |= {f"largest |correlation|, {name}": value for name, value in largest.items()}
+    for name in ("raw", "BN", "ZCA"):
+        measured[f"largest |correlation|, {name}"] = _worst(whitened, name)
     for source in REAL:
         sizes = numbers(by_seed(records, source=source), "correlation_size")
         measured[f"mean |correlation|, {source}"] = sizes.mean()
-    control = REPRODUCED if largest["ZCA"] <= 1e-6 else INCONCLUSIVE
+    whitens = measured["largest |correlation|, ZCA"] <= 1e-6
+    control = REPRODUCED if whitens else INCONCLUSIVE
     note = (
         "interval: the largest change of all, with no mean over seeds. Control: BN, and "
         f"ZCA with ε = 0, of {DENSE_UNITS} dense pre-activations over all examples"
@@ -167,23 +165,23 @@ def judge_cost(records: Sequence[Record], times: Sequence[Record]) -> Finding:
     ratios: dict[tuple[int, str, str], Estimate] = {}
     for record in times:
         seconds = {name: np.array(found) for name, found in record["seconds"].items()}
-        for arm in ARMS[1:]:
-            for kind in PASSES:
-                ratio = seconds[f"{arm} {kind}"] / seconds[f"BN {kind}"]
-                ratios[record["d"], arm, kind] = median_interval(ratio)
-    exponents = {(arm, kind): exponent(times, arm, kind).mean for arm in ARMS for kind in PASSES}
-    judged = {key: ratio for key, ratio in ratios.items() if key[0] == _JUDGED_DIM}
-    measured: dict[str, float] = {"largest excess of a rank over m - 1": excess}
-    measured |= {_ratio_name(*key): ratio.mean for key, ratio in judged.items()}
+        for arm, kind in itertools.product(ARMS[1:], PASSES):
+            ratio = seconds[f"{arm} {kind}"] / seconds[f"BN {kind}"]
+            ratios[record["d"], arm, kind] = median_interval(ratio)
+    pairs = itertools.product(ARMS, PASSES)
+    exponents = {(arm, kind): exponent(times, arm, kind).mean for arm, kind in pairs}
+    named = {f"time {arm}/BN, d = {d}, {kind}": r.mean for (d, arm, kind), r in ratios.items()}
+    judged = {name: ratio for name, ratio in named.items() if f"d = {_JUDGED_DIM}," in name}
+    measured = {"largest excess of a rank over m - 1": excess} | judged
     for (arm, kind), value in exponents.items():
         measured[f"exponent of {arm} time, {kind}"] = value
         if arm != "BN":
             measured[f"exponent of time {arm}/BN, {kind}"] = value - exponents["BN", kind]
-    measured |= {_ratio_name(*key): ratio.mean for key, ratio in ratios.items()}
+    measured |= named
     if not judged:
         note = f"d = {_JUDGED_DIM}, which the criterion is about, was not timed"
         return Finding(CLAIMS[3], measured, None, conjunction(rank, INCONCLUSIVE), note)
-    zca = {kind: judged[_JUDGED_DIM, "ZCA", kind] for kind in PASSES}
+    zca = {kind: ratios[_JUDGED_DIM, "ZCA", kind] for kind in PASSES}
     smaller = min(zca, key=lambda kind: zca[kind].mean)
     note = (
         f"interval: of the median of time ZCA/BN at d = {_JUDGED_DIM}, {smaller}, over the "
@@ -191,7 +189,3 @@ def judge_cost(records: Sequence[Record], times: Sequence[Record]) -> Finding:
     )
     verdict = conjunction(rank, *(decide(ratio, at_least=3) for ratio in zca.values()))
     return Finding(CLAIMS[3], measured, zca[smaller].interval, verdict, note)
-
-
-def _ratio_name(d: int, arm: str, kind: str) -> str:
-    return f"time {arm}/BN, d = {d}, {kind}"

@@ -13,13 +13,8 @@ from bn_research.normalization.input_whitening import TRANSFORMS
 from experiments.whitening import Config
 from experiments.whitening.verdicts import PLACES, Records, kinds, smoothed, steps_of, steps_ratio
 
-_COLORS = {
-    "raw": PALETTE.vermillion,
-    "centred": PALETTE.orange,
-    "scaled": PALETTE.purple,
-    "zca": PALETTE.blue,
-    "pca": PALETTE.green,
-}
+_HUES = PALETTE.vermillion, PALETTE.orange, PALETTE.purple, PALETTE.blue, PALETTE.green
+_COLORS = dict(zip(TRANSFORMS, _HUES, strict=True))
 _MARKERS = dict(zip(TRANSFORMS, "osD^v", strict=True))
 
 
@@ -32,26 +27,15 @@ def _steps(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
     """Steps to a loss, by what was done to the inputs."""
     fig, axis = new_figure(width=6.2, height=3.8)
     names, told = kinds(config), []
-    for shift, (placement, label), color in zip(
-        (-0.12, 0.12), PLACES.items(), (PALETTE.vermillion, PALETTE.blue), strict=True
-    ):
+    looks = (-0.12, PALETTE.vermillion), (0.12, PALETTE.blue)
+    for (placement, label), (shift, color) in zip(PLACES.items(), looks, strict=True):
+        look = dict(markersize=5, color=color, alpha=0.7, label=label)
         for place, name in enumerate(names):
             found = steps_of(config, records, placement, name)
-            shown = label if place == 0 else "_"
-            ends = [f(steps.low for steps in found) for f in (min, max)]
-            told.append(f"{name}, {label}: {ends[0]:g} to {ends[1]:g}")
+            lows = [steps.low for steps in found]
+            told.append(f"{name}, {label}: {min(lows):g} to {max(lows):g}")
             for steps in found:
-                axis.plot(
-                    place + shift,
-                    steps.low,
-                    marker="^" if steps.is_censored else "o",
-                    markersize=5,
-                    color=color,
-                    alpha=0.7,
-                    linestyle="",
-                    label=shown,
-                )
-                shown = "_"
+                axis.plot(place + shift, steps.low, "^" if steps.is_censored else "o", **look)
     from matplotlib.ticker import LogFormatter, ScalarFormatter
 
     axis.set_yscale("log")
@@ -132,38 +116,19 @@ def _regression(config: Config, records: Records) -> tuple[Any, dict[str, Any]]:
     fig, axes = new_figure(rows=2, width=5.4, height=6.6)
     settings = [s for record in records.regressions for s in record["settings"]]
     for name in TRANSFORMS:
-        points = [
-            (s["predicted_steps"], s["measured_steps"])
-            for s in settings
-            if s["name"] == name and s["measured_steps"] is not None
-        ]
-        axes[0].plot(
-            *np.transpose(points),
-            marker=_MARKERS[name],
-            color=_COLORS[name],
-            markersize=5,
-            markerfacecolor="none",
-            linestyle="",
-            label=name,
-        )
+        ended = [s for s in settings if s["name"] == name and s["measured_steps"] is not None]
+        points = [(s["predicted_steps"], s["measured_steps"]) for s in ended]
+        look = dict(color=_COLORS[name], markersize=5, markerfacecolor="none", label=name)
+        axes[0].plot(*np.transpose(points), _MARKERS[name], **look)
     ends = [end(s["predicted_steps"] for s in settings) for end in (min, max)]
     axes[0].plot(ends, ends, color="black", linestyle=":", linewidth=1.2, label="theory")
     axes[0].set(xscale="log", yscale="log", xlabel="steps to 1e-6, predicted", ylabel="measured")
-    tops: dict[float, dict[float, list[float]]] = {}  # of raw inputs, by κ and norm of the mean
-    for s in settings:
-        if s["name"] == "raw" and s["correlated"]:
-            norms = tops.setdefault(s["kappa"], {})
-            norms.setdefault(s["mean_norm"], []).append(s["top_eigenvalue"])
-    for (kappa, norms), color in zip(sorted(tops.items()), PALETTE, strict=False):
-        axes[1].plot(
-            sorted(norms),
-            [np.mean(norms[norm]) for norm in sorted(norms)],
-            marker="o",
-            markersize=5,
-            linestyle="",
-            color=color,
-            label=f"κ(Σ) = {kappa:g}",
-        )
+    raw = [s for s in settings if s["name"] == "raw" and s["correlated"]]
+    norms = sorted(config.mean_norms)
+    for kappa, color in zip(sorted(config.condition_numbers), PALETTE, strict=False):
+        found = [[s for s in raw if (s["kappa"], s["mean_norm"]) == (kappa, n)] for n in norms]
+        tops = [np.mean([s["top_eigenvalue"] for s in group]) for group in found]
+        axes[1].plot(norms, tops, "o", markersize=5, color=color, label=f"κ(Σ) = {kappa:g}")
     line = np.linspace(0, max(config.mean_norms), 50)
     axes[1].plot(line, line**2 + 1, color="black", linestyle="--", linewidth=1.2, label="‖μ‖² + 1")
     axes[1].set(yscale="log", xlabel="‖μ‖, norm of the inputs' mean", ylabel="λmax of E[x̃·x̃ᵀ]")

@@ -48,10 +48,10 @@ class Records(NamedTuple):
 def smoothed(record: Record, window: int) -> tuple[np.ndarray, np.ndarray]:
     """Steps, and the mean training loss of the last `window` of them; NaN where one was lost."""
     loss = np.array(record["loss"], np.float64)
-    steps = np.arange(window, max(len(loss), window) + 1)
     if len(loss) < window:
-        return steps, np.full(1, np.nan)
-    return steps, np.convolve(loss, np.full(window, 1 / window), "valid")
+        return np.array([window]), np.full(1, np.nan)
+    mean = np.convolve(loss, np.full(window, 1 / window), "valid")
+    return np.arange(window, len(loss) + 1), mean
 
 
 def other(epsilon: float) -> str:
@@ -106,12 +106,11 @@ def judge(config: Config, records: Records) -> list[Finding]:
     """whitened-inputs-converge-faster."""
     settings = [setting for record in records.regressions for setting in record["settings"]]
     worst_steps = max(map(_steps_deviation, settings))
-    dominated = [s for s in settings if _is_dominated(s)]
+    dominated = filter(_is_dominated, settings)
     off = [abs(s["top_eigenvalue"] / s["mean_eigenvalue"] - 1) for s in dominated]
     worst_eigenvalue = max(off, default=math.nan)
-    theory = decide((worst_steps, worst_steps), at_most=_DEVIATION)
-    bent = (worst_eigenvalue, worst_eigenvalue)
-    first_order = decide(bent, at_most=_DEVIATION) if dominated else INCONCLUSIVE
+    theory = decide((worst_steps,) * 2, at_most=_DEVIATION)
+    first_order = decide((worst_eigenvalue,) * 2, at_most=_DEVIATION) if off else INCONCLUSIVE
     ratios = {
         _where(placement, f"{a}/{b}"): steps_ratio(config, records, a, b, on=placement)
         for placement in PLACES
@@ -119,8 +118,8 @@ def judge(config: Config, records: Records) -> list[Finding]:
     }
     order = [decide(ratios[f"{a}/{b}"].interval, at_least=1) for a, b in _COMPARED[:3]]
     named = {f"steps {name}": found for name, found in ratios.items()}
-    raw = (steps_of(config, records, placement, "raw") for placement in PLACES)
-    named["steps raw/raw with BN"] = ratio(*raw)
+    on_raw = (steps_of(config, records, placement, "raw") for placement in PLACES)
+    named["steps raw/raw with BN"] = ratio(*on_raw)
     first = ("steps raw/zca", "steps raw/scaled", "steps scaled/zca", "steps raw/raw with BN")
     measured = {name: named[name].known for name in first}
     measured["largest deviation of steps from theory"] = worst_steps
@@ -144,13 +143,11 @@ def judge(config: Config, records: Records) -> list[Finding]:
             ends.append(where)
     for name, spectrum in records.spectra.items():
         measured[f"condition number, {name}"] = spectrum["condition_number"]
-    accuracy = {
-        name: numbers(by_seed(records.trained, placement="none", inputs=name), "accuracy")
+    raw, *others = (
+        numbers(by_seed(records.trained, placement="none", inputs=name), "accuracy")
         for name in ("raw", "scaled", "zca")
-    }
-    better = [
-        f"{name} {paired_difference(accuracy[name], accuracy['raw'])}" for name in ("scaled", "zca")
-    ]
+    )
+    better = map("{} {}".format, ("scaled", "zca"), (paired_difference(a, raw) for a in others))
     lost = sum(record["diverged"] > 0 for record in records.trained)
     missed = sum(steps_to_target(config, record).is_censored for record in records.trained)
     note = (
@@ -160,15 +157,9 @@ def judge(config: Config, records: Records) -> list[Finding]:
         f"Test accuracy less that on raw: {'; '.join(better)}. "
         f"{lost} runs had a step that was not finite, {missed} did not reach the target"
     )
-    return [
-        Finding(
-            CLAIMS[0],
-            measured,
-            ratios["raw/zca"].interval,
-            conjunction(theory, first_order, *order),
-            note + listed("Best rate at an end of the grid", ends),
-        )
-    ]
+    note += listed("Best rate at an end of the grid", ends)
+    verdict = conjunction(theory, first_order, *order)
+    return [Finding(CLAIMS[0], measured, ratios["raw/zca"].interval, verdict, note)]
 
 
 def _in_words(found: Sequence[Bounded]) -> str:

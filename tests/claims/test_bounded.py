@@ -8,11 +8,15 @@ import pytest
 from scipy import stats
 
 from bn_research.claims.bounded import (
+    UNBOUNDED,
     Bounded,
     bounded_slope,
     first_reaching,
     geometric_mean,
+    known,
     log_slope,
+    mean_of_curve,
+    open_ratio,
     ratio,
 )
 from bn_research.claims.estimate import estimate
@@ -145,3 +149,23 @@ def test_bad_numbers():
         first_reaching([1, 2], [0], 1)
     with pytest.raises(ValueError, match="got nan"):
         first_reaching([1], [0], math.nan)
+
+
+def test_mean_of_a_curve_with_what_is_lost():
+    assert mean_of_curve([1.0, 4.0]).low == mean_of_curve([1.0, 4.0]).high == pytest.approx(2)
+    assert mean_of_curve([1.0, 4.0, math.nan]) == pytest.approx((16 ** (1 / 3), math.inf))
+    low, high = mean_of_curve([0.0, 1.0])
+    assert low < high == pytest.approx(math.sqrt(1e-7))
+    assert mean_of_curve([math.nan])[1] == math.inf
+    assert mean_of_curve([0.0, 1.0], resolution=1e-4).high == pytest.approx(1e-2)
+
+
+def test_an_end_of_which_nothing_is_known_is_open():
+    measured, lost = known([1.0, 4.0]), known([2.0, math.nan])
+    assert lost == [(2.0, 2.0), UNBOUNDED]
+    assert open_ratio(measured, measured) == ratio(measured, measured)
+    above, below = open_ratio(lost, measured), open_ratio(measured, lost)
+    assert (above.low, above.mean.low, above.high) == (0, 0, math.inf)
+    assert (below.low, below.high, below.mean.high) == (0, math.inf, math.inf)
+    fast = open_ratio([Bounded(1e-30, 2.0)] * 2, [Bounded(1.0, 1.0)] * 2)
+    assert (fast.low, fast.mean.low) == (0, 0) and fast.high == pytest.approx(2)

@@ -11,7 +11,7 @@ import pytest
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.probes.scale_invariance import Audit, Row
 from experiments.audit import MODELS, PRESETS, Config
-from experiments.audit.measurements import create_model, leaves_seen_by, prepare
+from experiments.audit.measurements import create_model, prepare
 from experiments.audit.verdicts import ARMS, WHY, explained, judge, restored, why
 
 
@@ -66,32 +66,14 @@ def test_models(model):
     """BN in one arm and not in the other, and nothing else is different in what they take."""
     config = dataclasses.replace(Config(), model=model, width=1 / 16)
     image = jnp.zeros((2, 32, 32, 1))
+    models = [create_model(config, arm, 10) for arm in ARMS]
     init = [
-        jax.eval_shape(
-            lambda key, arm=arm: create_model(config, arm, 10).init(key, image, train=False),
-            jax.random.key(0),
-        )
-        for arm in ARMS
+        jax.eval_shape(lambda m=m: m.init(jax.random.key(0), image, train=False)) for m in models
     ]
     assert "batch_stats" in init[0] and "batch_stats" not in init[1]
-    kernels = [
-        {
-            jax.tree_util.keystr(path): leaf.shape
-            for path, leaf in leaves
-            if path[-1].key == "kernel"
-        }
-        for leaves in (jax.tree_util.tree_leaves_with_path(found["params"]) for found in init)
-    ]
+    trees = [jax.tree_util.tree_leaves_with_path(found["params"]) for found in init]
+    kernels = [[(p, leaf.shape) for p, leaf in tree if p[-1].key == "kernel"] for tree in trees]
     assert kernels[0] == kernels[1]
-
-
-def test_leaves_seen():
-    def outputs(params):
-        return {"a": jnp.sum(params["x"][0]) * jnp.ones(3), "b": jax.nn.relu(-(params["y"] ** 2))}
-
-    params = {"x": [jnp.ones(4), jnp.ones(2)], "y": jnp.ones(3), "z": jnp.zeros((2, 2))}
-    assert leaves_seen_by(outputs, params) == ["['x'][0]"]
-    assert leaves_seen_by(lambda params: {}, params) == []
 
 
 def audit_of(kinds, groups=()):
@@ -148,7 +130,6 @@ def test_a_long_list_is_cut():
 )
 def test_verdict(kinds, groups, plain, verdict):
     """KERNEL and SCALE have BN after them, BIAS and SHIFT have not."""
-    config = PRESETS["smoke"]
     kinds = {KERNEL: "invariant", BIAS: "none", SCALE: "none", SHIFT: "none"} | kinds
 
     def record(kinds, groups, normalized):
@@ -157,9 +138,7 @@ def test_verdict(kinds, groups, plain, verdict):
         shared = {"loss": 1.0, "scales": [0.5, 2.0]}
         return {"rows": rows, "groups": groups, "normalized": normalized, **shared}
 
-    records = {
-        "BN": [record(kinds, groups, [KERNEL, SCALE])],
-        "no BN": [record(dict.fromkeys(kinds, plain), (), [])],
-    }
-    (found,) = judge(config, records)
+    normalized = [record(kinds, groups, [KERNEL, SCALE])]
+    unnormalized = [record(dict.fromkeys(kinds, plain), (), [])]
+    (found,) = judge(PRESETS["smoke"], {"BN": normalized, "no BN": unnormalized})
     assert found.verdict == verdict

@@ -9,43 +9,23 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import smoke
 from scipy import stats
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.launch import main
 from bn_research.training.loop import History, batch_at, run_steps
 from bn_research.training.step import Batch, apply_fn_of, make_train_step
-from experiments.covariate_shift import EXPERIMENT, PRESETS, shifts
-from experiments.covariate_shift.training import (
-    Network,
-    choose_arms,
-    comparisons,
-    make_model,
-    programs,
-    trials,
-)
-from experiments.covariate_shift.verdicts import (
-    OWN,
-    PLAIN,
-    SAME,
-    judge_drift,
-    judge_gradient,
-    pair_ratio,
-    plateau_end,
-)
+from experiments.covariate_shift import PRESETS, shifts, verdicts
+from experiments.covariate_shift.training import Network, choose_arms, grids, make_model, programs
+from experiments.covariate_shift.verdicts import OWN, PLAIN, SAME, judge_drift, judge_gradient
 
 NETWORK = "f5 f4 f3"
 CONFIG = dataclasses.replace(PRESETS["quick"], network="f5 f4 f10", momenta=(0.9,))
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(EXPERIMENT, ["covariate_shift", "--preset=smoke", f"--workdir={workdir}"]) == 0
-    return workdir
-
-
-# --- what is observed ---
+def finished(smoke_run):
+    return smoke_run("covariate_shift")
 
 
 def examples(count, seed=0):
@@ -177,13 +157,8 @@ def history(percentiles, losses_per_dispatch=2):
     """Of a run whose whole set and halves have these percentiles, [times, levels, units]."""
     times = len(percentiles)
     zeros = np.zeros((times, 3), np.float32)
-    seen = shifts.Observed(
-        np.stack([percentiles, percentiles, percentiles + 0.25], axis=1),
-        np.zeros(times, np.float32),
-        zeros,
-        zeros,
-        zeros,
-    )
+    parts = np.stack([percentiles, percentiles, percentiles + 0.25], axis=1)
+    seen = shifts.Observed(parts, zeros[:, 0], zeros, zeros, zeros)
     return History(np.arange(times * losses_per_dispatch, dtype=np.float32), 0, seen)
 
 
@@ -194,14 +169,11 @@ def test_summary_by_hand():
     resting = np.broadcast_to(base, (3, 3))
     dying = base * np.array([1.0, 1.0, 0.0])[:, None]
     found = shifts.summary(history(np.stack([moving, resting, dying], axis=-1)), 2)
-    np.testing.assert_allclose(found["path"], [1.0, 0.0])
-    np.testing.assert_allclose(found["movement"], [0.25, 0.25])
-    np.testing.assert_allclose(found["raw_movement"], [0.5, 0.5])
-    np.testing.assert_allclose(found["floor"], [0.125] * 3)
-    np.testing.assert_allclose(found["net"], 0.5)
-    np.testing.assert_allclose(found["step"], [0, 2, 4])
-    np.testing.assert_allclose(found["loss"], [0.5, 2.5, 4.5])
     assert found["constant"] == 1
+    expected = dict(path=[1.0, 0.0], movement=[0.25] * 2, raw_movement=[0.5] * 2, net=0.5)
+    expected |= dict(floor=[0.125] * 3, step=[0, 2, 4], loss=[0.5, 2.5, 4.5])
+    for key, value in expected.items():
+        np.testing.assert_allclose(found[key], value)
     np.testing.assert_allclose(found["fan"][2], np.percentile([2.0, 0.0, 0.0], (10, 50, 90)))
 
 
@@ -214,24 +186,21 @@ def test_the_typical_unit_has_the_median_drift():
 
 
 def test_a_run_without_numbers_has_no_drift():
-    p = np.full((3, 3, 2), np.nan)
-    assert shifts.summary(history(p), 2)["path"] is None
-    assert shifts.summary(history(np.zeros((3, 3, 2))), 2)["path"] is None
-    assert shifts.summary(history(np.zeros((1, 3, 2))), 2)["path"] is None
+    for p in (np.full((3, 3, 2), np.nan), np.zeros((3, 3, 2)), np.zeros((1, 3, 2))):
+        assert shifts.summary(history(p), 2)["path"] is None
 
 
 def test_arms_have_the_settings_of_the_lowest_sound_loss():
     """Plain its own, BN once the same and once its own; a run that diverged is not chosen."""
-    grid = trials(CONFIG, comparisons(CONFIG)["sigmoid"])
+    grid = grids(CONFIG)["sigmoid"]
     half = len(grid) // 2
     assert [network.batch_norm for network in grid] == [False] * half + [True] * half
     losses = {0: (0.1, 1), 3: (0.3, 0), 5: (None, 2), half + 1: (0.2, 0), half + 3: (0.4, 0)}
-    records = [
-        {**n.as_record(), **dict(zip(("loss", "diverged"), losses.get(i, (0.9, 0)), strict=True))}
-        for i, n in enumerate(grid)
-    ]
-    arms = choose_arms(records)
-    assert arms == {PLAIN: grid[3], SAME: grid[half + 3], OWN: grid[half + 1]}
+    records = []
+    for i, network in enumerate(grid):
+        loss, diverged = losses.get(i, (0.9, 0))
+        records.append({**network.as_record(), "seed": 3, "loss": loss, "diverged": diverged})
+    assert choose_arms(records) == {PLAIN: grid[3], SAME: grid[half + 3], OWN: grid[half + 1]}
 
 
 # --- verdicts on made-up records ---
@@ -241,32 +210,18 @@ def runs(*, drift=0.3, gain=0.02, shift=1.5, scatter=0.01, seeds=3, lost=(), pla
     """Records of all arms; BN has these ratios to the plain network."""
 
     def record(arm, seed):
-        factor = (1 + scatter * (seed - 1)) if arm != PLAIN else 1.0
-        movement = np.full(4, 2.0 * (drift * factor if arm != PLAIN else 1.0))
-        relative = np.tile([0.0, 0.1, 0.3], (5, 1)) * (shift * factor if arm != PLAIN else 1.0)
-        accuracy = 0.9 + (gain + scatter / 2 * (seed - 1) if arm != PLAIN else 0.0)
-        found = {
-            **Network("sigmoid", arm != PLAIN, 0.3, 0.9, 0.1, 1e-5).as_record(),
-            "seed": seed,
-            "step": [0, 100, 200, 300, 400],
-            "loss": [2.3 if i < plateau else 0.5 for i in range(5)],
-            "diverged": 0,
-            "accuracy": accuracy,
-            "path": [1.0, 2.0],
-            "net": 1.0,
-            "constant": 0,
-            "movement": movement,
-            "raw_movement": movement,
-            "floor": [0.1] * 5,
-            "relative": relative,
-            "cosine": 1 - relative,
-            "noise": np.tile([1.0, 1.2, 1.4], (5, 1)),
-        }
+        is_plain, factor = arm == PLAIN, 1 + scatter * (seed - 1)
+        movement = np.full(4, 2.0 * (1.0 if is_plain else drift * factor))
+        relative = np.tile([0.0, 0.1, 0.3], (5, 1)) * (1.0 if is_plain else shift * factor)
+        accuracy = 0.9 + (0.0 if is_plain else gain + scatter / 2 * (seed - 1))
+        found = Network("sigmoid", not is_plain, 0.3, 0.9, 0.1, 1e-5).as_record()
+        found |= dict(seed=seed, accuracy=accuracy, relative=relative, cosine=1 - relative)
+        found["noise"] = np.tile([1.0, 1.2, 1.4], (5, 1))
+        found["loss"] = [2.3 if i < plateau else 0.5 for i in range(5)]
         if (arm, seed) in lost:
-            found |= {"path": None, "diverged": 2, "step": [0, 100]}
-            for key in ("net", "constant", "movement", "raw_movement", "floor"):
-                del found[key]
-        return found
+            return found | {"path": None, "diverged": 2, "step": [0, 100]}
+        found |= dict(diverged=0, step=[0, 100, 200, 300, 400], path=[1.0, 2.0], net=1.0)
+        return found | dict(movement=movement, raw_movement=movement, floor=[0.1] * 5, constant=0)
 
     return {"sigmoid": {arm: [record(arm, s) for s in range(seeds)] for arm in (PLAIN, SAME, OWN)}}
 
@@ -297,10 +252,8 @@ def config(made_up):
 def test_verdict_of_the_drift(made_up, verdict):
     finding = judge_drift(config(made_up), runs(**made_up))
     assert finding.verdict == verdict
-    if made_up.get("lost"):
-        assert "1 had steps that were not finite" in finding.note
-    else:
-        assert "not finite" not in finding.note
+    told = "1 had steps that were not finite" in finding.note
+    assert told if made_up.get("lost") else "not finite" not in finding.note
 
 
 @pytest.mark.parametrize(
@@ -349,7 +302,7 @@ def test_after_the_plateau_counts_from_the_plain_network_s_end_of_it():
 
 def test_end_of_the_plateau():
     def end(*losses):
-        return plateau_end({"loss": losses, "step": range(len(losses))}, 10)
+        return verdicts.plateau_end({"loss": losses, "step": range(len(losses))}, 10)
 
     half = math.log(10) / 2
     assert end(2.3, 2.0, half - 0.01, 0.5, 0.4) == 3
@@ -358,26 +311,18 @@ def test_end_of_the_plateau():
 
 
 def test_pairs_without_a_number_are_left_out_and_counted():
-    assert pair_ratio([1.0, math.nan, 4.0], [2.0, 1.0, 8.0]).pairs == 2
-    assert pair_ratio([math.inf], [1.0]) is None and pair_ratio([0.0], [1.0]) is None
+    assert verdicts.pair_ratio([1.0, math.nan, 4.0], [2.0, 1.0, 8.0]).pairs == 2
+    assert verdicts.pair_ratio([math.inf, 0.0], [1.0, 1.0]) is None
 
 
 def test_settings_at_an_end_of_the_grid_are_named():
-    low = dataclasses.replace(CONFIG, learning_rates=(0.3, 1.0))
-    assert "At an end of its grid" in judge_drift(low, runs()).note
-    inside = dataclasses.replace(CONFIG, learning_rates=(0.1, 0.3, 1.0))
-    assert "At an end of its grid" not in judge_drift(inside, runs()).note
-
-
-# --- the smoke run ---
-
-
-def ledger_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    for rates, at_an_end in (((0.3, 1.0), True), ((0.1, 0.3, 1.0), False)):
+        note = judge_drift(dataclasses.replace(CONFIG, learning_rates=rates), runs()).note
+        assert ("At an end of its grid" in note) == at_an_end
 
 
 def test_settings_are_tuned_on_a_seed_apart_and_without_the_test_set(finished):
-    tuned = [record for record in ledger_of(finished) if record["name"].startswith("tune/")]
+    tuned = [record for record in smoke.ledger(finished) if record["name"].startswith("tune/")]
     assert len(tuned) == 16 and {record["seed"] for record in tuned} == {2}
     assert all("accuracy" not in record for record in tuned)
 
@@ -385,7 +330,7 @@ def test_settings_are_tuned_on_a_seed_apart_and_without_the_test_set(finished):
 def test_results_are_those_of_the_ledger(finished):
     results = json.loads((finished / "results.json").read_text())
     drift, gradient = (claim["measured"] for claim in results["claims"])
-    trained = [r for r in ledger_of(finished) if r["name"].startswith("train/")]
+    trained = [r for r in smoke.ledger(finished) if r["name"].startswith("train/")]
     trained = [r for r in trained if r["init_std"] == CONFIG.init_stds[1]]  # the claims'
     plain = [r for r in trained if not r["batch_norm"]]
     keys = ("learning_rate", "momentum", "init_std")
@@ -393,11 +338,10 @@ def test_results_are_those_of_the_ledger(finished):
     assert [r["seed"] for r in plain] == [r["seed"] for r in same] == [0, 1]
     assert plain[0]["step"] == [0, 20, 40] and 0 < plain[0]["accuracy"] < 1
     paths = [[np.mean(r["path"]) for r in rs] for rs in (same, plain)]
-    expected = math.exp(np.mean(np.log(paths[0]) - np.log(paths[1])))
-    assert drift["drift, BN/plain"] == pytest.approx(expected, rel=1e-6)
     shifts = [[np.mean(np.array(r["relative"])[:, 1:]) for r in rs] for rs in (same, plain)]
-    expected = math.exp(np.mean(np.log(shifts[0]) - np.log(shifts[1])))
-    assert gradient["gradient shift, BN/plain"] == pytest.approx(expected, rel=1e-6)
+    for measured, what, of in ((drift, "drift", paths), (gradient, "gradient shift", shifts)):
+        expected = math.exp(np.mean(np.log(of[0]) - np.log(of[1])))
+        assert measured[f"{what}, BN/plain"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_presets_are_the_paper_s():
@@ -423,9 +367,7 @@ def test_presets_are_the_paper_s():
         ("evaluation_images=900", "at most 899"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
-    argv = ["covariate_shift", "--preset=smoke", f"--workdir={tmp_path / 'run'}"]
-    assert main(EXPERIMENT, [*argv, f"--config.{flag}"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, flag, said):
+    ended = smoke.launch("covariate_shift", tmp_path / "run", f"--config.{flag}")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1) and said in ended.err
     assert not (tmp_path / "run").exists()

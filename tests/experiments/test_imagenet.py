@@ -227,12 +227,10 @@ def test_another_setting_decides_nothing(change):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(smoke_run):
     """A smoke run on eight devices, pmapped."""
     assert jax.device_count() == 8
-    workdir = tmp_path_factory.mktemp("runs") / "eight"
-    assert launch(workdir) == 0
-    return workdir
+    return smoke_run("imagenet")
 
 
 def test_smoke(finished):

@@ -8,23 +8,10 @@ import pytest
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
 from bn_research.lab.launch import main
-from experiments.init_sensitivity import EXPERIMENT, NETWORKS, PRESETS, Config
+from experiments.init_sensitivity import EXPERIMENT, NETWORKS, PRESETS, Config, verdicts
 from experiments.init_sensitivity.training import INPUT_SCALES, plan
-from experiments.init_sensitivity.verdicts import (
-    escape,
-    judge_last,
-    judge_layers,
-    judge_plain,
-    judge_robustness,
-    judge_signal,
-)
 
-
-def launch(workdir, *flags):
-    return main(EXPERIMENT, ["init_sensitivity", "--preset=smoke", f"--workdir={workdir}", *flags])
-
-
-# --- verdicts, on made-up records ---
+GUESSING = math.log(10)
 
 CONFIG = Config(
     seeds=3,
@@ -44,16 +31,13 @@ def records(losses, accuracies, **fields):
     ]
 
 
-GUESSING = math.log(10)
-
-
 def flat(loss=GUESSING, accuracies=(0.1, 0.1, 0.1), **fields):
     return records([[loss] * 20] * 3, accuracies, **fields)
 
 
 def plain(stuck, he=(0.9, 0.91, 0.92)):
     best = {"plain": stuck, "plain, he": flat(0.1, he), "plain, Adam": flat()}
-    return judge_plain(CONFIG, [flat(), stuck], best)
+    return verdicts.judge_plain(CONFIG, [flat(), stuck], best)
 
 
 def test_plain_verdicts():
@@ -70,36 +54,36 @@ def escaping(exponent, accuracies=(0.9, 0.91, 0.92), lost=False):
         steps = round(20 * (epsilon / 1e-20) ** exponent)
         if lost and epsilon == 1e-17:
             steps = 2001
-        losses = [[2.3] * (steps - 1 + seed) + [2.0] for seed in range(3)]
-        best[f"escape last ε={epsilon:g} sgd"] = records(
-            [loss[:2000] for loss in losses], (0.5,) * 3
-        )
+        losses = [([2.3] * (steps - 1 + seed) + [2.0])[:2000] for seed in range(3)]
+        best[f"escape last ε={epsilon:g} sgd"] = records(losses, (0.5,) * 3)
     return best
 
 
 def test_escape_exponent_is_recovered_and_censored_runs_are_not_imputed():
     for exponent in (0.5, 0.3):
-        found = escape(CONFIG, escaping(exponent)).exponent
+        *_, found = verdicts.escape(CONFIG, escaping(exponent))
         assert found.mean == pytest.approx(exponent, abs=0.02)
-    lost = escape(CONFIG, escaping(0.5, lost=True))
-    assert np.isnan(lost.steps[2]).all() and lost.exponent is None
+    _, steps, found = verdicts.escape(CONFIG, escaping(0.5, lost=True))
+    assert np.isnan(steps[2]).all() and found is None
 
 
 def test_last_layer_verdicts():
-    assert judge_last(CONFIG, escaping(0.5)).verdict == REPRODUCED
-    assert judge_last(CONFIG, escaping(0.3)).verdict == INCONCLUSIVE
-    assert judge_last(CONFIG, escaping(0.5, (0.1, 0.11, 0.1))).verdict == NOT_REPRODUCED
-    assert judge_last(CONFIG, escaping(0.5, (0.2, 0.9, 0.6))).verdict == INCONCLUSIVE
-    censored = judge_last(CONFIG, escaping(0.5, lost=True))
+    assert verdicts.judge_last(CONFIG, escaping(0.5)).verdict == REPRODUCED
+    assert verdicts.judge_last(CONFIG, escaping(0.3)).verdict == INCONCLUSIVE
+    assert verdicts.judge_last(CONFIG, escaping(0.5, (0.1, 0.11, 0.1))).verdict == NOT_REPRODUCED
+    assert verdicts.judge_last(CONFIG, escaping(0.5, (0.2, 0.9, 0.6))).verdict == INCONCLUSIVE
+    censored = verdicts.judge_last(CONFIG, escaping(0.5, lost=True))
     assert censored.verdict == INCONCLUSIVE and "3 runs had not left" in censored.note
 
 
 def robustness(normalized, plain_accuracies):
-    best = {}
-    for placement, table in (("all", normalized), ("none", plain_accuracies)):
-        for a, accuracies in zip(CONFIG.widths, table, strict=True):
-            best[f"{placement} a={a:g}"] = flat(0.3, accuracies)
-    return judge_robustness(CONFIG, best).verdict
+    tables = {"all": normalized, "none": plain_accuracies}
+    best = {
+        f"{placement} a={a:g}": flat(0.3, accuracies)
+        for placement, table in tables.items()
+        for a, accuracies in zip(CONFIG.widths, table, strict=True)
+    }
+    return verdicts.judge_robustness(CONFIG, best).verdict
 
 
 def test_robustness_verdicts():
@@ -112,29 +96,24 @@ def test_robustness_verdicts():
 
 
 def signal_records(gap, last):
+    shared = {"network": NETWORKS[0], "a": 1e-3, "predicted": [-2.0, last]}
+    measured = [[-2.0 - gap, last + 0.01 * seed] for seed in range(3)]
     return [
-        {
-            "network": NETWORKS[0],
-            "input_scale": scale,
-            "a": 1e-3,
-            "seed": seed,
-            "predicted": [-2.0, last],
-            "measured": [-2.0 - gap, last + 0.01 * seed],
-        }
+        {**shared, "input_scale": scale, "seed": seed, "measured": measured[seed]}
         for scale in INPUT_SCALES
         for seed in range(3)
     ]
 
 
 def test_signal_verdicts():
-    assert judge_signal(CONFIG, signal_records(0.1, -11)).verdict == REPRODUCED
-    assert judge_signal(CONFIG, signal_records(0.9, -11)).verdict == NOT_REPRODUCED
-    assert judge_signal(CONFIG, signal_records(0.1, -14)).verdict == NOT_REPRODUCED
+    table = (0.1, -11, REPRODUCED), (0.9, -11, NOT_REPRODUCED), (0.1, -14, NOT_REPRODUCED)
+    for gap, last, verdict in table:
+        assert verdicts.judge_signal(CONFIG, signal_records(gap, last)).verdict == verdict
 
 
 def test_other_widths_of_the_weights_do_not_enter_the_signal_verdict():
     far = [{**record, "a": 1.0} for record in signal_records(3.0, -11)]
-    found = judge_signal(CONFIG, signal_records(0.1, -11) + far)
+    found = verdicts.judge_signal(CONFIG, signal_records(0.1, -11) + far)
     assert found.verdict == REPRODUCED
     assert found.measured["largest |log10 σ - theory|, other a"] == pytest.approx(3.0)
 
@@ -142,7 +121,7 @@ def test_other_widths_of_the_weights_do_not_enter_the_signal_verdict():
 def layers(last, others):
     best = {"last ε=0 sgd": flat(0.3, last)}
     best |= {f"{k} ε=0 sgd": flat(0.3, row) for k, row in zip((1, 2), others, strict=True)}
-    return judge_layers(dataclasses.replace(CONFIG, layers=(1, 2)), best).verdict
+    return verdicts.judge_layers(dataclasses.replace(CONFIG, layers=(1, 2)), best).verdict
 
 
 def test_single_layer_verdicts():
@@ -151,7 +130,7 @@ def test_single_layer_verdicts():
     assert layers(good, [bad, good]) == NOT_REPRODUCED
     assert layers(bad, [bad, bad]) == NOT_REPRODUCED
     assert layers(good, [bad, (0.1, 0.9, 0.5)]) == INCONCLUSIVE
-    assert judge_layers(CONFIG, {"last ε=0 sgd": flat(0.3, good)}).verdict == INCONCLUSIVE
+    assert verdicts.judge_layers(CONFIG, {"last ε=0 sgd": flat(0.3, good)}).verdict == INCONCLUSIVE
 
 
 def test_each_optimizer_has_its_own_ladder_of_epsilon():
@@ -177,9 +156,6 @@ def test_both_networks_are_tuned_over_the_same_rates():
         assert rates[f"none a={a:g}"] == rates[f"all a={a:g}"]
 
 
-# --- what a config may be ---
-
-
 @pytest.mark.parametrize(
     ("flags", "said"),
     [
@@ -192,19 +168,14 @@ def test_both_networks_are_tuned_over_the_same_rates():
         (["--config.schemes=('lecun',)"], "must hold 'he'"),
         (["--config.layers=(1, 3)"], "the weight layers before the last, 1 to 2"),
         (["--config.dataset=fashion_mnist", "--config.manual_dir=/nonexistent"], "/nonexistent"),
+        (["--config.dataset=fashion_mnist", "--config.manual_dir={cut}"], "idx"),
     ],
 )
 def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flags, said):
-    assert launch(tmp_path / "run", *flags) == 2
+    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b cut")
+    workdir, flags = tmp_path / "run", [flag.format(cut=tmp_path) for flag in flags]
+    flags = ["init_sensitivity", "--preset=smoke", f"--workdir={workdir}", *flags]
+    assert main(EXPERIMENT, flags) == 2
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_cut_idx_file_is_named(tmp_path, capsys):
-    (tmp_path / "t10k-labels-idx1-ubyte.gz").write_bytes(b"\x1f\x8b cut")
-    flags = ["--config.dataset=fashion_mnist", f"--config.manual_dir={tmp_path}"]
-    assert launch(tmp_path / "run", *flags) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1 and "idx" in error
-    assert not (tmp_path / "run").exists()
+    assert not workdir.exists()

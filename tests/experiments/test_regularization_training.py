@@ -20,7 +20,8 @@ from experiments.regularization.measurements import dose
 from experiments.regularization.training import NORMS, Data, Network, Trainer, make_model, optimizer
 
 NETWORK = Network("f5 f3", group_size=4, batch_size=8, rate=0.2)
-STEPS = 4
+ONE = jnp.zeros((1, 2, 2, 1))
+FLAX = functools.partial(nn.BatchNorm, epsilon=1e-5)
 
 
 def examples(count, seed):
@@ -36,7 +37,7 @@ DATA = Data(examples(24, 0), examples(7, 1), examples(9, 2))
 def trainer(tmp_path):
     ledger = Ledger(tmp_path / "metrics.jsonl")
     with Runner(tmp_path, ledger, total_steps=100, strategy="devices") as runner:
-        yield Trainer(runner, DATA, num_steps=STEPS, steps_per_dispatch=1)
+        yield Trainer(runner, DATA, num_steps=4, steps_per_dispatch=1)
 
 
 def cross_entropy(logits, labels):
@@ -44,46 +45,42 @@ def cross_entropy(logits, labels):
     return -np.mean(log_softmax(logits, axis=1)[np.arange(len(labels)), labels])
 
 
-def reference(norm):
-    return CNN(NETWORK.network, norm, "hidden" if norm else "none", nn.initializers.he_normal())
+def started(seed, norm=FLAX):
+    """Loss of groups of examples at the start, by Flax's layers, and the order of the epoch."""
+    init_key, run_key = jax.random.split(jax.random.key(seed))
+    model = CNN(NETWORK.network, norm, "hidden" if norm else "none", nn.initializers.he_normal())
+    variables = model.init(init_key, ONE, train=False)
+
+    def loss(*groups):
+        logits = [
+            model.apply(variables, DATA.train.image[group], train=True, mutable=["batch_stats"])[0]
+            for group in groups
+        ]
+        rows = np.concatenate(groups)
+        return cross_entropy(np.concatenate(logits), np.asarray(DATA.train.label)[rows])
+
+    return loss, np.asarray(epoch_order(run_key, jnp.int32(0), 24))
 
 
 def test_groups_share_statistics_and_nothing_else_changes(trainer):
     """First loss of a batch of 8 in groups of 4, by Flax's own layer applied to each group."""
     (record,) = trainer.train([("groups", NETWORK)], [3])
     (whole,) = trainer.train([("whole", NETWORK.replace(group_size=0))], [3])
-    init_key, run_key = jax.random.split(jax.random.key(3))
-    model = reference(functools.partial(nn.BatchNorm, epsilon=1e-5))
-    variables = model.init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
-    rows = np.asarray(epoch_order(run_key, jnp.int32(0), 24))[:8]
-
-    def loss(groups):
-        logits = [
-            model.apply(variables, DATA.train.image[g], train=True, mutable=["batch_stats"])[0]
-            for g in np.split(rows, groups)
-        ]
-        return cross_entropy(np.concatenate(logits), np.asarray(DATA.train.label)[rows])
-
-    assert record["loss"][0] == pytest.approx(loss(2), rel=1e-5)
-    assert whole["loss"][0] == pytest.approx(loss(1), rel=1e-5)
-    assert abs(loss(1) - loss(2)) > 1e-3
+    loss, order = started(3)
+    assert record["loss"][0] == pytest.approx(loss(order[:4], order[4:8]), rel=1e-5)
+    assert whole["loss"][0] == pytest.approx(loss(order[:8]), rel=1e-5)
+    assert abs(loss(order[:8]) - loss(order[:4], order[4:8])) > 1e-3
 
 
 def test_all_arms_of_a_seed_begin_with_the_same_weights_and_see_the_same_batches(trainer):
     """Against the plain network at its initialization on the first batch; BN's kernels are its."""
     plain = NETWORK.replace(norm="none", group_size=0)
     records = trainer.train([("BN", NETWORK), ("plain", plain)], [5])
-    init_key, run_key = jax.random.split(jax.random.key(5))
-    variables = reference(None).init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
-    rows = np.asarray(epoch_order(run_key, jnp.int32(0), 24))[:8]
-    logits = reference(None).apply(variables, DATA.train.image[rows], train=True)
-    expected = cross_entropy(logits, np.asarray(DATA.train.label)[rows])
-    assert records[1]["loss"][0] == pytest.approx(expected, rel=1e-5)
-    assert records[0]["loss"][0] != pytest.approx(expected, rel=1e-3)
-    created = [
-        make_model(run).init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)["params"]
-        for run in (NETWORK, plain)
-    ]
+    loss, order = started(5, norm=None)
+    assert records[1]["loss"][0] == pytest.approx(loss(order[:8]), rel=1e-5)
+    assert records[0]["loss"][0] != pytest.approx(loss(order[:8]), rel=1e-3)
+    key = jax.random.split(jax.random.key(5))[0]
+    created = [make_model(run).init(key, ONE, train=False)["params"] for run in (NETWORK, plain)]
     for layer in ("dense1", "dense2"):
         np.testing.assert_array_equal(created[0][layer]["kernel"], created[1][layer]["kernel"])
 
@@ -92,18 +89,8 @@ def test_frozen_groups_are_drawn_once(trainer):
     """The losses of a network that cannot learn are those of its batches, in groups drawn once."""
     network = NETWORK.replace(rate=0.0, regrouped=False)
     (record,) = trainer.train([("frozen", network)], [0])
-    init_key, run_key = jax.random.split(jax.random.key(0))
-    model = reference(functools.partial(nn.BatchNorm, epsilon=1e-5))
-    variables = model.init(init_key, jnp.zeros((1, 2, 2, 1)), train=False)
-    groups = np.asarray(epoch_order(run_key, jnp.int32(0), 24)).reshape(6, 4)
-
-    def loss(group):
-        logits = model.apply(
-            variables, DATA.train.image[group], train=True, mutable=["batch_stats"]
-        )[0]
-        return cross_entropy(logits, np.asarray(DATA.train.label)[group])
-
-    losses = [loss(group) for group in groups]
+    loss, order = started(0)
+    losses = [loss(group) for group in order.reshape(6, 4)]
     pairs = [(losses[i] + losses[j]) / 2 for i in range(6) for j in range(i)]
     # Three batches are an epoch: every group once; the fourth batch is of the same six groups.
     assert np.sum(record["loss"][:3]) == pytest.approx(np.sum(losses) / 2, rel=1e-5)
@@ -176,9 +163,6 @@ def test_the_state_that_is_measured_is_not_the_trainings(trainer):
     assert np.all(np.asarray(on) > 1.2 * np.asarray(off))  # (var + p·mean²)/(1 − p), p = 1/2
 
 
-# --- the noise in the logits ---
-
-
 @pytest.fixture
 def short(trainer):
     """Of examples that do not fill whole batches."""
@@ -187,7 +171,7 @@ def short(trainer):
 
 
 def state_of(network):
-    variables = make_model(network).init(jax.random.key(1), jnp.zeros((1, 2, 2, 1)), train=False)
+    variables = make_model(network).init(jax.random.key(1), ONE, train=False)
     stats = variables.get("batch_stats", {})
     return TrainState(jnp.int32(0), variables["params"], stats, (), jax.random.key(0))
 
@@ -212,13 +196,10 @@ def test_dose_of_groups_by_hand(short):
     assert dose(short, NETWORK, state)["dose"] == pytest.approx(noise / signal, rel=1e-4)
 
 
-def test_what_adds_no_noise_has_no_dose(short):
-    """Without BN, and by the statistics of the whole set, whatever its order."""
+def test_what_adds_no_noise_has_no_dose_and_drawn_noise_has_one(short):
+    """None without BN, and by the statistics of the whole set, whatever its order."""
     for network in (NETWORK.replace(norm="none"), NETWORK.replace(group_size=0, batch_size=16)):
         assert dose(short, network, state_of(network))["dose"] < 1e-10
-
-
-def test_drawn_noise_has_a_dose(short):
-    for norm in ("measured", "borrowed", "additive"):
+    for norm in NORMS[3:]:
         network = NETWORK.replace(norm=norm, population="batch", batch_size=16)
         assert dose(short, network, state_of(network))["dose"] > 1e-3

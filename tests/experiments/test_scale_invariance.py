@@ -7,11 +7,11 @@ import math
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import smoke
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.launch import main
-from experiments.scale_invariance import EXPERIMENT, PRESETS, identities
-from experiments.scale_invariance.dynamics import Run, exponential_rates, losses, trajectory
+from experiments.scale_invariance import PRESETS, identities
+from experiments.scale_invariance.dynamics import Run, losses, trajectory
 from experiments.scale_invariance.measurements import measure_losses, measure_tangent, prepare
 from experiments.scale_invariance.verdicts import (
     IDENTITIES,
@@ -25,27 +25,16 @@ from experiments.scale_invariance.verdicts import (
 CONFIG = PRESETS["smoke"]
 
 
-def launch(workdir, *flags):
-    return main(EXPERIMENT, ["scale_invariance", "--preset=smoke", f"--workdir={workdir}", *flags])
-
-
 @pytest.fixture(scope="module")
 def examples():
     return prepare(CONFIG)
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert launch(workdir) == 0
-    return workdir
-
-
 # --- whole runs ---
 
 
-def test_verdicts_at_smoke_size(finished):
-    results = json.loads((finished / "results.json").read_text())
+def test_verdicts_at_smoke_size(smoke_run):
+    results = json.loads((smoke_run("scale_invariance") / "results.json").read_text())
     verdicts = {claim["id"]: claim["verdict"] for claim in results["claims"]}
     assert verdicts == {
         "scale-invariant-backprop": REPRODUCED,
@@ -59,57 +48,22 @@ def test_verdicts_at_smoke_size(finished):
 @pytest.mark.parametrize(
     ("flag", "message"),
     [
-        ("--config.weight_decay=1.0", "(1 − √momentum)²"),
-        ("--config.equilibrium_steps=41", "equilibrium_steps=41"),
-        ("--config.batch_size=5000", "batch_size=5000"),
-        ("--config.network=f10", "no hidden layer"),
-        ("--config.network=c2 P P P P f10", "pools images"),
-        ("--config.network=f4 f7", "ends in 7 units"),
-        ("--config.network=c3 P f4 f10", "network is the same"),
-        ("--config.factors=(1e60,)", "diverged"),
+        ("weight_decay=1.0", "(1 − √momentum)²"),
+        ("equilibrium_steps=41", "equilibrium_steps=41"),
+        ("batch_size=5000", "batch_size=5000"),
+        ("network=f10", "no hidden layer"),
+        ("network=c2 P P P P f10", "pools images"),
+        ("network=f4 f7", "ends in 7 units"),
+        ("network=c3 P f4 f10", "network is the same"),
+        ("factors=(1e60,)", "diverged"),
     ],
 )
-def test_bad_config(tmp_path, capsys, flag, message):
-    assert launch(tmp_path / "run", flag) == 2
-    error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert message in error and error.startswith("scale_invariance: ")
+def test_bad_config(tmp_path, flag, message):
+    ended = smoke.launch("scale_invariance", tmp_path / "run", f"--config.{flag}")
+    assert ended.status == 2 and message in ended.said("scale_invariance")[-1]
 
 
 # --- references ---
-
-
-def test_exponential_rates_of_plain_sgd():
-    """α = 1 − ηλ at every step, so that η̃_t = η/(1 − ηλ)^(2t + 1)."""
-    found = exponential_rates([0.1] * 5, 0.5, 0.0)
-    np.testing.assert_allclose(found, 0.1 / 0.95 ** (2 * np.arange(5) + 1), rtol=1e-14)
-
-
-def test_exponential_rates_follow_decay_on_a_sphere():
-    """θ̃ = P·θ on an explicit invariant loss, ⟨c, θ/‖θ‖⟩, momentum and rates that change."""
-    rng = np.random.default_rng(0)
-    c, theta = rng.standard_normal((2, 5))
-    rates, decay, momentum = 0.05 * (1 + 0.2 * rng.random(60)), 0.01, 0.8
-
-    def gradient(w):
-        unit = w / np.linalg.norm(w)
-        return (c - unit * (c @ unit)) / np.linalg.norm(w)
-
-    def directions(rates, decay):
-        w, v, found = theta, 0, []
-        for rate in rates:
-            v = momentum * v + gradient(w) + decay * w
-            w = w - rate * v
-            found.append(w / np.linalg.norm(w))
-        return np.array(found)
-
-    grown = exponential_rates(rates, decay, momentum)
-    np.testing.assert_allclose(directions(grown, 0.0), directions(rates, decay), atol=1e-12)
-    assert np.abs(directions(rates, 0.0) - directions(rates, decay)).max() > 1e-4
-
-
-def test_a_decay_too_large_to_stand_for():
-    with pytest.raises(ValueError, match=r"at most \(1 − √momentum\)² = 0.00263"):
-        exponential_rates([0.1], 0.1, 0.9)
 
 
 def test_trajectories_are_float64_and_the_flag_is_left_alone(examples):
@@ -149,9 +103,10 @@ def test_loss_against_scale(examples):
 
 @pytest.mark.parametrize("layer", identities.LAYERS)
 def test_identities_and_what_breaks_them(examples, layer):
-    record = identities.measure(examples.image, layer, (0.01, 30.0), 1e-3, 0)
+    config = dataclasses.replace(CONFIG, scales=(0.01, 30.0), epsilon=1e-3)
+    record = identities.measure(config, examples, layer, 0)
     for interface in identities.INTERFACES:
-        for kind in ("value", "input gradient", "weight gradient", "exact form"):
+        for kind in identities.KINDS:
             assert max(record[interface][kind]) < 1e-12
         assert record[interface]["ε ignored"][0] > 0.1
     assert min(record["no BN"] + record["bias inside"]) > 0.1

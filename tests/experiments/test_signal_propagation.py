@@ -1,19 +1,24 @@
 """Tests of experiments.signal_propagation: theory, measurements, verdicts, runs at smoke size."""
 
 import dataclasses
-import json
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import smoke
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.launch import main
 from bn_research.lab.runner import Runner
 from bn_research.lab.workdir import Ledger
-from experiments.signal_propagation import EXPERIMENT, PRESETS, measurements, networks
+from bn_research.probes.mean_field import (
+    LIMIT,
+    growth,
+    residual_gradient,
+    residual_variances,
+)
+from experiments.signal_propagation import PRESETS, measurements, networks
 from experiments.signal_propagation.measurements import (
     layer_jacobian,
     measure_ranks,
@@ -24,14 +29,6 @@ from experiments.signal_propagation.measurements import (
     soft_rank,
     squared_gradients,
     thresholded_rank,
-)
-from experiments.signal_propagation.theory import (
-    LIMIT,
-    growth,
-    relu_covariance,
-    residual_gradient,
-    residual_variances,
-    spread,
 )
 from experiments.signal_propagation.verdicts import (
     judge_gradients,
@@ -44,92 +41,8 @@ CONFIG = PRESETS["smoke"]
 QUICK = PRESETS["quick"]
 
 
-def launch(workdir, *flags):
-    argv = ["signal_propagation", "--preset=smoke", f"--workdir={workdir}", *flags]
-    return main(EXPERIMENT, argv)
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert launch(workdir) == 0
-    return workdir
-
-
-@pytest.fixture(scope="module")
-def images():
-    return prepare(CONFIG)
-
-
 def normal(shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
-
-
-# --- theory ---
-
-
-def spheres(batch, count, seed=0):
-    """BN of Gaussian batches: vectors of mean 0 and mean square 1, [count, batch]."""
-    y = normal((count, batch), seed)
-    y -= y.mean(axis=1, keepdims=True)
-    return y / y.std(axis=1, keepdims=True)
-
-
-@pytest.mark.parametrize("batch", [4, 5, 8, 31])
-@pytest.mark.parametrize("activation", ["relu", "linear"])
-def test_growth_is_the_traces_of_explicit_matrices(activation, batch):
-    """E[1/σ²]·E[tr(ΠDCD)]/(B − 1) with matrices, within 5 standard errors."""
-    y = spheres(batch, 20_000)
-    centred = np.eye(batch) - 1 / batch
-    projector = centred - y[:, :, None] * y[:, None, :] / batch
-    slope = (y > 0) * 1.0 if activation == "relu" else np.ones_like(y)
-    # tr(ΠDCD) = Σ_ij Π_ij D_j C_ji D_i
-    traces = np.einsum("nij,nj,ji,ni->n", projector, slope, centred, slope, optimize=True)
-    factor = batch / (spread(activation, batch) * (batch - 3) * (batch - 1))
-    error = factor * traces.std() / math.sqrt(len(traces))
-    assert abs(growth(activation, batch) - factor * traces.mean()) < 5 * error + 1e-12
-
-
-@pytest.mark.parametrize("activation", ["relu", "linear"])
-def test_spread_is_that_of_the_sphere(activation):
-    y = spheres(6, 400_000)
-    x = np.maximum(y, 0) if activation == "relu" else y
-    samples = np.mean(x**2, axis=1) - x[:, 0] * x[:, 1]
-    error = samples.std() / math.sqrt(len(samples))
-    assert abs(spread(activation, 6) - samples.mean()) < 5 * error
-
-
-def test_relu_covariance_of_equal_independent_and_opposite_units():
-    found = [relu_covariance(rho) for rho in (1, 0, -1)]
-    np.testing.assert_allclose(found, [1 / 2, 1 / (2 * math.pi), 0], atol=1e-15)
-
-
-def test_growth_of_linear_networks_and_in_the_limit():
-    assert growth("linear", 8) == 6 / 5 and growth("linear", 4) == 2
-    assert growth("relu", 10**6) == pytest.approx(math.pi / (math.pi - 1), rel=2e-6)
-    assert pytest.approx(1.46694, abs=1e-5) == LIMIT
-
-
-def test_growth_of_relu_is_what_others_found_by_monte_carlo():
-    listed = {8: 1.79, 16: 1.594, 32: 1.519, 64: 1.489, 128: 1.474}
-    for batch, value in listed.items():
-        assert growth("relu", batch) == pytest.approx(value, rel=0.005)
-
-
-@pytest.mark.parametrize(("activation", "batch"), [("relu", 3), ("linear", 2), ("tanh", 8)])
-def test_growth_that_is_not_defined(activation, batch):
-    with pytest.raises(ValueError, match="is not allowed"):
-        growth(activation, batch)
-
-
-def test_residual_laws_by_hand():
-    found = residual_variances(3)
-    assert found["BN"].tolist() == [1, 2, 3, 4] and found["none"].tolist() == [1, 2, 4, 8]
-    share = 1 - 1 / math.pi
-    expected = [2 * (1 + 1 / (1 + share)), 1 + 1 / (1 + share), 1]
-    np.testing.assert_allclose(residual_gradient(2), expected)
-    powers = np.log(residual_gradient(4000)[0] / residual_gradient(2000)[0]) / np.log(2)
-    assert powers == pytest.approx(LIMIT, abs=1e-3)
 
 
 # --- what is measured, against float64 by hand ---
@@ -236,7 +149,8 @@ def test_ranks_of_a_linear_network():
 # --- the networks that are trained ---
 
 
-def test_a_network_learns_and_tuning_sees_no_test_set(images, tmp_path):
+def test_a_network_learns_and_tuning_sees_no_test_set(tmp_path):
+    images = prepare(CONFIG)
     config = dataclasses.replace(
         CONFIG, train_width=32, batch_size=32, num_steps=100, steps_per_dispatch=50
     )
@@ -422,8 +336,8 @@ def test_verdict_of_training(made_up, verdict):
 # --- whole runs ---
 
 
-def test_what_is_tuned_has_a_seed_apart_and_no_test_set(finished):
-    records = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+def test_what_is_tuned_has_a_seed_apart_and_no_test_set(smoke_run):
+    records = smoke.ledger(smoke_run("signal_propagation"))
     assert len(records) == 2 * (3 + 2 + 4) + 4 * 2
     tuned = [record for record in records if record["name"].startswith("tune")]
     assert {record["seed"] for record in tuned} == {networks.TUNING_SEED}
@@ -443,19 +357,15 @@ def test_presets_hold_what_the_criteria_need():
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--config.dataset=imagenette", "fashion_mnist"),
-        ("--config.batch_sizes=(3, 8)", "batch_sizes[0]=3"),
-        ("--config.gradient_depth=4", "gradient_depth=4"),
-        ("--config.gradient_depth=500", "gradient_depth=500 is not allowed: at most 61"),
-        ("--config.residual_depth=200", "residual_depth=200"),
-        ("--config.rank_widths=(8,)", "2 entries or more"),
-        ("--config.train_depths=(3,)", "2 entries or more"),
-        ("--config.batch_size=5000", "898"),
-        ("--config.steps_per_dispatch=3", "a multiple of steps_per_dispatch=3"),
+        ("batch_sizes=(3, 8)", "batch_sizes[0]=3"),
+        ("gradient_depth=500", "gradient_depth=500 is not allowed: at most 61"),
+        ("rank_widths=(8,)", "2 entries or more"),
+        ("train_depths=(3,)", "2 entries or more"),
+        ("batch_size=5000", "898"),
+        ("steps_per_dispatch=3", "a multiple of steps_per_dispatch=3"),
     ],
 )
-def test_what_cannot_be_measured_is_refused(tmp_path, capsys, flag, said):
-    assert launch(tmp_path / "run", flag) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+def test_what_cannot_be_measured_is_refused(tmp_path, flag, said):
+    ended = smoke.launch("signal_propagation", tmp_path / "run", f"--config.{flag}")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1) and said in ended.err
     assert not (tmp_path / "run").exists()

@@ -9,52 +9,29 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import smoke
 
 from bn_research.claims.bounded import Bounded
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.launch import main
 from bn_research.lab.runner import Runner
 from bn_research.lab.settings import Training, train
 from bn_research.lab.workdir import Ledger
 from bn_research.layers.linen import BatchNorm
 from bn_research.models.inception import Inception
 from bn_research.training.compiler import compiler_options
-from experiments.training_steps import EXPERIMENT, PRESETS, networks, training
+from experiments.training_steps import PRESETS, networks, training, verdicts
 from experiments.training_steps.figures import draw
-from experiments.training_steps.networks import (
-    BASELINE,
-    PLAIN,
-    PUBLISHED,
-    SIGMOID,
-    TUNED,
-    TUNED_BN,
-    X5,
-    X30,
-    plan,
-)
-from experiments.training_steps.verdicts import (
-    Records,
-    against,
-    best,
-    contributions,
-    gain,
-    judge,
-    steps_to,
-)
+from experiments.training_steps.networks import LADDER, PUBLISHED, TUNED, TUNED_BN, plan
+from experiments.training_steps.verdicts import Records, against, best, judge
 
+PLAIN, BASELINE, X5, X30, SIGMOID = LADDER
 CONFIG = PRESETS["smoke"]
 STANDARD = PRESETS["standard"]
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    workdir = tmp_path_factory.mktemp("runs") / "whole"
-    assert main(EXPERIMENT, ["training_steps", "--preset=smoke", f"--workdir={workdir}"]) == 0
-    return workdir
-
-
-def records_of(workdir):
-    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+def finished(smoke_run):
+    return smoke_run("training_steps")
 
 
 @pytest.fixture(scope="module")
@@ -64,9 +41,6 @@ def images():
 
 def differing(a, b):
     return {name for name, value in vars(a).items() if value != getattr(b, name)}
-
-
-# --- the ladder ---
 
 
 def test_the_ladder_is_the_papers():
@@ -108,9 +82,6 @@ def test_published_ratios():
     np.testing.assert_allclose(found, [2.33, 14.8, 11.5, 0], rtol=5e-3)
 
 
-# --- rate, L2 and momentum, against numpy ---
-
-
 def test_rate_falls_exponentially():
     """After all steps to final_rate of its first, and with rate_decay to its sixth power."""
     config = dataclasses.replace(STANDARD, num_steps=2000, base_rate=0.02, final_rate=0.1)
@@ -140,9 +111,6 @@ def test_optimizer_by_hand():
             params[name] = params[name] - 0.5 * math.exp(-0.3 * t) * velocity[name]
     for name in params:
         np.testing.assert_allclose(found[name], params[name], rtol=1e-5, atol=1e-6)
-
-
-# --- networks ---
 
 
 def test_a_setting_is_the_network_it_says(images):
@@ -181,10 +149,9 @@ def test_a_setting_is_the_network_it_says(images):
     in_training, in_evaluation = expected()
     np.testing.assert_allclose(first, in_training, atol=2e-4)
     np.testing.assert_array_equal(first, second)  # no use of the keys
-    first, second = of(x5.replace(distortion=0.5))
-    assert np.abs(first - second).max() > 0.01
-    first, second = of(x5.replace(dropout=0.4))
-    assert np.abs(first - second).max() > 0.01
+    for changed in (x5.replace(distortion=0.5), x5.replace(dropout=0.4)):
+        first, second = of(changed)
+        assert np.abs(first - second).max() > 0.01
     # The test set is seen as it is.
     seen = logits(False, x5.replace(distortion=0.5).traced, None)
     np.testing.assert_allclose(seen, in_evaluation, atol=2e-4)
@@ -218,7 +185,7 @@ def test_accuracy_of_a_dispatch_is_that_of_its_last_state(finished, images, tmp_
             training.place(images, CONFIG.eval_examples),
             record=record,
         )
-    kept = {record["name"]: record for record in records_of(finished)}
+    kept = {record["name"]: record for record in smoke.ledger(finished)}
     assert records[1]["accuracy"] == kept[f"{network.name} seed=1"]["accuracy"]
     assert records[0]["steps"] == [5, 10, 15, 20] and len(records[0]["loss"]) == 4
     image, label = images.test.image[:50], np.asarray(images.test.label[:50])
@@ -246,36 +213,21 @@ def record(reaches, high=0.9, last=None, rate=0.01, diverged=0):
     steps = list(range(10, 101, 10))
     accuracy = [high if reaches is not None and step >= reaches else 0.5 for step in steps]
     accuracy[-1] = accuracy[-1] if last is None else last
-    return {
-        "steps": steps,
-        "accuracy": accuracy,
-        "loss": [1.0] * 10,
-        "rate": rate,
-        "diverged": diverged,
-    }
+    return dict(steps=steps, accuracy=accuracy, loss=[1.0] * 10, rate=rate, diverged=diverged)
+
+
+def with_ends(records, ends):
+    records[X30] = [record(10, last=last) for last in ends]
+    return records
 
 
 def made_up(**reaches):
     """Records of three seeds; by default BN needs 2.3, 10 and 10 times fewer steps."""
-    given = {
-        PLAIN: (100, 100, 90),
-        TUNED: (60, 60, 50),
-        TUNED_BN: (30, 30, 20),
-        BASELINE: (40, 40, 40),
-        X5: (10, 10, 10),
-        X30: (10, 10, 10),
-        SIGMOID: (None, None, None),
-    } | {
-        {"plain": PLAIN, "tuned": TUNED, "same": BASELINE, "x5": X5}[k]: v
-        for k, v in reaches.items()
-    }
-    return {
-        name: [
-            record(step, last=0.95 + 0.001 * i if name == X30 else None)
-            for i, step in enumerate(steps)
-        ]
-        for name, steps in given.items()
-    }
+    given = {PLAIN: (100, 100, 90), TUNED: (60, 60, 50), TUNED_BN: (30, 30, 20)}
+    given |= {BASELINE: (40,) * 3, X5: (10,) * 3, X30: (10,) * 3, SIGMOID: (None,) * 3}
+    given |= {{"tuned": TUNED, "same": BASELINE, "x5": X5}[k]: v for k, v in reaches.items()}
+    found = {name: [record(step) for step in steps] for name, steps in given.items()}
+    return with_ends(found, (0.95, 0.951, 0.952))
 
 
 SECONDS = {PLAIN: 0.01, BASELINE: 0.02, X5: 0.015}
@@ -291,10 +243,10 @@ def verdict_of(records, index, classes=10):
 
 
 def test_steps_to_a_target():
-    assert steps_to(record(40), 0.9) == Bounded(40, 40)
-    assert steps_to(record(None), 0.9) == Bounded(100, math.inf)
+    assert verdicts.steps_to(record(40), 0.9) == Bounded(40, 40)
+    assert verdicts.steps_to(record(None), 0.9) == Bounded(100, math.inf)
     lost = {"steps": [10, 20], "accuracy": [0.5, None], "diverged": 2}
-    assert steps_to(lost, 0.6) == Bounded(20, math.inf) and best(lost) == 0.5
+    assert verdicts.steps_to(lost, 0.6) == Bounded(20, math.inf) and best(lost) == 0.5
 
 
 def test_ratios_by_hand():
@@ -313,40 +265,25 @@ def test_ratios_by_hand():
 
 
 @pytest.mark.parametrize(
-    ("reaches", "verdict"),
+    ("claim", "reaches", "verdict"),
     [
-        ({}, REPRODUCED),
-        (dict(same=(80, 80, 70)), INCONCLUSIVE),  # 1.25 times: neither
-        (dict(same=(40, 90, 90)), NOT_REPRODUCED),  # the interval includes 1
-        (dict(same=(100, 100, 90)), NOT_REPRODUCED),
-        (dict(same=(None, None, None)), NOT_REPRODUCED),
-        (dict(same=(10, 10, None)), NOT_REPRODUCED),  # nothing bounds it from below
+        (0, {}, REPRODUCED),
+        (0, dict(same=(80, 80, 70)), INCONCLUSIVE),  # 1.25 times: neither
+        (0, dict(same=(40, 90, 90)), NOT_REPRODUCED),  # the interval includes 1
+        (0, dict(same=(100, 100, 90)), NOT_REPRODUCED),
+        (0, dict(same=(None, None, None)), NOT_REPRODUCED),
+        (0, dict(same=(10, 10, None)), NOT_REPRODUCED),  # nothing bounds it from below
+        (1, {}, REPRODUCED),
+        (1, dict(x5=(40, 40, 40)), INCONCLUSIVE),  # 2.4 times
+        (1, dict(tuned=(10, 20, 10)), INCONCLUSIVE),  # tuned plain may be as fast
+        (1, dict(tuned=(10, 10, 10)), NOT_REPRODUCED),
+        (1, dict(x5=(100, 100, 90)), NOT_REPRODUCED),
+        (1, dict(x5=(10, 10, None)), INCONCLUSIVE),
+        (1, dict(x5=(None, None, None)), NOT_REPRODUCED),
     ],
 )
-def test_verdict_at_the_same_rate(reaches, verdict):
-    assert verdict_of(made_up(**reaches), 0) == verdict
-
-
-@pytest.mark.parametrize(
-    ("reaches", "verdict"),
-    [
-        ({}, REPRODUCED),
-        (dict(x5=(40, 40, 40)), INCONCLUSIVE),  # 2.4 times
-        (dict(tuned=(10, 20, 10)), INCONCLUSIVE),  # tuned plain may be as fast
-        (dict(tuned=(10, 10, 10)), NOT_REPRODUCED),
-        (dict(x5=(100, 100, 90)), NOT_REPRODUCED),
-        (dict(x5=(10, 10, None)), INCONCLUSIVE),
-        (dict(x5=(None, None, None)), NOT_REPRODUCED),
-    ],
-)
-def test_verdict_of_the_papers_changes(reaches, verdict):
-    found = verdict_of(made_up(**reaches), 1)
-    assert found == verdict
-
-
-def with_ends(records, ends):
-    records[X30] = [record(10, last=last) for last in ends]
-    return records
+def test_verdict_by_steps(claim, reaches, verdict):
+    assert verdict_of(made_up(**reaches), claim) == verdict
 
 
 @pytest.mark.parametrize(
@@ -366,7 +303,7 @@ def test_thirty_times_the_rate_must_be_faster_too():
     records[X30] = [record(100, last=0.95 + 0.001 * seed) for seed in range(3)]
     records[TUNED] = [record(100) for _ in range(3)]
     assert verdict_of(records, 2) == NOT_REPRODUCED  # as many steps as tuned plain
-    assert gain(records[X30], records[X5]).low > 0
+    assert verdicts.gain(records[X30], records[X5]).low > 0
 
 
 def test_one_seed_decides_nothing():
@@ -407,7 +344,7 @@ def test_contributions_are_against_bn_baseline_to_plains_best():
     records = made_up()
     records["dropout"] = [record(20), record(20), record(20)]
     records["l2"] = [record(None)] * 3
-    found = contributions(MADE_UP, records)
+    found = verdicts.contributions(MADE_UP, records)
     assert list(found) == ["dropout", "l2"]
     assert found["dropout"][0].mean.low == pytest.approx(2)
     assert found["l2"][0].mean.high == pytest.approx(0.4)
@@ -434,11 +371,8 @@ def test_the_rate_of_the_lowest_sound_loss():
     assert training.choose_rate(trials[2:]) == 0.4
 
 
-# --- the smoke run ---
-
-
 def test_what_is_trained(finished):
-    seconds, *runs = records_of(finished)
+    seconds, *runs = smoke.ledger(finished)
     assert set(seconds) == {"name", PLAIN, BASELINE, X5}
     assert all(0 < seconds[name] < 10 for name in (PLAIN, BASELINE, X5))
     tuned = [run for run in runs if run["seed"] == networks.TUNING_SEED]
@@ -449,7 +383,7 @@ def test_what_is_trained(finished):
 
 def test_results_are_those_of_the_ledger(finished):
     claims = json.loads((finished / "results.json").read_text())["claims"]
-    by_name = {run["name"]: run for run in records_of(finished)}
+    by_name = {run["name"]: run for run in smoke.ledger(finished)}
     for arm, claim in zip((BASELINE, X5, X30), claims, strict=True):
         settings = networks.ladder(CONFIG)
         plain, other = (
@@ -490,9 +424,7 @@ def test_standard_holds_what_the_claims_need():
         ("weaker_distortion=0.6", "distortion=0.5"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, capsys, flag, said):
-    argv = ["training_steps", "--preset=smoke", f"--workdir={tmp_path / 'run'}"]
-    assert main(EXPERIMENT, [*argv, f"--config.{flag}"]) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, flag, said):
+    ended = smoke.launch("training_steps", tmp_path / "run", f"--config.{flag}")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1) and said in ended.err
     assert not (tmp_path / "run").exists()

@@ -7,74 +7,39 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import smoke
 
 from bn_research.claims.finding import INCONCLUSIVE, NOT_REPRODUCED, REPRODUCED
-from bn_research.lab.launch import main
 from bn_research.lab.workdir import _plain
 from bn_research.normalization import batch_norm
 from bn_research.normalization.whitening import CovarianceMoments
-from experiments.transform import EXPERIMENT, PRESETS, measurements, verdicts
-from experiments.transform.measurements import (
-    ARMS,
-    PASSES,
-    REAL,
-    SOURCES,
-    correlation,
-    features,
-    identities,
-    measure_outlier,
-    measure_source,
-    measure_whitening,
-    prepare,
-    standardize,
-    transfer_error,
-    undoing,
-)
-from experiments.transform.verdicts import (
-    exponent,
-    judge_cost,
-    judge_decorrelation,
-    judge_identity,
-    judge_unit,
-    transfer_slopes,
-)
+from experiments.transform import PRESETS, measurements, verdicts
+from experiments.transform.measurements import ARMS, PASSES, REAL, SOURCES, features, standardize
+from experiments.transform.verdicts import judge_cost, judge_decorrelation, judge_identity
 
 CONFIG = PRESETS["smoke"]
 
 
-def launch(workdir, *flags):
-    return main(EXPERIMENT, ["transform", "--preset=smoke", f"--workdir={workdir}", *flags])
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The workdir of a smoke run left alone."""
-    workdir = tmp_path_factory.mktemp("runs") / "undisturbed"
-    assert launch(workdir) == 0
-    return workdir
-
-
 @pytest.fixture(scope="module")
 def pixels():
-    return prepare(CONFIG)
+    return measurements.prepare(CONFIG)
 
 
 @pytest.fixture
 def programs():
     """Forgets the compiled programs, so that a replaced transform is used, and then forgotten."""
-    compiled = (measurements._normalized, measurements._covariance, measurements._whitened)
-    for program in compiled:
-        program.clear_cache()
+
+    def forget():
+        for program in ("_normalized", "_covariance", "_whitened"):
+            getattr(measurements, program).clear_cache()
+
+    forget()
     yield
-    for program in compiled:
-        program.clear_cache()
+    forget()
 
 
 def normal(shape, seed=0):
     return np.random.default_rng(seed).standard_normal(shape)
-
-
-# --- what the transform is compared with ---
 
 
 def test_the_checks_run_in_float64_and_leave_the_flag_alone():
@@ -87,7 +52,7 @@ def test_identities_see_every_feature_but_constant_ones():
     x[..., 2] = 0.1
     x[..., 3] = 0.0
     for epsilon in (0.0, 1e-3):
-        found = identities(x, epsilon)
+        found = measurements.identities(x, epsilon)
         assert found["constant_share"] == 0.5 and found["constant_output"] == 0
         assert max(found[key] for key in ("mean", "variance", "excess", "recovery")) < 1e-12
         assert 1 / math.sqrt(79) < found["reach"] < 0.5
@@ -95,40 +60,36 @@ def test_identities_see_every_feature_but_constant_ones():
 
 def test_undoing_by_hand():
     """σ² = 2/3 + 1/3, μ = 3."""
-    scale, bias = undoing(np.array([[2.0], [3.0], [4.0]]), 1 / 3)
+    scale, bias = measurements.undoing(np.array([[2.0], [3.0], [4.0]]), 1 / 3)
     np.testing.assert_allclose([scale, bias], [[1.0], [3.0]], rtol=1e-15)
 
 
 def test_error_on_another_batch_is_the_closed_form():
     a, b = normal((20, 6), 1) * 3 + 5, normal((30, 6), 2)
     expected = np.mean((a.mean(0) - b.mean(0)) ** 2 + (a.std(0) - b.std(0)) ** 2)
-    assert transfer_error(a, b, 0.0) == pytest.approx(expected, rel=1e-12)
+    assert measurements.transfer_error(a, b, 0.0) == pytest.approx(expected, rel=1e-12)
 
 
 def test_error_of_gaussian_features_is_theory():
     m, d = 64, 4000
-    found = transfer_error(normal((m, d), 3), normal((m, d), 4), 0.0)
+    found = measurements.transfer_error(normal((m, d), 3), normal((m, d), 4), 0.0)
     assert found == pytest.approx(3 / m, rel=0.05)
 
 
 def test_correlation_is_numpys():
     x = normal((3, 10, 5)) @ normal((5, 5), 1)
     expected = np.corrcoef(x.reshape(-1, 5).T)
-    np.testing.assert_allclose(correlation(x), expected, atol=1e-14)
+    np.testing.assert_allclose(measurements.correlation(x), expected, atol=1e-14)
 
 
 def test_convolutional_features_are_xlas_convolution(pixels):
     x = features("conv", pixels[:3], 7)
     rng = np.random.default_rng([7, 2])
     kernel = rng.standard_normal((1, 3, 3, 8)) * math.sqrt(2 / 9)
+    kernel, layout = kernel.transpose(1, 2, 0, 3), ("NHWC", "HWIO", "NHWC")
     with jax.enable_x64(True):
-        expected = jax.lax.conv_general_dilated(
-            pixels[:3],
-            kernel.transpose(1, 2, 0, 3),
-            (2, 2),
-            "VALID",
-            dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        )
+        convolve = jax.lax.conv_general_dilated
+        expected = convolve(pixels[:3], kernel, (2, 2), "VALID", dimension_numbers=layout)
     np.testing.assert_allclose(x, expected, atol=1e-14)
 
 
@@ -156,8 +117,8 @@ def stored(record):
     return json.loads(json.dumps(_plain(record)))
 
 
-def measure(pixels):
-    return [stored(measure_source(CONFIG, pixels, "dense", 0))]
+def measured(pixels):
+    return [stored(measurements.measure_source(CONFIG, pixels, "dense", 0))]
 
 
 def unbiased(x, scale, bias, epsilon):
@@ -172,9 +133,8 @@ def uncentred(x, scale, bias, epsilon):
 
 def epsilon_outside_the_root(x, scale, bias, epsilon):
     axes = tuple(range(x.ndim - 1))
-    mean, std = jnp.mean(x, axes), jnp.std(x, axes)
-    spread = std + epsilon
-    return (x - mean) / jnp.where(spread > 0, spread, 1) * scale + bias, None
+    spread = jnp.std(x, axes) + epsilon
+    return (x - jnp.mean(x, axes)) / jnp.where(spread > 0, spread, 1) * scale + bias, None
 
 
 def without_scale_and_bias(x, scale, bias, epsilon):
@@ -188,8 +148,7 @@ def float32_inside(x, scale, bias, epsilon):
 
 def mixing_features(x, scale, bias, epsilon):
     y, moments = batch_norm(x, epsilon=epsilon)
-    mixed = y * np.sqrt(1 - 1e-6) + 1e-3 * jnp.roll(y, 1, -1)
-    return mixed * scale + bias, moments
+    return (y * np.sqrt(1 - 1e-6) + 1e-3 * jnp.roll(y, 1, -1)) * scale + bias, moments
 
 
 def not_a_number(x, scale, bias, epsilon):
@@ -212,44 +171,41 @@ R, N, INC = REPRODUCED, NOT_REPRODUCED, INCONCLUSIVE
         (not_a_number, (N, N, N)),
     ],
 )
-def test_a_wrong_transform_is_not_reproduced(
-    monkeypatch, dense_alone, programs, pixels, wrong, expected
-):
+@pytest.mark.usefixtures("dense_alone", "programs")
+def test_a_wrong_transform_is_not_reproduced(monkeypatch, pixels, wrong, expected):
     """Of unit-normalization, identity-recoverable and no-decorrelation.
 
     The second is at best inconclusive: one seed gives no interval of the slope.
     """
     monkeypatch.setattr(measurements, "batch_norm", wrong)
-    records = measure(pixels)
-    whitened = [stored(measure_whitening(pixels, 0))]
+    records = measured(pixels)
+    whitened = [stored(measurements.measure_whitening(pixels, 0))]
     findings = (
-        judge_unit(records, stored(measure_outlier(CONFIG))),
+        verdicts.judge_unit(records, stored(measurements.measure_outlier(CONFIG))),
         judge_identity(CONFIG, records),
         judge_decorrelation(records, whitened),
     )
     assert tuple(finding.verdict for finding in findings) == expected
 
 
-def test_a_control_that_does_not_whiten_leaves_decorrelation_open(
-    monkeypatch, dense_alone, programs, pixels
-):
-    records = measure(pixels)
+@pytest.mark.usefixtures("dense_alone", "programs")
+def test_a_control_that_does_not_whiten_leaves_decorrelation_open(monkeypatch, pixels):
+    records = measured(pixels)
     monkeypatch.setattr(measurements, "whiten", batch_norm)
-    finding = judge_decorrelation(records, [measure_whitening(pixels, 0)])
+    finding = judge_decorrelation(records, [measurements.measure_whitening(pixels, 0)])
     assert finding.verdict == INCONCLUSIVE
     assert finding.measured["largest |correlation|, ZCA"] > 0.1
 
 
-def test_a_covariance_that_is_not_centred_has_too_high_a_rank(
-    monkeypatch, dense_alone, programs, pixels
-):
+@pytest.mark.usefixtures("dense_alone", "programs")
+def test_a_covariance_that_is_not_centred_has_too_high_a_rank(monkeypatch, pixels):
     def raw(x):
         return CovarianceMoments(jnp.float32(len(x)), jnp.zeros(x.shape[-1]), x.T @ x)
 
-    assert judge_cost(measure(pixels), times()).verdict == REPRODUCED
+    assert judge_cost(measured(pixels), times()).verdict == REPRODUCED
     monkeypatch.setattr(measurements, "batch_covariance", raw)
     measurements._covariance.clear_cache()
-    finding = judge_cost(measure(pixels), times())
+    finding = judge_cost(measured(pixels), times())
     assert finding.verdict == NOT_REPRODUCED
     assert finding.measured["largest excess of a rank over m - 1"] == 1
 
@@ -275,9 +231,8 @@ def made_up(exponents=(-0.5,) * 5, noise=0.01, **worst):
 
 
 def test_verdicts_on_the_law_of_the_error():
-    assert judge_identity(CONFIG, made_up()).verdict == REPRODUCED
-    assert judge_identity(CONFIG, made_up(recovery=2e-12)).verdict == NOT_REPRODUCED
-    assert judge_identity(CONFIG, made_up(recovery=None)).verdict == NOT_REPRODUCED
+    for given, verdict in (({}, R), ({"recovery": 2e-12}, N), ({"recovery": None}, N)):
+        assert judge_identity(CONFIG, made_up(**given)).verdict == verdict
     for real in range(3):
         slopes = [-0.5] * 5
         slopes[real] = -0.3
@@ -294,7 +249,7 @@ def test_verdicts_on_the_law_of_the_error():
 def test_a_lost_error_gives_no_slope():
     records = made_up()
     records[0]["transfer"][1] = None
-    assert transfer_slopes(CONFIG, records)["pixels"] is None
+    assert verdicts.transfer_slopes(CONFIG, records)["pixels"] is None
     finding = judge_identity(CONFIG, records)
     assert finding.verdict == INCONCLUSIVE and finding.interval is None
     assert math.isnan(finding.measured["slope, pixels"])
@@ -302,31 +257,20 @@ def test_a_lost_error_gives_no_slope():
 
 @pytest.mark.parametrize("key", ["mean", "variance", "excess"])
 def test_each_deviation_alone_decides_unit_normalization(key):
-    outlier = {"deviation": [0.0]}
-    assert judge_unit(made_up(), outlier).verdict == REPRODUCED
-    assert judge_unit(made_up(**{key: 0.9e-12}), outlier).verdict == REPRODUCED
-    assert judge_unit(made_up(**{key: 1.1e-12}), outlier).verdict == NOT_REPRODUCED
-    assert judge_unit(made_up(**{key: None}), outlier).verdict == NOT_REPRODUCED
+    for worst, verdict in ((0.0, R), (0.9e-12, R), (1.1e-12, N), (None, N)):
+        finding = verdicts.judge_unit(made_up(**{key: worst}), {"deviation": [0.0]})
+        assert finding.verdict == verdict
 
 
 def times(ratio=100.0, spread=0.01, repeats=11, dims=(256, 512), power=2.5):
     """Made-up timings: BN takes d microseconds, the others `ratio` times as long at d = 512."""
-    wobble = 1 + spread * np.linspace(-1, 1, repeats)
-    return [
-        {
-            "d": d,
-            "seconds": {
-                f"{arm} {kind}": list(
-                    np.full(repeats, 1e-6 * d)
-                    if arm == "BN"
-                    else 512e-6 * ratio * (d / 512) ** power * wobble
-                )
-                for arm in ARMS
-                for kind in PASSES
-            },
-        }
-        for d in dims
-    ]
+    records, wobble = [], 1 + spread * np.linspace(-1, 1, repeats)
+    for d in dims:
+        slow = 512e-6 * ratio * (d / 512) ** power * wobble
+        of = {arm: list(np.full(repeats, 1e-6 * d) if arm == "BN" else slow) for arm in ARMS}
+        seconds = {f"{arm} {kind}": of[arm].copy() for arm in ARMS for kind in PASSES}
+        records.append({"d": d, "seconds": seconds})
+    return records
 
 
 def test_verdicts_on_cost():
@@ -336,9 +280,9 @@ def test_verdicts_on_cost():
     assert found.measured["time ZCA/BN, d = 512, forward"] == pytest.approx(100)
     assert found.measured["exponent of ZCA time, with gradient"] == pytest.approx(2.5)
     assert found.measured["exponent of time ZCA/BN, with gradient"] == pytest.approx(1.5)
-    assert judge_cost(records, times(2.5)).verdict == NOT_REPRODUCED
-    assert judge_cost(records, times(3.0, spread=0.5)).verdict == INCONCLUSIVE
-    assert judge_cost(records, times(repeats=5)).verdict == INCONCLUSIVE
+    doubtful = times(3.0, spread=0.5), times(repeats=5)
+    for given, verdict in ((times(2.5), N), *((each, INC) for each in doubtful)):
+        assert judge_cost(records, given).verdict == verdict
     assert judge_cost(made_up(rank_excess=1.0), times()).verdict == NOT_REPRODUCED
     missing = judge_cost(records, times(dims=(64, 256)))
     assert missing.verdict == INCONCLUSIVE and "512" in missing.note
@@ -354,15 +298,12 @@ def test_one_slow_pass_does_not_hide_a_fast_one():
 def test_exponent_is_that_of_the_median():
     records = times(power=2.25)
     records[0]["seconds"]["ZCA forward"][0] = 1e3
-    assert exponent(records, "ZCA", "forward").mean == pytest.approx(2.25, abs=0.01)
+    assert verdicts.exponent(records, "ZCA", "forward").mean == pytest.approx(2.25, abs=0.01)
 
 
-# --- a smoke run ---
-
-
-def test_exact_claims_hold_on_real_features(finished):
+def test_exact_claims_hold_on_real_features(smoke_run):
     """A border pixel that one image of a batch alone has is an outlier among equals."""
-    claims = json.loads((finished / "results.json").read_text())["claims"]
+    claims = json.loads((smoke_run("transform") / "results.json").read_text())["claims"]
     unit, identity, decorrelation, cost = claims
     assert unit["verdict"] == decorrelation["verdict"] == REPRODUCED
     assert identity["measured"]["largest |y - x|/max|x|"] < 1e-12
@@ -384,15 +325,14 @@ def test_presets_hold_what_the_criteria_need():
 @pytest.mark.parametrize(
     ("flag", "said"),
     [
-        ("--config.batch_sizes=(8, 512)", "at most 449, half of 898 examples"),
-        ("--config.examples=20", "half of 20 examples"),
-        ("--config.pairs=2", "pairs=2"),
-        ("--config.dims=(64,)", "2 entries or more"),
-        ("--config.dims=(32, 64)", "timed_batch=64"),
+        ("batch_sizes=(8, 512)", "at most 449, half of 898 examples"),
+        ("examples=20", "half of 20 examples"),
+        ("pairs=2", "pairs=2"),
+        ("dims=(64,)", "2 entries or more"),
+        ("dims=(32, 64)", "timed_batch=64"),
     ],
 )
-def test_what_does_not_fit_is_refused(tmp_path, capsys, flag, said):
-    assert launch(tmp_path / "run", flag) == 2
-    told = capsys.readouterr()
-    assert told.out == "" and told.err.count("\n") == 1 and said in told.err
+def test_what_does_not_fit_is_refused(tmp_path, flag, said):
+    ended = smoke.launch("transform", tmp_path / "run", f"--config.{flag}")
+    assert (ended.status, ended.out, ended.err.count("\n")) == (2, "", 1) and said in ended.err
     assert not (tmp_path / "run").exists()

@@ -21,6 +21,17 @@ def of_each_api(cases, *only_nnx):
 
 
 @each_api
+def test_mask(api):
+    """Statistics of flax with a mask; its unmasked outputs; NaN in masked places does no harm."""
+    x, mask = data((8, 4)), np.array([1, 1, 0, 1, 1, 1, 0, 1], bool)[:, None]
+    flax, flax_new = api.flax(x, mask)
+    own, new = api.own(np.where(mask, x, np.nan), mask)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5), new, flax_new)
+    np.testing.assert_allclose(own[mask[:, 0]], flax[mask[:, 0]], rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(own[~mask[:, 0]], np.zeros((2, 4)))
+
+
+@each_api
 def test_update_by_hand(api):
     """0.99·0 + 0.01·μ and 0.99·1 + 0.01·σ², biased; once per call."""
     x = data((16, 3))

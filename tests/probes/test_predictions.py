@@ -13,6 +13,7 @@ from bn_research.probes.predictions import (
     by_size,
     calibration_error,
     disagreement,
+    pooled,
     reliability,
     scores,
     top_error,
@@ -40,6 +41,20 @@ def test_scores_are_scikit_learns():
     squares = [metrics.brier_score_loss(label == c, exact[:, c]) for c in classes]
     assert found["brier"] == pytest.approx(np.sum(squares), abs=1e-6)
     assert found["confidence"] == pytest.approx(np.mean([max(row) for row in p]))
+
+
+def test_pooled_bins_are_those_of_all_examples_together():
+    logarithms, label = predictions(seed=2)
+    p = np.exp(np.float64(logarithms))
+    whole = reliability(p.reshape(-1, 7), np.tile(label, 3))
+    of_each = [reliability(one, label) for one in p]
+    for at_least in (0, 40):
+        kept = np.array(whole["count"]) >= max(1, at_least)
+        assert 1 < kept.sum() < 15
+        for found, field in zip(
+            pooled(of_each, at_least=at_least), ("confidence", "accuracy"), strict=True
+        ):
+            np.testing.assert_allclose(found, np.array(whole[field])[kept], rtol=1e-12)
 
 
 def test_calibration_error_by_a_loop():
