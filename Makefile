@@ -15,7 +15,7 @@ reproduce: $(VENV)/.installed
 	$(BIN)/python -m experiments.reproduce --preset=$(PRESET)
 
 test: $(VENV)/.installed-test lint
-	$(BIN)/python -m pytest -n auto --dist loadgroup --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 
 _FLAGS = ["--xla_backend_optimization_level=0", "--xla_llvm_disable_expensive_passes=true"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
@@ -13,6 +14,9 @@ os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
+import smoke  # noqa: E402
+
+from bn_research.lab.rooms import experiment_names  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
 _EXPERIMENTS = experiment_names()
@@ -28,8 +32,6 @@ def strict_arrays():
 @pytest.fixture(scope="session")
 def smoke_run_of(tmp_path_factory):
     """Gives a finished smoke run of an experiment, with what it did; run once a session."""
-    import smoke
-
     runs = {}
 
     def run_of(name):
@@ -51,36 +53,37 @@ def smoke_run(smoke_run_of):
 
 # --- the order of the tests, and who runs them ---
 
-_GROUP = pytest.StashKey[str]()
+
+def _group(nodeid):
+    """The experiment that a test is of, else its file: what shares a process and a smoke run."""
+    path, _, test = nodeid.partition("::")
+    if path.endswith("test_experiments.py"):
+        return re.search(r"\[(\w+)", test)[1]
+    of = [name for name in experiment_names() if f"experiments/test_{name}" in path]
+    return max(of, key=len, default=path)
 
 
-def _group(item, rooms):
-    """The experiment that a test is of, else its file."""
-    if item.path.name == "test_experiments.py":
-        return item.callspec.params["name"]
-    of = [room for room in rooms if item.path.stem.startswith(f"test_{room}")]
-    in_folder = item.path.parent.name == "experiments"
-    return max(of, key=len) if of and in_folder else item.nodeid.split("::")[0]
-
-
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
-    """One process for each experiment, for its smoke run, and one for each other file.
+    """The tests of a group together, and the experiments first: they take longest."""
+    groups = dict.fromkeys([*experiment_names(), *(_group(item.nodeid) for item in items)])
+    places = {group: place for place, group in enumerate(groups)}
+    items.sort(key=lambda item: places[_group(item.nodeid)])
 
-    The experiments come first: they take longest.
-    """
-    from bn_research.lab.rooms import experiment_names
 
-    rooms = experiment_names()
-    for item in items:
-        item.stash[_GROUP] = group = _group(item, rooms)
-        item.add_marker(pytest.mark.xdist_group(group))
-    first = dict.fromkeys(rooms + [item.stash[_GROUP] for item in items])
-    places = {group: place for place, group in enumerate(first)}
-    items.sort(key=lambda item: places[item.stash[_GROUP]])
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Gives each process of `-n` one group after the other."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return _group(nodeid)
+
+    config.option.loadscopereorder = False
+    return Scheduling(config, log)
 
 
 def pytest_runtest_teardown(item, nextitem):
     """A process that keeps every program comes to Linux's limit of mappings, 65,530, and dies."""
-    if nextitem is None or nextitem.stash[_GROUP] != item.stash[_GROUP]:
+    if nextitem is None or _group(nextitem.nodeid) != _group(item.nodeid):
         jax.clear_caches()
