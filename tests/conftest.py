@@ -59,13 +59,13 @@ def _group(nodeid):
     path, _, test = nodeid.partition("::")
     if path.endswith("test_experiments.py"):
         return re.search(r"\[(\w+)", test)[1]
-    of = [name for name in experiment_names() if f"experiments/test_{name}" in path]
+    of = [name for name in _EXPERIMENTS if f"experiments/test_{name}" in path]
     return max(of, key=len, default=path)
 
 
 def pytest_collection_modifyitems(items):
     """The tests of a group together, and the experiments first: they take longest."""
-    groups = dict.fromkeys([*experiment_names(), *(_group(item.nodeid) for item in items)])
+    groups = dict.fromkeys([*_EXPERIMENTS, *(_group(item.nodeid) for item in items)])
     places = {group: place for place, group in enumerate(groups)}
     items.sort(key=lambda item: places[_group(item.nodeid)])
 
