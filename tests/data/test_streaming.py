@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from imagenet_like import make_imagenet_like
 from PIL import Image
-from test_datasets import prepare_as_tfds_would
+from tfds_like import prepare_as_tfds_would
 
 from bn_research.data import (
     EVALUATION_SPLIT,
