@@ -268,14 +268,8 @@ def unpacked(kind):
     return kind, rules, calls
 
 
-def forbidden(kind, example, *, checked):
-    """Values that a type does not allow.
-
-    Args:
-      kind: of a field, or of the entries of one.
-      example: a value that it allows.
-      checked: whether the config looks at the types; else the flags alone do, at less of them.
-    """
+def forbidden(kind, example):
+    """Values that the type of a field, or of its entries, does not allow; it allows the example."""
     kind, rules, calls = unpacked(kind)
     if kind in (int, float):
         step = 1 if kind is int else 0.5
@@ -289,7 +283,7 @@ def forbidden(kind, example, *, checked):
         yield NO_NAME
     if kind is int:
         yield 1.5
-    if checked and (calls and kind is str or typing.get_origin(kind) is Literal):
+    if calls and kind is str or typing.get_origin(kind) is Literal:
         yield NO_NAME
     if typing.get_origin(kind) is tuple:
         entries = typing.get_args(kind)[0]
@@ -297,12 +291,9 @@ def forbidden(kind, example, *, checked):
             yield ()
         if calls and example:
             yield (*example, example[0])
-        wrong = list(forbidden(entries, example[0] if example else None, checked=checked))
-        if checked:
-            wrong += [1.5] if unpacked(entries)[0] is str else []
-        else:  # the flags look for numbers where the preset has some
-            wrong = [NO_NAME] if example and isinstance(example[0], (int, float)) else []
-        yield from ((value,) for value in wrong)
+        yield from ((value,) for value in forbidden(entries, example[0] if example else None))
+        if unpacked(entries)[0] is str:
+            yield (1.5,)
 
 
 def written(value, *, within=False):
@@ -318,11 +309,11 @@ def bad_flags(name):
     """A field of the config and a value that its type forbids, for each that there is."""
     config = load(name).presets["smoke"]
     kinds = typing.get_type_hints(type(config), include_extras=True)
-    checked = pydantic.dataclasses.is_pydantic_dataclass(type(config))
+    assert pydantic.dataclasses.is_pydantic_dataclass(type(config)), "else no type is checked"
     for field in dataclasses.fields(config):
         example = getattr(config, field.name)
         values = [0] if field.name == "seeds" else []
-        values += forbidden(kinds[field.name], example, checked=checked)
+        values += forbidden(kinds[field.name], example)
         for text in dict.fromkeys(map(written, values)):
             yield field.name, text
     yield "no_such_field", "1"

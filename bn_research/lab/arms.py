@@ -33,7 +33,7 @@ from bn_research.training.evaluation import make_evaluation, place_batches
 from bn_research.training.loop import History, run_steps
 from bn_research.training.optimizers import create_optimizer
 from bn_research.training.state import TrainState
-from bn_research.training.step import Batch, make_eval_step, make_train_step
+from bn_research.training.step import Batch, apply_fn_of, make_eval_step, make_train_step
 
 FIXUP = "fixup"  # He's, with a head of zeros: Zhang et al. (2019) without residual branches
 _EVAL_BATCH = 32
@@ -148,16 +148,6 @@ def _model(arm: Arm, epsilon: Any, **options: Any) -> CNN:
     )
 
 
-def _apply_fn(model: CNN):
-    def apply_fn(variables, image, *, train):
-        if not train:
-            return model.apply(variables, image, train=False), variables["batch_stats"]
-        logits, new = model.apply(variables, image, train=True, mutable=["batch_stats"])
-        return logits, new.get("batch_stats", {})
-
-    return apply_fn
-
-
 def _optimizer(arm: Arm) -> optax.GradientTransformation:
     return create_optimizer(arm.optimizer, arm.learning_rate)
 
@@ -177,7 +167,7 @@ def _programs(arm: Arm, shape: tuple[int, ...], num_steps: int) -> Programs:
         return model.init(key, jnp.zeros(shape), train=False)
 
     def advance(state: TrainState, arm: Arm, examples: Batch):
-        step = make_train_step(_apply_fn(_model(arm, arm.epsilon)), _optimizer(arm))
+        step = make_train_step(apply_fn_of(_model(arm, arm.epsilon)), _optimizer(arm))
         return run_steps(step, state, examples, batch_size=batch_size, num_steps=num_steps)
 
     return Programs(
@@ -198,6 +188,6 @@ def _moments_program(arm: Arm):
 @per_structure
 def _evaluation_program(arm: Arm, mesh: jax.sharding.Mesh):
     def eval_step(batch, state, epsilon):
-        return make_eval_step(_apply_fn(_model(arm, epsilon)))(state, batch)
+        return make_eval_step(apply_fn_of(_model(arm, epsilon)))(state, batch)
 
     return make_evaluation(eval_step, mesh, compiler_options=compiler_options(1))

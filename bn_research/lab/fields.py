@@ -114,7 +114,7 @@ def in_words(error: pydantic.ValidationError) -> str:
         place = found["loc"]
         said = found["msg"].removeprefix("Value error, ").replace("Input should be", "must be")
         if found["type"] == "too_short":
-            said = f"must have {found['ctx']['min_length']} entries or more"
+            said = f"must have {found['ctx']['min_length']} or more entries"
         if place:
             name = "".join(f"[{p}]" if isinstance(p, int) else str(p) for p in place[:2])
             said = f"{name}={found['input']!r} is not allowed: {said}"

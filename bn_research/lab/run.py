@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import shlex
 import sys
@@ -95,18 +94,13 @@ def _run(experiment: Experiment, options: Options, job: Job | None) -> int:
             if options.tensorboard and _writes(job)
             else contextlib.nullcontext()
         ):
-            run = getattr(importlib.import_module(experiment.room), "run", None)
-            if run is not None:
-                findings, figures = run(config, data, path, **parallel)
-            else:
-                records = experiment.measure(config, data, path, **parallel)
-                findings, figures = [], []
-                if _writes(job):
-                    findings = experiment.judge(config, records)
-                    figures = experiment.draw(config, records, path / "figures")
-        seconds = time.monotonic() - start
+            records = experiment.measure(config, data, path, **parallel)
+            findings: Sequence[Finding] = []
+            if _writes(job):
+                findings = experiment.judge(config, records)
+                figures = experiment.draw(config, records, path / "figures")
         if _writes(job):
-            _report(experiment, options, findings, figures, seconds)
+            _report(experiment, options, findings, figures, time.monotonic() - start)
     failed = any(finding.verdict == NOT_REPRODUCED for finding in findings)
     return 3 if options.strict and failed and _writes(job) else 0
 

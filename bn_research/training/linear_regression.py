@@ -42,7 +42,15 @@ class Descent(NamedTuple):
 
 
 def spectrum(features: int, condition_number: float) -> Float[np.ndarray, "d"]:
-    """Eigenvalues from √κ down to 1/√κ, in equal ratios."""
+    """Eigenvalues from √κ down to 1/√κ, in equal ratios.
+
+    Raises:
+      ValueError: features < 2, or condition_number < 1.
+    """
+    if features < 2:
+        raise ValueError(f"features={features} is not allowed: at least 2 are needed")
+    if not 1 <= condition_number < math.inf:
+        raise ValueError(f"condition_number={condition_number} is not allowed: it must be ≥ 1")
     return condition_number ** np.linspace(0.5, -0.5, features)
 
 
@@ -55,9 +63,15 @@ def draw_inputs(
 ) -> Float[np.ndarray, "n d"]:
     """Inputs whose own mean and biased covariance are those given, to rounding.
 
-    x = √n·Q·Σ^(1/2) + μ; Q has orthonormal columns, orthogonal to 1, of uniform direction. That
-    takes more examples than features.
+    x = √n·Q·Σ^(1/2) + μ; Q has orthonormal columns, orthogonal to 1, of uniform direction.
+
+    Raises:
+      ValueError: examples ≤ features, too few for a covariance of full rank.
     """
+    if examples <= len(mean):
+        raise ValueError(
+            f"examples={examples} is not allowed: more than the {len(mean)} features are needed"
+        )
     deviations = rng.standard_normal((examples, len(mean)))
     columns = np.linalg.qr(deviations - deviations.mean(axis=0)).Q
     values, vectors = np.linalg.eigh(covariance)

@@ -118,7 +118,7 @@ def test_what_is_not_is_one_line_that_names_the_field(name, value):
     [
         ({"count": 0}, "count=0 is not allowed: must be greater than or equal to 1"),
         ({"rates": (1.0, -2.0)}, "rates[1]=-2.0 is not allowed: must be greater than 0"),
-        ({"rates": ()}, "rates=() is not allowed: must have 1 entries or more"),
+        ({"rates": ()}, "rates=() is not allowed: must have 1 or more entries"),
         ({"rates": (0.1, 0.1)}, "rates=(0.1, 0.1) is not allowed: must hold each entry once"),
         ({"names": ("gelu",)}, "names[0]='gelu' is not allowed: must be 'relu' or 'tanh'"),
         (

@@ -171,3 +171,19 @@ def test_an_unknown_transform_is_refused():
     ):
         with pytest.raises(ValueError, match="name='lda' is unknown"):
             call()
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: spectrum(1, 2.0), "features=1 "),
+        (lambda: spectrum(4, 0.5), "condition_number=0.5 "),
+        (
+            lambda: draw_inputs(np.random.default_rng(0), np.eye(4), np.zeros(4), examples=4),
+            "examples=4 ",
+        ),
+    ],
+)
+def test_bad_settings_are_refused(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
