@@ -273,4 +273,11 @@ def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _all_finite(tree: Any) -> Array:
-    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+    """Whether every number is finite.
+
+    The flags are counted by a product. XLA makes a chain of their `all`, and its compiler for CPUs
+    repeats that chain beside each parameter that waits for it.
+    """
+    flags = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
+    ones = flags.astype(jnp.float32)
+    return ones @ ones == len(ones)

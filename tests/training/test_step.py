@@ -1,6 +1,7 @@
 """Train state and steps against gradients written out by hand."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -256,6 +257,31 @@ def test_devices_with_unequal_numbers_of_valid_examples():
         functools.partial(with_bn, axis_name="batch"), optimizer, axis_name="batch", observe=seen
     )
     close(replicated_step("pmap", step)(state, split(batch)), expected)
+
+
+def test_what_is_compiled_grows_as_the_network_does():
+    """Whether a step is finite is not asked again beside each parameter."""
+    mesh, optimizer = Mesh(jax.devices()[:2], "i"), optax.sgd(0.1)
+    sizes = []
+    for layers in (10, 40):
+
+        def deep(variables, images, train):
+            h = images.reshape(len(images), -1)
+            for w in variables["params"]:
+                h = jnp.tanh(h @ w)
+            return h, variables["batch_stats"]
+
+        init = {"params": [jnp.eye(6)] * layers}
+        state = create_train_state(lambda key, init=init: init, optimizer, jax.random.key(0))
+        step = jax.shard_map(
+            make_train_step(deep, optimizer, axis_name="i"),
+            mesh=mesh,
+            in_specs=(PartitionSpec(), PartitionSpec("i")),
+            out_specs=PartitionSpec(),
+        )
+        compiled = jax.jit(step).lower(state, data()).compile().as_text()
+        sizes.append(len(re.findall(r" = \S+ \w[\w-]*\(", compiled)))
+    assert sizes[1] < 5 * sizes[0]
 
 
 def test_one_bad_device_stops_the_step_on_all():
