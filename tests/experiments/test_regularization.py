@@ -461,7 +461,7 @@ def test_layers_with_dropout_below():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(groups_sizes=(4,)), "groups_sizes=.*2 entries or more"),
+        (dict(groups_sizes=(4,)), "groups_sizes=.*2 or more entries"),
         (dict(groups_sizes=(32, 4)), "groups_sizes"),
         (dict(groups_sizes=(4, 30)), "groups_sizes=.* must divide the last"),
         (dict(groups_size=32), "groups_size=32 is not allowed: one of groups_sizes"),

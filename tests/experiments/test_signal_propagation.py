@@ -359,8 +359,8 @@ def test_presets_hold_what_the_criteria_need():
     [
         ("batch_sizes=(3, 8)", "batch_sizes[0]=3"),
         ("gradient_depth=500", "gradient_depth=500 is not allowed: at most 61"),
-        ("rank_widths=(8,)", "2 entries or more"),
-        ("train_depths=(3,)", "2 entries or more"),
+        ("rank_widths=(8,)", "2 or more entries"),
+        ("train_depths=(3,)", "2 or more entries"),
         ("batch_size=5000", "898"),
         ("steps_per_dispatch=3", "a multiple of steps_per_dispatch=3"),
     ],

@@ -328,7 +328,7 @@ def test_presets_hold_what_the_criteria_need():
         ("batch_sizes=(8, 512)", "at most 449, half of 898 examples"),
         ("examples=20", "half of 20 examples"),
         ("pairs=2", "pairs=2"),
-        ("dims=(64,)", "2 entries or more"),
+        ("dims=(64,)", "2 or more entries"),
         ("dims=(32, 64)", "timed_batch=64"),
     ],
 )
