@@ -15,6 +15,8 @@ if importlib.metadata.version("jaxlib").startswith("0.10."):
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS])
 # Tests neither read nor fill the user's cache; the tests of the cache have their own.
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"
+# Programs need not know pytest's stack.
+os.environ["JAX_INCLUDE_FULL_TRACEBACKS_IN_LOCATIONS"] = "false"
 
 import jax  # noqa: E402
 import pytest  # noqa: E402
