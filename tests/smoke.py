@@ -4,7 +4,6 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -13,7 +12,6 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from bn_research.claims import figures
 from bn_research.lab.launch import main
 from bn_research.lab.rooms import load
 from bn_research.lab.workdir import Ledger
@@ -176,19 +174,14 @@ def watched(act: Callable[[list[Event]], object] = lambda events: None) -> Itera
 
 
 @contextlib.contextmanager
-def given(run: SmokeRun) -> Iterator[None]:
-    """Lets runs take from this one what its clocks measured, and its drawn figures."""
-    get, records = Ledger.get, run.clocks
+def given(records: dict[str, dict[str, Any]]) -> Iterator[None]:
+    """Lets runs take these records for what they would measure themselves."""
+    get = Ledger.get
 
     def knowing(self, name, measure, *given):
         known = {key: value for key, value in records.get(name, {}).items() if key != "name"}
         return get(self, name, lambda: known or measure(*given))
 
-    def copied(fig, path, *, title, alt, caption, claims=()):
-        shutil.copy(run.path / "figures" / path.name, path)
-        return figures.Figure(path, title, alt, caption, tuple(claims))
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Ledger, "get", knowing)
-        patch.setattr(figures, "save_figure", copied)
         yield

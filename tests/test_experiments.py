@@ -118,7 +118,7 @@ def test_cut_between_two_measurements_it_ends_with_the_same_bits(name, smoke_run
     lines = (whole.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     kept = lines[: math.ceil(len(lines) / 2)]
     (run / "metrics.jsonl").write_bytes(b"".join(kept)[:-20])
-    with smoke.given(whole):
+    with smoke.given(whole.clocks):
         ended = smoke.launch(name, run)
     assert ended.status == 0, ended.err
     assert smoke.bits(run) == smoke.bits(whole.path)
@@ -215,7 +215,7 @@ def test_stopped_while_it_trains_it_ends_with_the_same_bits(
     kind, numbers = stops(whole.repeated)
     first, last = numbers[(len(numbers) - 1) // 3], numbers[-1]
 
-    with smoke.watched(at(kind, first, send_sigterm)) as events, smoke.given(whole):
+    with smoke.watched(at(kind, first, send_sigterm)) as events, smoke.given(whole.clocks):
         ended = smoke.launch(name, run)
     assert (ended.status, ended.out) == (4, ""), ended.err
     (line,) = ended.said(name)
@@ -234,7 +234,7 @@ def test_stopped_while_it_trains_it_ends_with_the_same_bits(
     monkeypatch.setattr(runner, "_SECONDS_BETWEEN_CHECKPOINTS", 0.0)
     if first < last:
         number = last - first + (kind == DISPATCH or not asks)
-        with smoke.watched(at(kind, number, cut_power)) as events, smoke.given(whole):
+        with smoke.watched(at(kind, number, cut_power)) as events, smoke.given(whole.clocks):
             with pytest.raises(PowerCut):
                 smoke.launch(name, run)
         assert sum(event.kind == RESTORE for event in events) == is_saved
@@ -242,7 +242,7 @@ def test_stopped_while_it_trains_it_ends_with_the_same_bits(
     damaged = checkpoints(run)[:-1][:1]  # where another is left to go on from
     for folder in damaged:
         flip_a_bit(folder)
-    with smoke.given(whole):
+    with smoke.given(whole.clocks):
         ended = smoke.launch(name, run)
     assert ended.status == 0, ended.err
     said = [line for line in ended.err.splitlines() if line.startswith("checkpoint ")]

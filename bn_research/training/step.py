@@ -273,11 +273,11 @@ def _is_product(primitive: Any, *_: Any, **__: Any) -> bool:
 
 
 def _all_finite(tree: Any) -> Array:
-    """Whether every number is finite.
+    """Whether every number is finite, one flag for each array.
 
-    The flags are counted by a product. XLA makes a chain of their `all`, and its compiler for CPUs
-    repeats that chain beside each parameter that waits for it.
+    A product counts the flags. XLA turns their `all` into a chain of `and`s, which its compiler for
+    CPUs repeats beside each parameter that waits for it.
     """
     flags = jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)])
-    ones = flags.astype(jnp.float32)
-    return ones @ ones == len(ones)
+    flags = flags.astype(jnp.float32)
+    return flags @ flags == len(flags)

@@ -285,7 +285,7 @@ def test_bad_input(tmp_path, capsys, flag, said):
     assert error.startswith("imagenet: ") and said in error
 
 
-LONG = configured(num_steps=80, evaluate_every=40, checkpoint_every=10, network="c8 f10")
+LONG = configured(num_steps=200, evaluate_every=100, checkpoint_every=10, network="c8 f10")
 _PATIENCE = 120
 BAR = re.compile(r"\r?(bn_x5, seed 0: )? *\d+%\|[^|]*\| \d+/\d+ \[[^\]]*\]")
 
